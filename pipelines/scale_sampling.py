@@ -1,0 +1,223 @@
+"""The sampling loop that all SRDD pipelines share, and the checks that make their parts fit each other."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel
+from srdd.schedulers import ScaleScheduler
+
+
+# Called after every pass with (index, timestep, {"latents": ..., "token_ids": ...}); what it returns replaces them.
+StepCallback = Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def check_components(
+    vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler
+) -> None:
+    """
+    Make sure that tokenizer, transformer and schedule belong together.
+
+    Raises:
+        ValueError: If the scheduler is of another kind, its scales are not the transformer's, or tokenizer and
+            transformer differ in latent grid, codebook size or channels.
+    """
+    if not isinstance(scheduler, ScaleScheduler):
+        raise ValueError(f"`scheduler` must be a ScaleScheduler, got {type(scheduler).__name__}.")
+    if scheduler.config.scale_sizes != transformer.config.scale_sizes:
+        raise ValueError(
+            "`scheduler.config.scale_sizes` must be the scales of the transformer,"
+            f" {transformer.config.scale_sizes}, got {scheduler.config.scale_sizes}. For fewer steps keep `scale_sizes`"
+            " and set `scales`."
+        )
+    facts = [
+        ("latent grid", vqvae.config.scale_sizes[-1], transformer.config.scale_sizes[-1]),
+        ("codebook_size", vqvae.config.codebook_size, transformer.config.codebook_size),
+        ("latent_channels", vqvae.config.latent_channels, transformer.config.latent_channels),
+    ]
+    for name, ours, theirs in facts:
+        if ours != theirs:
+            raise ValueError(f"`vqvae` and `transformer` must have the same {name}, got {ours} and {theirs}.")
+
+
+def label_ids(class_labels, num_classes: int, id2label: dict[int, str]) -> list[int]:
+    """
+    Class ids of labels given by id or by name.
+
+    Args:
+        class_labels (`int`, `str`, `torch.Tensor` or a list of `int` and `str`): One label or many. A name may be any
+            of the comma-separated synonyms of a class.
+        num_classes (`int`): Ids lie in `[0, num_classes - 1]`.
+        id2label (`dict[int, str]`): Names of the classes.
+
+    Returns:
+        `list[int]`
+
+    Raises:
+        ValueError: If a label is out of range, unknown or names several classes, or there is none.
+    """
+    if isinstance(class_labels, torch.Tensor):
+        class_labels = class_labels.flatten().tolist()
+    labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+    if not labels:
+        raise ValueError(f"`class_labels` must hold at least one label, got {class_labels!r}.")
+    by_name: dict[str, set[int]] = {}
+    for index, names in id2label.items():
+        for name in {names, *names.split(", ")}:
+            by_name.setdefault(name, set()).add(index)
+    ids = []
+    for label in labels:
+        if isinstance(label, str):
+            found = sorted(by_name.get(label, ()))
+            if not found:
+                known = sorted(set(id2label.values()))
+                shown = ", ".join(known[:10]) + (f" … ({len(known)} in all)" if len(known) > 10 else "")
+                raise ValueError(f"`class_labels` must be names of classes ({shown or 'none'}) or ids, got {label!r}.")
+            if len(found) > 1:
+                raise ValueError(f"`class_labels` must name one class each, but {label!r} names the classes {found}.")
+            label = found[0]
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
+            allowed = f"lie in [0, {num_classes - 1}]" if num_classes else "be None for an unconditional model"
+            raise ValueError(f"`class_labels` must {allowed}, got {label!r}.")
+        ids.append(label)
+    return ids
+
+
+def guided_logits(
+    transformer: ScaleTransformer2DModel,
+    hidden_states: torch.Tensor,
+    timestep: int | list[int],
+    class_labels: torch.LongTensor,
+    guidance_weight: float,
+    kv_cache: ScaleKVCache | None = None,
+    keep_unconditional: bool = False,
+) -> torch.Tensor:
+    """
+    Logits under classifier-free guidance, `cond + w (cond - uncond)` (paper Section 3.3 a).
+
+    Args:
+        transformer ([`ScaleTransformer2DModel`]): The model.
+        hidden_states (`torch.Tensor` of shape `(batch, num_tokens, latent_channels)`): Inputs of one scale, or of
+            several packed ones.
+        timestep (`int` or `list[int]`): Their timesteps.
+        class_labels (`torch.LongTensor` of shape `(batch,)`): Class ids.
+        guidance_weight (`float`): The weight `w`; at 0 the unconditional half is not computed.
+        kv_cache ([`ScaleKVCache`], *optional*): Cache for patterns that look back.
+        keep_unconditional (`bool`, defaults to `False`): Compute the unconditional half even at weight 0, because
+            later scales will look back at it.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, num_tokens, codebook_size)`.
+    """
+    if guidance_weight == 0 and not keep_unconditional:
+        return transformer(hidden_states, timestep, class_labels, kv_cache=kv_cache, return_dict=False)[0]
+    null_labels = torch.full_like(class_labels, transformer.config.num_classes)
+    logits = transformer(
+        torch.cat([hidden_states, hidden_states]),
+        timestep,
+        torch.cat([class_labels, null_labels]),
+        kv_cache=kv_cache,
+        return_dict=False,
+    )[0]
+    conditional, unconditional = logits.chunk(2)
+    return torch.lerp(unconditional, conditional, 1.0 + guidance_weight)
+
+
+def sample_scales(
+    vqvae: MultiScaleVQModel,
+    transformer: ScaleTransformer2DModel,
+    scheduler: ScaleScheduler,
+    class_labels: torch.LongTensor,
+    guidance_scale: float,
+    token_ids: torch.LongTensor,
+    latents: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    on_step_end: StepCallback | None = None,
+) -> tuple[torch.Tensor, torch.LongTensor]:
+    """
+    Run the reverse process over the scheduler's timesteps.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): Turns tokens into latent states.
+        transformer ([`ScaleTransformer2DModel`]): Predicts tokens.
+        scheduler ([`ScaleScheduler`]): Says which scales, how tokens are drawn, and which are drawn again.
+        class_labels (`torch.LongTensor` of shape `(batch,)`): Class ids.
+        guidance_scale (`float`): Classifier-free guidance; 1 and below is off.
+        token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): The pyramid to fill.
+        latents (`torch.Tensor` of shape `(batch, channels, height, width)`): The state to start from, float32.
+        generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.
+        on_step_end (`StepCallback`, *optional*): Called after every pass.
+
+    Returns:
+        `tuple[torch.Tensor, torch.LongTensor]`: The last latent state and the drawn pyramid.
+    """
+    timesteps = scheduler.timesteps.tolist()
+    grid_size = latents.shape[-2:]
+    kv_cache = ScaleKVCache() if transformer.needs_kv_cache else None
+    keep_unconditional = kv_cache is not None and guidance_scale > 1
+    time_travel = scheduler.config.resampling_feedback == "time_travel"
+    state_before, model_state, resample_mask = latents, latents, None
+    for index, timestep in enumerate(timesteps):
+        tokens, size = scheduler.token_slice(timestep), scheduler.scale_size(timestep)
+        pass_cache = kv_cache
+        if index == 0 or timesteps[index - 1] != timestep:
+            state_before, model_state, resample_mask = latents, latents, None
+        elif not resample_mask.any():
+            continue
+        elif time_travel and (coarser := scheduler.coarser_scales(timestep)):
+            travels = resample_mask.any(dim=1)
+            coarse_ids = vqvae.quantize_latents(latents, coarser)
+            coarse_ids = torch.where(travels[:, None], coarse_ids, token_ids[:, : tokens.start])
+            token_ids = torch.cat([coarse_ids, token_ids[:, tokens.start :]], dim=1)
+            revised = vqvae.latent_states(coarse_ids, coarser, grid_size)[-1]
+            state_before = model_state = torch.where(travels[:, None, None, None], revised, state_before)
+            if kv_cache is not None:
+                refill_cache(
+                    vqvae,
+                    transformer,
+                    scheduler,
+                    coarse_ids,
+                    timestep,
+                    class_labels,
+                    kv_cache,
+                    keep_unconditional,
+                    grid_size,
+                )
+        elif kv_cache is not None:
+            # Later scales look back at what the model was trained to see of this one: its first pass.
+            pass_cache = kv_cache.copy()
+        hidden_states = scheduler.scale_model_input(model_state, timestep).to(transformer.dtype)
+        weight = scheduler.guidance_weight(timestep, guidance_scale)
+        logits = guided_logits(
+            transformer, hidden_states, timestep, class_labels, weight, pass_cache, keep_unconditional
+        )
+        output = scheduler.step(logits, timestep, token_ids, resample_mask=resample_mask, generator=generator)
+        token_ids, resample_mask = output.prev_sample, output.resample_mask
+        token_map = token_ids[:, tokens].unflatten(1, size)
+        latents = state_before + vqvae.residual_map(token_map, grid_size).float()
+        if on_step_end is not None:
+            changed = on_step_end(index, timestep, {"latents": latents, "token_ids": token_ids})
+            latents, token_ids = changed["latents"], changed["token_ids"]
+        model_state = latents
+        if output.feedback_mask is not None:
+            kept = vqvae.residual_map(token_map, grid_size, mask=output.feedback_mask.unflatten(1, size))
+            model_state = state_before + kept.float()
+    return latents, token_ids
+
+
+def refill_cache(
+    vqvae: MultiScaleVQModel,
+    transformer: ScaleTransformer2DModel,
+    scheduler: ScaleScheduler,
+    coarse_ids: torch.LongTensor,
+    timestep: int,
+    class_labels: torch.LongTensor,
+    kv_cache: ScaleKVCache,
+    keep_unconditional: bool,
+    grid_size: Sequence[int],
+) -> None:
+    """Replace the cached scales before `timestep` by those of other tokens, in one forward over all of them."""
+    inputs = vqvae.teacher_forcing_inputs(coarse_ids, scheduler.coarser_scales(timestep), grid_size)
+    earlier = [t for t in scheduler.scale_timesteps() if t > timestep]
+    inputs = inputs.to(transformer.dtype)
+    guided_logits(transformer, inputs, earlier, class_labels, 0.0, kv_cache, keep_unconditional)

@@ -1,0 +1,93 @@
+"""Drawing tokens from logits: temperature, exact top-k and top-p, and noise that belongs to one image each."""
+
+import torch
+
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def candidate_probabilities(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> tuple[torch.Tensor, torch.LongTensor | None]:
+    """
+    The distribution that tokens are drawn from.
+
+    Only `top_k` candidates are ever sorted. Top-p keeps the most probable tokens until their probability reaches
+    `top_p`, counted among the top-k candidates as VAR does.
+
+    Args:
+        logits (`torch.Tensor` of shape `(..., codebook_size)`): Guided logits.
+        temperature (`float`, defaults to 1.0): Divides the logits; above 0.
+        top_k (`int`, defaults to 0): Number of candidates; 0 keeps all.
+        top_p (`float`, defaults to 1.0): Probability mass of the candidates, in (0, 1].
+
+    Returns:
+        `tuple[torch.Tensor, torch.LongTensor | None]`: Float32 weights of shape `(..., num_candidates)`, summing to at
+        most 1, and the token id of every candidate, or `None` if candidate `i` is token `i`.
+    """
+    scores, token_ids = logits.float() / temperature, None
+    if 0 < top_k < scores.shape[-1]:
+        scores, token_ids = scores.topk(top_k, dim=-1, sorted=top_p < 1)
+    elif top_p < 1:
+        scores, token_ids = scores.sort(dim=-1, descending=True)
+    probabilities = scores.softmax(dim=-1)
+    if top_p < 1:
+        better = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(better >= top_p, 0.0)
+        # Rounding must never remove the best candidate.
+        probabilities[..., 0] = probabilities[..., 0].clamp(min=torch.finfo(torch.float32).tiny)
+    return probabilities, token_ids
+
+
+def exponential_noise(
+    shape: torch.Size, generator: Generators, device: torch.device, rows: torch.BoolTensor | None = None
+) -> torch.Tensor:
+    """
+    Exponential noise of `shape`, image by image if there is a generator for each.
+
+    Args:
+        shape (`torch.Size`): `(batch, ...)`.
+        generator (`torch.Generator` or a list of `batch` of them, *optional*): The only source of randomness.
+        device (`torch.device`): Where the noise is needed.
+        rows (`torch.BoolTensor` of shape `(batch,)`, *optional*): Images that need noise. The generators of the others
+            are left alone, so that what an image draws does not depend on its neighbours.
+    """
+    if not isinstance(generator, list):
+        where = generator.device if generator is not None else device
+        return torch.empty(shape, device=where).exponential_(generator=generator).to(device)
+    noise = torch.ones(shape, device=device)
+    for index, image_generator in enumerate(generator):
+        if rows is None or rows[index]:
+            drawn = torch.empty(shape[1:], device=image_generator.device)
+            noise[index] = drawn.exponential_(generator=image_generator).to(device)
+    return noise
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: Generators = None,
+    rows: torch.BoolTensor | None = None,
+) -> torch.LongTensor:
+    """
+    Draw one token per position by an exponential race, `argmax(p / E)` with `E ~ Exp(1)`.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, num_tokens, codebook_size)`): Guided logits.
+        temperature (`float`, defaults to 1.0): 0 takes the most probable token.
+        top_k (`int`, defaults to 0): Number of candidates; 0 keeps all.
+        top_p (`float`, defaults to 1.0): Probability mass of the candidates, in (0, 1].
+        generator (`torch.Generator` or a list of `batch` of them, *optional*): The only source of randomness.
+        rows (`torch.BoolTensor` of shape `(batch,)`, *optional*): Images whose tokens will be used.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, num_tokens)`.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, token_ids = candidate_probabilities(logits, temperature, top_k, top_p)
+    noise = exponential_noise(probabilities.shape, generator, logits.device, rows)
+    winners = (probabilities / noise).argmax(dim=-1)
+    return winners if token_ids is None else token_ids.gather(-1, winners.unsqueeze(-1)).squeeze(-1)

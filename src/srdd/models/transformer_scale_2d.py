@@ -1,0 +1,435 @@
+"""The scale transformer: VAR's AdaLN transformer with exchangeable attention over scales.
+
+Shape legend: B batch, K scales, N_k tokens in scale k, N tokens of the scales at hand, D width, H heads, C code
+channels, V codebook.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+
+from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, scale_slices
+
+
+ATTENTION_PATTERNS = ("causal", "markov", "banded")
+
+Timesteps = int | Sequence[int] | torch.Tensor
+
+
+@dataclass
+class ScaleKVCache:
+    """
+    Keys and values of the scales already drawn, for the attention patterns that look back.
+
+    Pass one object to every [`ScaleTransformer2DModel.forward`] of a sampling run. A pass at a scale replaces what an
+    earlier pass stored there (pass a copy to leave it in place); scales are kept apart, so that nothing of a finer
+    scale is ever seen by a coarser one.
+    """
+
+    entries: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def update(self, layer: int, timestep: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store keys and values `(B, N_k, H, D / H)` of one layer and scale."""
+        self.entries[layer, timestep] = key, value
+
+    def get(self, layer: int, timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer and scale."""
+        return self.entries[layer, timestep]
+
+    def copy(self) -> "ScaleKVCache":
+        """A cache with the same tensors; storing in it leaves this one as it is."""
+        return ScaleKVCache(dict(self.entries))
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The scales stored, as timesteps, coarse to fine."""
+        return sorted({timestep for _, timestep in self.entries}, reverse=True)
+
+
+@dataclass(frozen=True)
+class ScaleSegment:
+    """Where one scale lies in the packed input, and what its tokens may see: cached scales, then packed tokens."""
+
+    timestep: int
+    tokens: slice
+    context: slice
+    cached: tuple[int, ...]
+
+
+class ScaleAttnProcessor:
+    """One dense attention call per scale: no pattern ever needs an N x N mask."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "ScaleAttention",
+        hidden_states: torch.Tensor,
+        segments: Sequence[ScaleSegment],
+        kv_cache: ScaleKVCache | None = None,
+    ) -> torch.Tensor:
+        query, key, value = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1)).unbind(2)  # (B, N, H, D/H)
+        if attn.qk_norm:
+            query = F.normalize(query, dim=-1) * attn.query_scale.clamp(max=attn.max_query_scale).exp()
+            key = F.normalize(key, dim=-1)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        attended = []
+        for segment in segments:
+            keys, values = key[:, segment.context], value[:, segment.context]
+            if kv_cache is not None:
+                kv_cache.update(attn.layer, segment.timestep, key[:, segment.tokens], value[:, segment.tokens])
+                if segment.cached:
+                    past = [kv_cache.get(attn.layer, timestep) for timestep in segment.cached]
+                    keys = torch.cat([*(pair[0] for pair in past), keys], dim=1)
+                    values = torch.cat([*(pair[1] for pair in past), values], dim=1)
+            attended.append(
+                dispatch_attention_fn(
+                    query[:, segment.tokens],
+                    keys,
+                    values,
+                    scale=attn.scale,
+                    backend=self._attention_backend,
+                    parallel_config=self._parallel_config,
+                )
+            )
+        return attn.to_out(torch.cat(attended, dim=1).flatten(2, 3))  # (B, N, D)
+
+
+class ScaleAttention(nn.Module, AttentionModuleMixin):
+    """
+    Self-attention with VAR's query-key normalisation.
+
+    The three projections are one linear layer. VAR's has no bias on the keys; converted checkpoints carry zeros there.
+    """
+
+    _default_processor_cls = ScaleAttnProcessor
+    _available_processors = [ScaleAttnProcessor]
+    _supports_qkv_fusion = False
+
+    max_query_scale = math.log(100)
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool, layer: int):
+        super().__init__()
+        self.heads = heads
+        self.layer = layer
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.scale = 1.0
+            self.query_scale = nn.Parameter(torch.full((heads, 1), math.log(4.0)))
+        else:
+            self.scale = 0.25 / math.sqrt(dim // heads)
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+        self.set_processor(self._default_processor_cls())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        segments: Sequence[ScaleSegment],
+        kv_cache: ScaleKVCache | None = None,
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, segments, kv_cache)
+
+
+def modulate(norm: nn.LayerNorm, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor):
+    """AdaLN: `norm(x) * (1 + scale) + shift`."""
+    return torch.addcmul(shift, norm(hidden_states), 1 + scale)
+
+
+class ScaleTransformerBlock(nn.Module):
+    """
+    Attention and MLP, each modulated and gated by the class embedding (AdaLN).
+
+    The six modulations are, in order: gates of attention and MLP, scales of both, shifts of both.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        shared_adaln: bool,
+        drop_path_rate: float,
+        norm_eps: float,
+        layer: int,
+    ):
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.attn = ScaleAttention(dim, heads, qk_norm, layer)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.ff = FeedForward(dim, inner_dim=round(dim * mlp_ratio), activation_fn="gelu-approximate")
+        if shared_adaln:
+            self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        else:
+            self.adaln = nn.Linear(dim, 6 * dim)
+
+    def drop_path(self, branch: torch.Tensor) -> torch.Tensor:
+        """Stochastic depth: a residual branch is dropped for whole images."""
+        if not self.training or self.drop_path_rate == 0.0:
+            return branch
+        kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path_rate
+        return branch * (kept / (1 - self.drop_path_rate)).to(branch.dtype)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        segments: Sequence[ScaleSegment],
+        kv_cache: ScaleKVCache | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, num_tokens, dim)`): Packed scales.
+            conditioning (`torch.Tensor` of shape `(batch, dim)`): SiLU of the class embedding; of shape
+                `(batch, 6 * dim)` and already projected if the model shares its AdaLN.
+            segments (`Sequence[ScaleSegment]`): The packed scales and what they see.
+            kv_cache ([`ScaleKVCache`], *optional*): Keys and values of scales not in the input.
+        """
+        if hasattr(self, "adaln"):
+            modulations = self.adaln(conditioning).unflatten(-1, (6, -1))  # (B, 6, D)
+        else:
+            modulations = conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
+        branch = self.attn(modulate(self.norm1, hidden_states, scale1, shift1), segments, kv_cache)
+        hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch))
+        branch = self.ff(modulate(self.norm2, hidden_states, scale2, shift2))
+        return torch.addcmul(hidden_states, gate2, self.drop_path(branch))
+
+
+class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+    r"""
+    Predicts the tokens of a scale from the latent state before it: `p_theta(z_k | x_k, k, y)`.
+
+    Time runs as in diffusion, `t = K - 1` (coarsest) to `t = 0` (finest). Scales are packed, coarse to fine.
+
+    Parameters:
+        codebook_size (`int`, defaults to 4096): Number of codes V of the tokenizer.
+        latent_channels (`int`, defaults to 32): Channels C of a code.
+        scale_sizes (`list`): All scales the model knows, as side lengths or `(height, width)` pairs. Position and
+            scale embeddings belong to this list; a schedule over fewer scales uses a part of them.
+        num_layers (`int`, defaults to 16): Number of blocks.
+        num_attention_heads (`int`, defaults to 16): Heads of every attention.
+        attention_head_dim (`int`, defaults to 64): Width of a head; the model's width is heads times this.
+        mlp_ratio (`float`, defaults to 4.0): Width of the MLP over the model's width.
+        num_classes (`int`, defaults to 1000): Number of classes; 0 is an unconditional model. The id `num_classes`
+            itself is the null class of classifier-free guidance.
+        attention_pattern (`str`, defaults to `"markov"`): What a token sees. `"markov"`: the inputs of its own scale,
+            which are the previous state, so that the scales form a Markov chain (paper, Definition 1; SDD).
+            `"causal"`: its own and all coarser scales (VAR). `"banded"`: its own and the scale just before it.
+            Weights fit all three.
+        qk_norm (`bool`, defaults to `True`): L2-normalise queries and keys, with a learned temperature per head.
+        shared_adaln (`bool`, defaults to `False`): One AdaLN projection for all blocks, as VAR's 512px model.
+        class_dropout_prob (`float`, defaults to 0.1): Share of labels replaced by the null class in training mode.
+        drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last block; it grows linearly from zero.
+        norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
+        id2label (`dict`, *optional*): Names of the classes.
+
+    Raises:
+        ValueError: If `attention_pattern` is unknown, `scale_sizes` is no growing list of scales, or `id2label` names
+            classes that do not exist.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ScaleTransformerBlock"]
+    _repeated_blocks = ["ScaleTransformerBlock"]
+    _skip_layerwise_casting_patterns = ["class_embed", "scale_embed", "norm"]
+    _skip_keys = ["kv_cache"]
+
+    @register_to_config
+    def __init__(
+        self,
+        codebook_size: int = 4096,
+        latent_channels: int = 32,
+        scale_sizes: ScaleSizes = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        num_layers: int = 16,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        attention_pattern: str = "markov",
+        qk_norm: bool = True,
+        shared_adaln: bool = False,
+        class_dropout_prob: float = 0.1,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-6,
+        id2label: dict[int, str] | None = None,
+    ):
+        super().__init__()
+        if attention_pattern not in ATTENTION_PATTERNS:
+            raise ValueError(f"`attention_pattern` must be one of {ATTENTION_PATTERNS}, got {attention_pattern!r}.")
+        # JSON turns integer keys into strings; the config holds strings from the start.
+        names = {str(index): name for index, name in (id2label or {}).items()}
+        unknown = sorted(index for index in names if not index.isdigit() or int(index) >= num_classes)
+        if unknown:
+            raise ValueError(f"`id2label` must name classes in [0, {num_classes - 1}], got {unknown}.")
+        scale_sizes = normalize_scale_sizes(scale_sizes)
+        self.register_to_config(scale_sizes=scale_sizes, id2label=names)
+
+        self.token_slices = scale_slices(scale_sizes)
+        dim = num_attention_heads * attention_head_dim
+        self.proj_in = nn.Linear(latent_channels, dim)
+        self.class_embed = nn.Embedding(num_classes + 1, dim)
+        self.scale_embed = nn.Embedding(len(scale_sizes), dim)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.token_slices[-1].stop, dim))
+        self.start_pos_embed = nn.Parameter(torch.empty(1, self.token_slices[0].stop, dim))
+        self.shared_adaln = nn.Linear(dim, 6 * dim) if shared_adaln else None
+        self.blocks = nn.ModuleList(
+            ScaleTransformerBlock(
+                dim=dim,
+                heads=num_attention_heads,
+                mlp_ratio=mlp_ratio,
+                qk_norm=qk_norm,
+                shared_adaln=shared_adaln,
+                drop_path_rate=drop_path_rate * layer / max(num_layers - 1, 1),
+                norm_eps=norm_eps,
+                layer=layer,
+            )
+            for layer in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.adaln_out = nn.Linear(dim, 2 * dim)
+        self.proj_out = nn.Linear(dim, codebook_size)
+        self.gradient_checkpointing = False
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """VAR's initialisation: small gates, a small head and residual branches scaled by depth."""
+        std = math.sqrt(1 / (3 * self.pos_embed.shape[-1]))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=std)
+        nn.init.trunc_normal_(self.start_pos_embed, std=std)
+        self.proj_out.weight.mul_(0.02)
+        self.adaln_out.weight.mul_(0.5)
+        for block in self.blocks:
+            for linear in (block.attn.to_out, block.ff.net[-1]):
+                linear.weight.div_(math.sqrt(2 * len(self.blocks)))
+            six = block.adaln.weight.unflatten(0, (6, -1)) if hasattr(block, "adaln") else block.scale_shift_table
+            six[:2].mul_(1e-5)
+            six[2:].mul_(0.5)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes by id."""
+        return {int(index): name for index, name in self.config.id2label.items()}
+
+    @property
+    def needs_kv_cache(self) -> bool:
+        """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
+        return self.config.attention_pattern != "markov"
+
+    def _check_timesteps(self, timestep: Timesteps | None) -> list[int]:
+        last = len(self.token_slices) - 1
+        if timestep is None:
+            return list(range(last, -1, -1))
+        values = timestep.tolist() if isinstance(timestep, torch.Tensor) else timestep
+        values = [values] if isinstance(values, int) else list(values)
+        falling = all(coarse > fine for coarse, fine in zip(values, values[1:]))
+        if not values or not falling or min(values) < 0 or max(values) > last:
+            raise ValueError(f"`timestep` must be falling integers in [0, {last}], got {values}.")
+        return values
+
+    def _segments(self, timesteps: list[int], kv_cache: ScaleKVCache | None) -> list[ScaleSegment]:
+        """What each packed scale sees under the attention pattern."""
+        pattern = self.config.attention_pattern
+        cached = [t for t in kv_cache.timesteps if t > timesteps[0]] if kv_cache is not None else []
+        segments, start = [], 0
+        for index, timestep in enumerate(timesteps):
+            size = self.token_slices[-1 - timestep]
+            tokens = slice(start, start + size.stop - size.start)
+            seen_from, seen_cached = start, ()
+            if pattern == "causal":
+                seen_from, seen_cached = 0, tuple(cached)
+            elif pattern == "banded" and index > 0:
+                seen_from = segments[-1].tokens.start
+            elif pattern == "banded":
+                seen_cached = tuple(cached[-1:])
+            segments.append(ScaleSegment(timestep, tokens, slice(seen_from, tokens.stop), seen_cached))
+            start = tokens.stop
+        return segments
+
+    def _embed(self, hidden_states: torch.Tensor, class_embedding: torch.Tensor, timesteps: list[int]):
+        """Input, position and scale embeddings; the coarsest scale starts from the class embedding (SOS)."""
+        embedded = self.proj_in(hidden_states)  # (B, N, D)
+        if timesteps[0] == len(self.token_slices) - 1:
+            start = class_embedding.unsqueeze(1) + self.start_pos_embed
+            embedded = torch.cat([start, embedded[:, start.shape[1] :]], dim=1)
+        scale_ids = [len(self.token_slices) - 1 - timestep for timestep in timesteps]
+        scales = self.scale_embed(torch.tensor(scale_ids, device=embedded.device))  # (K, D)
+        positions = [self.pos_embed[:, self.token_slices[k]] + scale for k, scale in zip(scale_ids, scales)]
+        return embedded + torch.cat(positions, dim=1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: Timesteps | None = None,
+        class_labels: torch.LongTensor | None = None,
+        kv_cache: ScaleKVCache | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, num_tokens, latent_channels)`):
+                The inputs `x_k` of one scale, or of several packed coarse to fine. Those of the coarsest scale are not
+                read: the class embedding stands there.
+            timestep (`int`, `Sequence[int]` or `torch.Tensor`, *optional*):
+                The scales in `hidden_states`, as falling timesteps `K - 1 ... 0`; all of them by default (training).
+            class_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Class ids in `[0, num_classes]`; `num_classes` is the null class, the default.
+            kv_cache ([`ScaleKVCache`], *optional*):
+                Gives the patterns "causal" and "banded" the scales that are not in `hidden_states`, and receives those
+                that are.
+            return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
+
+        Returns:
+            `Transformer2DModelOutput` or `(sample,)`: Logits of shape `(batch, num_tokens, codebook_size)`.
+
+        Raises:
+            ValueError: If `timestep` is not falling or out of range, or `hidden_states` does not hold those scales.
+        """
+        timesteps = self._check_timesteps(timestep)
+        segments = self._segments(timesteps, kv_cache)
+        expected = (segments[-1].tokens.stop, self.config.latent_channels)
+        if hidden_states.ndim != 3 or tuple(hidden_states.shape[1:]) != expected:
+            raise ValueError(
+                f"`hidden_states` must have shape (batch, {expected[0]}, {expected[1]}) for the timesteps {timesteps},"
+                f" got {tuple(hidden_states.shape)}."
+            )
+        null_class = self.config.num_classes
+        if class_labels is None:
+            class_labels = torch.full((hidden_states.shape[0],), null_class, device=hidden_states.device)
+        if self.training and self.config.class_dropout_prob > 0:
+            dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout_prob
+            class_labels = torch.where(dropped, null_class, class_labels)
+
+        class_embedding = self.class_embed(class_labels)  # (B, D)
+        hidden_states = self._embed(hidden_states, class_embedding, timesteps)  # (B, N, D)
+        condition = F.silu(class_embedding)
+        conditioning = condition if self.shared_adaln is None else self.shared_adaln(condition)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, conditioning, segments, kv_cache
+                )
+            else:
+                hidden_states = block(hidden_states, conditioning, segments, kv_cache)
+        scale, shift = self.adaln_out(condition).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
+        logits = self.proj_out(modulate(self.norm_out, hidden_states, scale, shift))  # (B, N, V)
+        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)

@@ -1,0 +1,78 @@
+"""Scale lists: the one idea every part of the package shares.
+
+A scale list is written coarse to fine as `(height, width)` pairs; a bare integer stands for a square scale. Token
+pyramids are packed: one `(batch, num_tokens)` tensor that holds the scales one after the other, each in row-major
+order.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+
+ScaleSizes = Sequence[int | Sequence[int]]
+
+
+def normalize_scale_sizes(scale_sizes: ScaleSizes, name: str = "scale_sizes") -> list[list[int]]:
+    """
+    Turn a scale list into `[[height, width], ...]`, the JSON form in which configs store it.
+
+    Args:
+        scale_sizes (`Sequence[int | Sequence[int]]`): Square side lengths or `(height, width)` pairs, coarse to fine.
+        name (`str`, defaults to `"scale_sizes"`): The argument's name in error messages.
+
+    Returns:
+        `list[list[int]]`: One `[height, width]` per scale.
+
+    Raises:
+        ValueError: If the list is empty, an entry is not one or two positive integers, or a scale does not contain
+            more tokens than the one before it in at least as many rows and columns.
+    """
+    rule = f"`{name}` must list at least one scale, each a positive integer or a (height, width) pair of them"
+    if isinstance(scale_sizes, (str, bytes)) or not isinstance(scale_sizes, Sequence) or len(scale_sizes) == 0:
+        raise ValueError(f"{rule}, got {scale_sizes!r}.")
+    sizes = []
+    for size in scale_sizes:
+        pair = [size, size] if isinstance(size, int) else list(size) if isinstance(size, Sequence) else []
+        if len(pair) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in pair):
+            raise ValueError(f"{rule}, got {scale_sizes!r}.")
+        sizes.append(pair)
+    for coarse, fine in zip(sizes, sizes[1:]):
+        if fine[0] < coarse[0] or fine[1] < coarse[1] or fine == coarse:
+            raise ValueError(f"`{name}` must grow from scale to scale, got {fine} after {coarse} in {scale_sizes!r}.")
+    return sizes
+
+
+def num_tokens_per_scale(scale_sizes: Sequence[Sequence[int]]) -> list[int]:
+    """Number of tokens `height * width` of every scale."""
+    return [height * width for height, width in scale_sizes]
+
+
+def scale_slices(scale_sizes: Sequence[Sequence[int]]) -> list[slice]:
+    """Where each scale lies in a packed token pyramid."""
+    ends = list(accumulate(num_tokens_per_scale(scale_sizes)))
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+def split_scales(token_ids: torch.Tensor, scale_sizes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """
+    Cut a packed pyramid into token maps.
+
+    Args:
+        token_ids (`torch.Tensor` of shape `(batch, num_tokens, ...)`): Packed pyramid (ids, or features per token).
+        scale_sizes (`Sequence[Sequence[int]]`): `(height, width)` of every scale.
+
+    Returns:
+        `list[torch.Tensor]`: One tensor of shape `(batch, height, width, ...)` per scale.
+
+    Raises:
+        ValueError: If `token_ids` does not hold as many tokens as the scales have.
+    """
+    counts = num_tokens_per_scale(scale_sizes)
+    if token_ids.ndim < 2 or token_ids.shape[1] != sum(counts):
+        raise ValueError(
+            f"`token_ids` must have shape (batch, {sum(counts)}) for the scales {list(map(tuple, scale_sizes))}, got"
+            f" {tuple(token_ids.shape)}."
+        )
+    return [part.unflatten(1, tuple(size)) for part, size in zip(token_ids.split(counts, dim=1), scale_sizes)]

@@ -1,0 +1,1 @@
+"""What the training scripts share. Needs the `train` extra: `pip install srdd[train]`."""
