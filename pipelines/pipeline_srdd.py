@@ -77,7 +77,8 @@ class SRDDPipeline(DiffusionPipeline):
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be a part of {self._callback_tensor_inputs}, got {unknown}."
+                f"`callback_on_step_end_tensor_inputs` must be a part of {self._callback_tensor_inputs}, got"
+                f" {unknown}."
             )
 
     def encode_class_labels(self, class_labels: Any, num_images_per_prompt: int) -> tuple[torch.LongTensor, bool]:

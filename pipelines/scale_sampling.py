@@ -27,8 +27,8 @@ def check_components(
     if scheduler.config.scale_sizes != transformer.config.scale_sizes:
         raise ValueError(
             "`scheduler.config.scale_sizes` must be the scales of the transformer,"
-            f" {transformer.config.scale_sizes}, got {scheduler.config.scale_sizes}. For fewer steps keep `scale_sizes`"
-            " and set `scales`."
+            f" {transformer.config.scale_sizes}, got {scheduler.config.scale_sizes}. For fewer steps keep"
+            " `scale_sizes` and set `scales`."
         )
     facts = [
         ("latent grid", vqvae.config.scale_sizes[-1], transformer.config.scale_sizes[-1]),
