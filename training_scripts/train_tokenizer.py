@@ -21,7 +21,7 @@ from srdd import MultiScaleVQModel
 from srdd.training.arguments import add_common_arguments
 from srdd.training.checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
 from srdd.training.codebook import CodebookTracker
-from srdd.training.data import load_labelled_images, training_transform
+from srdd.training.data import AugmentedImages, load_labelled_images, training_transform
 from srdd.training.loop import (
     append_json_line,
     batches_from,
@@ -58,10 +58,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     losses.add_argument("--commitment_weight", type=float, default=0.25)
     losses.add_argument("--revive_steps", type=int, default=100, help="Steps between revivals of dead codes.")
     losses.add_argument("--revive_until", type=float, default=0.7, help="Share of training with revivals.")
-    args = parser.parse_args(arguments)
-    if args.adam_weight_decay == parser.get_default("adam_weight_decay"):
-        args.adam_weight_decay = 0.0  # decay would pull codes and norms to zero
-    return args
+    parser.set_defaults(adam_weight_decay=0.0)  # decay would pull codes and norms to zero
+    return parser.parse_args(arguments)
 
 
 def build_model(args: argparse.Namespace) -> MultiScaleVQModel:
@@ -115,9 +113,9 @@ def main(args: argparse.Namespace) -> None:
     )
     validation = images.validation if images.validation is not None else images.train
     validation = validation.shuffle(seed=0).select(range(min(512, len(validation))))
-    images.train.set_transform(training_transform(images, args.resolution, not args.center_crop, args.random_flip))
+    augmented = AugmentedImages(images, args.resolution, not args.center_crop, args.random_flip, args.seed)
     validation.set_transform(training_transform(images, args.resolution))
-    loader = make_loader(args, images.train)
+    loader = make_loader(args, augmented)
     validation_loader = torch.utils.data.DataLoader(validation, batch_size=args.train_batch_size)
 
     model = build_model(args).to(memory_format=torch.channels_last)

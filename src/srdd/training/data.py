@@ -79,30 +79,58 @@ def load_labelled_images(
         )
     id2label: dict[int, str] = {}
     if label_column is not None:
-        if not isinstance(train.features[label_column], datasets.ClassLabel):
-            train = train.class_encode_column(label_column)
-            if validation is not None:
-                validation = validation.cast_column(label_column, train.features[label_column])
+        train, validation = _as_class_labels(train, validation, label_column)
         id2label = dict(enumerate(train.features[label_column].names))
     if max_train_samples is not None and max_train_samples < len(train):
         train = train.shuffle(seed=seed).select(range(max_train_samples))
     return LabelledImages(train, validation, image_column, label_column, id2label)
 
 
-def image_to_tensor(image: Image.Image, resolution: int, random_crop: bool = False, random_flip: bool = False):
+def _as_class_labels(
+    train: datasets.Dataset, validation: datasets.Dataset | None, label_column: str
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Both splits with class ids in the label column: numbers keep their order, names are sorted."""
+    feature = train.features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        return train, validation
+    order = int if "int" in feature.dtype else str
+    # By way of strings: as a number, the label 2 of the classes (0, 2, 5) would be taken for an id.
+    splits = [train] if validation is None else [train, validation]
+    splits = [split.cast_column(label_column, datasets.Value("string")) for split in splits]
+    names = sorted(splits[0].unique(label_column), key=order)
+    unknown = sorted(set(splits[-1].unique(label_column)).difference(names))
+    if unknown:
+        raise ValueError(
+            f"`label_column` must hold the same labels in the validation split as in `train`, {names}, got {unknown}."
+        )
+    splits = [split.cast_column(label_column, datasets.ClassLabel(names=names)) for split in splits]
+    return splits[0], splits[1] if validation is not None else None
+
+
+def image_to_tensor(
+    image: Image.Image,
+    resolution: int,
+    random_crop: bool = False,
+    random_flip: bool = False,
+    rng: random.Random | None = None,
+) -> torch.Tensor:
     """
     Scale the shorter side of a picture to `resolution`, crop a square and return pixels in [-1, 1].
 
     Args:
-        image (`PIL.Image.Image`): Any mode; an EXIF rotation is applied, transparency is laid on white.
+        image (`PIL.Image.Image`): Any mode but "F"; an EXIF rotation is applied, transparency is laid on white.
         resolution (`int`): Side of the square.
         random_crop (`bool`, defaults to `False`): Crop at random instead of in the centre.
         random_flip (`bool`, defaults to `False`): Mirror half of the pictures.
+        rng (`random.Random`, *optional*): Draws crop and mirroring; Python's shared generator by default.
 
     Returns:
         `torch.Tensor` of shape `(3, resolution, resolution)`, float32.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # 16 bits; Pillow's own conversion cuts values off at 255.
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -112,21 +140,52 @@ def image_to_tensor(image: Image.Image, resolution: int, random_crop: bool = Fal
         size = (max(resolution, round(image.width * ratio)), max(resolution, round(image.height * ratio)))
         image = image.resize(size, Image.Resampling.BICUBIC)
     free_x, free_y = image.width - resolution, image.height - resolution
-    left, top = (random.randint(0, free_x), random.randint(0, free_y)) if random_crop else (free_x // 2, free_y // 2)
+    rng = rng or random
+    left, top = (rng.randint(0, free_x), rng.randint(0, free_y)) if random_crop else (free_x // 2, free_y // 2)
     image = image.crop((left, top, left + resolution, top + resolution))
-    if random_flip and random.random() < 0.5:
+    if random_flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
-def training_transform(
-    images: LabelledImages, resolution: int, random_crop: bool = False, random_flip: bool = False
-) -> Callable[[dict], dict]:
-    """Transform for `datasets.Dataset.set_transform`: batches with `"pixel_values"` and, if there are, `"labels"`."""
+def training_transform(images: LabelledImages, resolution: int) -> Callable[[dict], dict]:
+    """Transform for `datasets.Dataset.set_transform`: `"pixel_values"`, cropped in the centre, and `"labels"`."""
 
     def transform(batch: dict) -> dict:
-        pixels = [image_to_tensor(image, resolution, random_crop, random_flip) for image in batch[images.image_column]]
+        pixels = [image_to_tensor(image, resolution) for image in batch[images.image_column]]
         labels = batch[images.label_column] if images.label_column is not None else [0] * len(pixels)
         return {"pixel_values": pixels, "labels": labels}
 
     return transform
+
+
+class AugmentedImages(torch.utils.data.Dataset):
+    """
+    Training images, cropped and mirrored at random, but always alike for one seed, epoch and image: a run that is
+    resumed sees what an uninterrupted one does.
+
+    Args:
+        images ([`LabelledImages`]): Its training split is used.
+        resolution (`int`): Side of the images.
+        random_crop (`bool`): Crop at random instead of in the centre.
+        random_flip (`bool`): Mirror half of the images.
+        seed (`int`): Seed of the augmentation.
+    """
+
+    def __init__(self, images: LabelledImages, resolution: int, random_crop: bool, random_flip: bool, seed: int):
+        self.images = images
+        self.options = (resolution, random_crop, random_flip)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other crops and mirrorings from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.images.train)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(f"{self.seed} {self.epoch} {index}")
+        image = self.images.train[index][self.images.image_column]
+        return {"pixel_values": image_to_tensor(image, *self.options, rng=rng)}

@@ -74,6 +74,8 @@ def batches_from(accelerator: Accelerator, loader: DataLoader, first_step: int, 
     while done < wanted:
         epoch, skipped = divmod(done, len(loader))
         loader.set_epoch(epoch)
+        if hasattr(loader.dataset, "set_epoch"):
+            loader.dataset.set_epoch(epoch)
         for batch in accelerator.skip_first_batches(loader, skipped) if skipped else loader:
             yield batch
             done += 1

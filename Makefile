@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: sample test quality style clean
+
+sample: $(VENV)/.sample
+	$(BIN)/python training_scripts/sample_srdd.py \
+		--pretrained_model_name_or_path model_cards/srdd-fruits64 --output sample.png
+	@echo "Wrote sample.png"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/.quality
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.quality
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) sample.png
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.sample: $(BIN)/python setup.py constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: $(BIN)/python setup.py constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,test]"
+	touch $@
+
+$(VENV)/.quality: $(BIN)/python setup.py constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt ruff
+	touch $@

@@ -1,0 +1,273 @@
+import random
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from srdd.training.data import image_to_tensor, load_labelled_images, training_transform
+
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+QUADRANTS = [[RED, GREEN], [BLUE, WHITE]]
+
+
+def blocks(colours, side: int = 8, mode: str = "RGB") -> Image.Image:
+    """A picture of squares in these colours."""
+    pixels = np.array(colours, dtype=np.uint8).repeat(side, axis=0).repeat(side, axis=1)
+    return Image.fromarray(pixels, mode=mode) if mode != "RGB" else Image.fromarray(pixels)
+
+
+def colour_at(pixels: torch.Tensor, row: int, column: int) -> tuple[int, ...]:
+    return tuple(((pixels[:, row, column] + 1) * 127.5).round().int().tolist())
+
+
+def corners(pixels: torch.Tensor) -> list[list[tuple[int, ...]]]:
+    return [[colour_at(pixels, row, column) for column in (1, -2)] for row in (1, -2)]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path, monkeypatch):
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def image_table(labels, dtype="int64", **columns) -> datasets.Dataset:
+    picture = blocks(QUADRANTS, side=2)
+    features = {"image": datasets.Image(), "label": datasets.Value(dtype) if isinstance(dtype, str) else dtype}
+    features |= {name: datasets.Value("string") for name in columns}
+    return datasets.Dataset.from_dict(
+        {"image": [picture] * len(labels), "label": labels, **columns}, features=datasets.Features(features)
+    )
+
+
+def save_parquet(tmp_path, **splits: datasets.Dataset) -> str:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, split in splits.items():
+        split.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_pixels_are_scaled_to_minus_one_and_one():
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    pixels = image_to_tensor(Image.fromarray(np.stack([ramp] * 3, axis=-1)), 16)
+    assert pixels.shape == (3, 16, 16)
+    assert pixels.dtype == torch.float32
+    np.testing.assert_allclose(pixels[1].numpy(), ramp / 127.5 - 1, atol=1e-6)
+    assert (pixels.min(), pixels.max()) == (-1, 1)
+
+
+def test_rows_and_columns_stay_in_place():
+    assert corners(image_to_tensor(blocks(QUADRANTS), 16)) == QUADRANTS
+
+
+@pytest.mark.parametrize("resolution", [4, 10, 16, 24])
+@pytest.mark.parametrize("size", [(16, 16), (40, 16), (16, 40), (7, 100), (17, 33)])
+def test_any_shape_becomes_a_square(size, resolution):
+    assert image_to_tensor(Image.new("RGB", size, RED), resolution).shape == (3, resolution, resolution)
+
+
+def test_the_centre_of_the_longer_side_is_kept():
+    wide = image_to_tensor(blocks([[RED, GREEN, BLUE]]), 8)
+    tall = image_to_tensor(blocks([[RED], [GREEN], [BLUE]]), 8)
+    assert corners(wide) == corners(tall) == [[GREEN, GREEN], [GREEN, GREEN]]
+
+
+def test_the_shorter_side_is_scaled():
+    pixels = image_to_tensor(blocks([[WHITE, RED, RED, WHITE], [WHITE, RED, RED, WHITE]], side=16), 8)
+    assert corners(pixels) == [[RED, RED], [RED, RED]]
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grey_pictures_get_three_equal_channels(mode):
+    picture = Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8).repeat(8, 0).repeat(8, 1)).convert(mode)
+    assert corners(image_to_tensor(picture, 16)) == [[(0, 0, 0), WHITE], [WHITE, (0, 0, 0)]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bit_greys_keep_their_range(tmp_path, suffix):
+    greys = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(greys).save(tmp_path / f"grey.{suffix}")
+    with Image.open(tmp_path / f"grey.{suffix}") as picture:
+        assert picture.mode.startswith("I")
+        pixels = image_to_tensor(picture, 16)
+    for channel in pixels:
+        np.testing.assert_allclose(channel.numpy(), greys / 32767.5 - 1, atol=1 / 127)
+
+
+def test_thirty_two_bit_greys_are_read_as_sixteen_bit():
+    picture = Image.fromarray(np.array([[0, 65535], [32768, 70000]], dtype=np.int32))
+    assert picture.mode == "I"
+    assert image_to_tensor(picture, 2)[0].tolist() == [[-1, 1], [pytest.approx(0, abs=0.005), 1]]
+
+
+def test_transparency_is_laid_on_white():
+    colours = [[(*RED, 255), (*RED, 0)], [(0, 0, 0, 128), (*BLUE, 255)]]
+    pixels = image_to_tensor(blocks(colours, mode="RGBA"), 16)
+    assert corners(pixels) == [[RED, WHITE], [(127, 127, 127), BLUE]]
+
+
+def test_grey_with_transparency():
+    pixels = image_to_tensor(blocks([[(0, 255), (0, 0)], [(200, 255), (200, 0)]], mode="LA"), 16)
+    assert corners(pixels) == [[(0, 0, 0), WHITE], [(200, 200, 200), WHITE]]
+
+
+def test_palette_with_a_transparent_colour(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1], [2, 1]], dtype=np.uint8).repeat(8, 0).repeat(8, 1), mode="P")
+    picture.putpalette([*RED, *GREEN, *BLUE])
+    assert corners(image_to_tensor(picture, 16)) == [[RED, GREEN], [BLUE, GREEN]]
+    picture.save(tmp_path / "palette.png", transparency=1)
+    with Image.open(tmp_path / "palette.png") as saved:
+        assert saved.mode == "P"
+        assert corners(image_to_tensor(saved, 16)) == [[RED, WHITE], [BLUE, WHITE]]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turn a quarter clockwise to see it upright.
+    blocks(QUADRANTS).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as picture:
+        pixels = image_to_tensor(picture, 16)
+    assert corners(pixels) == [[BLUE, RED], [WHITE, GREEN]]
+
+
+def test_other_colour_spaces_become_rgb():
+    assert corners(image_to_tensor(blocks(QUADRANTS).convert("CMYK"), 16)) == QUADRANTS
+
+
+def test_random_crops_lie_anywhere_in_the_picture():
+    random.seed(0)
+    picture = blocks([[(20 * column, 0, 0) for column in range(13)]], side=1).resize((13, 1), Image.Resampling.NEAREST)
+    lefts = [colour_at(image_to_tensor(picture, 1, random_crop=True), 0, 0)[0] // 20 for _ in range(400)]
+    assert set(lefts) == set(range(13))
+    assert {colour_at(image_to_tensor(picture, 1), 0, 0)[0] // 20 for _ in range(5)} == {6}
+
+
+def test_random_flips_mirror_half_of_the_pictures():
+    random.seed(0)
+    drawn = [corners(image_to_tensor(blocks(QUADRANTS), 16, random_flip=True)) for _ in range(400)]
+    flipped = drawn.count([row[::-1] for row in QUADRANTS])
+    assert drawn.count(QUADRANTS) + flipped == 400
+    assert abs(flipped - 200) < 4 * 10
+
+
+def test_a_folder_with_one_subfolder_per_class(tmp_path):
+    for name, colours in {"pear": [[GREEN]], "apple": [[RED]], "blue berry": [[BLUE]]}.items():
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(2):
+            blocks(colours).save(tmp_path / "pictures" / name / f"{index}.png")
+    images = load_labelled_images(train_data_dir=str(tmp_path / "pictures"), cache_dir=str(tmp_path / "cache"))
+    assert images.id2label == {0: "apple", 1: "blue berry", 2: "pear"}
+    assert images.validation is None
+    images.train.set_transform(training_transform(images, resolution=4))
+    expected = {0: RED, 1: BLUE, 2: GREEN}
+    items = [images.train[index] for index in range(6)]
+    assert sorted(item["labels"] for item in items) == [0, 0, 1, 1, 2, 2]
+    for item in items:
+        assert colour_at(item["pixel_values"], 0, 0) == expected[item["labels"]]
+
+
+def test_splits_of_a_folder(tmp_path):
+    for split in ("train", "validation"):
+        for name in ("b", "a"):
+            (tmp_path / "pictures" / split / name).mkdir(parents=True)
+            blocks([[RED]]).save(tmp_path / "pictures" / split / name / "0.png")
+    images = load_labelled_images(train_data_dir=str(tmp_path / "pictures"), cache_dir=str(tmp_path / "cache"))
+    assert (len(images.train), len(images.validation)) == (2, 2)
+    assert images.id2label == {0: "a", 1: "b"}
+
+
+def test_class_labels_of_a_data_set_are_kept(tmp_path):
+    feature = datasets.ClassLabel(names=["z", "y", "x"])
+    folder = save_parquet(tmp_path, train=image_table([2, 0, 1], feature), validation=image_table([1, 2], feature))
+    images = load_labelled_images(folder, cache_dir=str(tmp_path / "cache"))
+    assert images.id2label == {0: "z", 1: "y", 2: "x"}
+    assert (images.train["label"][:], images.validation["label"][:]) == ([2, 0, 1], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "train", "validation", "names", "train_ids", "validation_ids"),
+    [
+        ("string", ["b", "c", "a"], ["c", "a"], ["a", "b", "c"], [1, 2, 0], [2, 0]),
+        ("int64", [0, 1, 2], [2, 0], ["0", "1", "2"], [0, 1, 2], [2, 0]),
+        ("int32", [3, 1, 2], [2, 3], ["1", "2", "3"], [2, 0, 1], [1, 2]),
+        ("int64", [10, 2, 0], [2, 10], ["0", "2", "10"], [2, 1, 0], [1, 2]),
+        ("int64", list(range(12)), [11, 2], [str(i) for i in range(12)], list(range(12)), [11, 2]),
+        ("bool", [True, False], [True], ["false", "true"], [1, 0], [1]),
+    ],
+)
+def test_plain_columns_become_class_labels_alike_in_both_splits(
+    tmp_path, dtype, train, validation, names, train_ids, validation_ids
+):
+    folder = save_parquet(tmp_path, train=image_table(train, dtype), validation=image_table(validation, dtype))
+    images = load_labelled_images(folder, cache_dir=str(tmp_path / "cache"))
+    assert images.id2label == dict(enumerate(names))
+    assert images.train["label"][:] == train_ids
+    assert images.validation["label"][:] == validation_ids
+
+
+def test_labels_of_the_validation_split_alone_are_refused(tmp_path):
+    folder = save_parquet(tmp_path, train=image_table([1, 2, 3]), validation=image_table([0, 3]))
+    with pytest.raises(ValueError, match=r"`label_column` must hold .* as in `train`, \['1', '2', '3'\], got \['0'\]"):
+        load_labelled_images(folder, cache_dir=str(tmp_path / "cache"))
+
+
+def test_data_without_labels(tmp_path):
+    folder = save_parquet(tmp_path, train=image_table([5, 6]))
+    images = load_labelled_images(folder, label_column=None, cache_dir=str(tmp_path / "cache"))
+    assert images.id2label == {}
+    batch = training_transform(images, resolution=4)(images.train[:])
+    assert [pixels.shape for pixels in batch["pixel_values"]] == [(3, 4, 4)] * 2
+    assert batch["labels"] == [0, 0]
+
+
+def test_columns_may_have_other_names(tmp_path):
+    folder = save_parquet(tmp_path, train=image_table([5, 6], kind=["x", "y"]).rename_column("image", "picture"))
+    images = load_labelled_images(
+        folder, image_column="picture", label_column="kind", cache_dir=str(tmp_path / "cache")
+    )
+    assert images.id2label == {0: "x", 1: "y"}
+    assert training_transform(images, resolution=4)(images.train[:])["labels"] == [0, 1]
+
+
+def test_a_seed_draws_the_same_part_of_the_data(tmp_path):
+    folder = save_parquet(tmp_path, train=image_table(list(range(20))))
+
+    def part(seed):
+        images = load_labelled_images(folder, cache_dir=str(tmp_path / "cache"), max_train_samples=6, seed=seed)
+        assert len(images.id2label) == 20
+        return images.train["label"][:]
+
+    assert len(set(part(0))) == 6
+    assert part(0) == part(0)
+    assert part(0) != part(1)
+    images = load_labelled_images(folder, cache_dir=str(tmp_path / "cache"), max_train_samples=50)
+    assert images.train["label"][:] == list(range(20))
+
+
+@pytest.mark.parametrize("sources", [{}, {"dataset_name": "a", "train_data_dir": "b"}])
+def test_exactly_one_source(sources):
+    with pytest.raises(ValueError, match="Give either `dataset_name` or `train_data_dir`, got"):
+        load_labelled_images(**sources)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_column": "photo"}, r"`image_column` must be one of \['image', 'label'\], got 'photo'"),
+        ({"label_column": "class"}, r"`label_column` must be one of \['image', 'label'\], .*got 'class'"),
+    ],
+)
+def test_columns_that_do_not_exist_are_refused(tmp_path, arguments, message):
+    folder = save_parquet(tmp_path, train=image_table([0, 1]))
+    with pytest.raises(ValueError, match=message):
+        load_labelled_images(folder, cache_dir=str(tmp_path / "cache"), **arguments)
+
+
+def test_a_data_set_without_train_split_is_refused(tmp_path):
+    folder = save_parquet(tmp_path, test=image_table([0, 1]))
+    with pytest.raises(ValueError, match=r"must have a `train` split, got \['test'\]"):
+        load_labelled_images(folder, cache_dir=str(tmp_path / "cache"))
