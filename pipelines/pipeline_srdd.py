@@ -38,7 +38,7 @@ class SRDDPipeline(DiffusionPipeline):
     ```
     """
 
-    model_cpu_offload_seq = "transformer->vqvae"
+    model_cpu_offload_seq = "transformer"
     # The tokenizer is needed after every scale, so the whole of it stays on the device while sampling.
     _exclude_from_cpu_offload = ["vqvae"]
     _callback_tensor_inputs = ["latents", "token_ids"]
@@ -145,7 +145,8 @@ class SRDDPipeline(DiffusionPipeline):
             return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
             callback_on_step_end (`Callable`, *optional*):
                 Called after every pass as `callback(pipe, step_index, timestep, callback_kwargs)`; tensors in the
-                dictionary that it returns replace those of the run. `pipe.decode_latents(callback_kwargs["latents"],
+                dictionary that it returns replace those of the run (the latents of a scale's last pass are what later
+                scales build on). `pipe.decode_latents(callback_kwargs["latents"],
                 "pil")` is the picture so far.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
                 What `callback_kwargs` holds: "latents" (the default), "token_ids".

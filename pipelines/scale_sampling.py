@@ -1,6 +1,7 @@
 """The sampling loop that all SRDD pipelines share, and the checks that make their parts fit each other."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 
@@ -58,7 +59,7 @@ def label_ids(class_labels, num_classes: int, id2label: dict[int, str]) -> list[
     """
     if isinstance(class_labels, torch.Tensor):
         class_labels = class_labels.flatten().tolist()
-    labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+    labels = [class_labels] if isinstance(class_labels, (Integral, str)) else list(class_labels)
     if not labels:
         raise ValueError(f"`class_labels` must hold at least one label, got {class_labels!r}.")
     by_name: dict[str, set[int]] = {}
@@ -76,10 +77,10 @@ def label_ids(class_labels, num_classes: int, id2label: dict[int, str]) -> list[
             if len(found) > 1:
                 raise ValueError(f"`class_labels` must name one class each, but {label!r} names the classes {found}.")
             label = found[0]
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_classes:
+        if isinstance(label, bool) or not isinstance(label, Integral) or not 0 <= label < num_classes:
             allowed = f"lie in [0, {num_classes - 1}]" if num_classes else "be None for an unconditional model"
             raise ValueError(f"`class_labels` must {allowed}, got {label!r}.")
-        ids.append(label)
+        ids.append(int(label))
     return ids
 
 
@@ -156,7 +157,7 @@ def sample_scales(
     kv_cache = ScaleKVCache() if transformer.needs_kv_cache else None
     keep_unconditional = kv_cache is not None and guidance_scale > 1
     time_travel = scheduler.config.resampling_feedback == "time_travel"
-    state_before, model_state, resample_mask = latents, latents, None
+    start, state_before, model_state, resample_mask = latents, latents, latents, None
     for index, timestep in enumerate(timesteps):
         tokens, size = scheduler.token_slice(timestep), scheduler.scale_size(timestep)
         pass_cache = kv_cache
@@ -166,10 +167,10 @@ def sample_scales(
             continue
         elif time_travel and (coarser := scheduler.coarser_scales(timestep)):
             travels = resample_mask.any(dim=1)
-            coarse_ids = vqvae.quantize_latents(latents, coarser)
+            coarse_ids = vqvae.quantize_latents(latents - start, coarser)
             coarse_ids = torch.where(travels[:, None], coarse_ids, token_ids[:, : tokens.start])
             token_ids = torch.cat([coarse_ids, token_ids[:, tokens.start :]], dim=1)
-            revised = vqvae.latent_states(coarse_ids, coarser, grid_size)[-1]
+            revised = start + vqvae.latent_states(coarse_ids, coarser, grid_size)[-1]
             state_before = model_state = torch.where(travels[:, None, None, None], revised, state_before)
             if kv_cache is not None:
                 refill_cache(

@@ -131,6 +131,11 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps()
 
     @property
+    def compatibles(self) -> list[type[SchedulerMixin]]:
+        """Scheduler classes that understand this config: this one; no other draws tokens scale by scale."""
+        return [type(self)]
+
+    @property
     def num_train_timesteps(self) -> int:
         """Number of all scales K."""
         return len(self.config.scale_sizes)
@@ -269,7 +274,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
         Raises:
             ValueError: If shapes do not fit the schedule, the number of generators is not the batch size, or the
-                logits are not numbers.
+                logits are not finite.
         """
         tokens = self.token_slice(timestep)
         batch_size, num_scale_tokens = sample.shape[0], tokens.stop - tokens.start
@@ -282,10 +287,13 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
-        if torch.isnan(model_output).any():
-            raise ValueError(f"`model_output` must be numbers, got NaN logits at timestep {int(timestep)}.")
-
         log_normalizer = model_output.float().logsumexp(dim=-1)  # (B, N_k)
+        if not log_normalizer.isfinite().all():
+            raise ValueError(
+                "`model_output` must be finite (-inf may forbid single tokens), got NaN or infinite logits at timestep"
+                f" {int(timestep)}."
+            )
+
         token_ids = sample[:, tokens]
         redraws = self._num_further_passes(timestep) if self.config.resampling_feedback == "redraw" else 0
         for _ in range(1 + redraws):
@@ -331,7 +339,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         Args:
             original_samples (`torch.LongTensor` of shape `(batch, num_tokens)`): Whole pyramids.
             noise (`torch.Tensor`, *optional*): Not used; the process has no noise.
-            timesteps (`int` or `torch.LongTensor` of shape `(batch,)`): Timesteps of the visited scales.
+            timesteps (`int` or `torch.LongTensor` of shape `(batch,)`, defaults to 0):
+                Timesteps of the visited scales.
 
         Returns:
             `torch.LongTensor` of shape `(batch, num_tokens)`: Pyramids with -1 for every forgotten token.

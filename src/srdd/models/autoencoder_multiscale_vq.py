@@ -112,7 +112,14 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     ):
         super().__init__()
         scale_sizes = normalize_scale_sizes(scale_sizes)
-        self.register_to_config(scale_sizes=scale_sizes)
+        # JSON turns tuples into lists; the config holds lists from the start.
+        self.register_to_config(
+            scale_sizes=scale_sizes,
+            down_block_types=list(down_block_types),
+            up_block_types=list(up_block_types),
+            block_out_channels=list(block_out_channels),
+            sample_size=sample_size if isinstance(sample_size, int) else list(sample_size),
+        )
         self.spatial_compression_ratio = patch_size * 2 ** (len(block_out_channels) - 1)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self._check_grid(scale_sizes, self._grid_of(height, width))
@@ -184,7 +191,7 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.quant_conv(self.encoder(F.pixel_unshuffle(sample, self.config.patch_size)))
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))
+        hidden_states = self.post_quant_conv(latents.to(self.dtype))
         return F.pixel_shuffle(self.decoder(hidden_states), self.config.patch_size)
 
     @apply_forward_hook

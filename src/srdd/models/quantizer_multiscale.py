@@ -54,9 +54,9 @@ class MultiScaleQuantizer(nn.Module):
         codebook_size (`int`): Number of codes V.
         latent_channels (`int`): Channels C of the latent map and of every code.
         scale_sizes (`Sequence[Sequence[int]]`): The model's own scale list, the last entry being its latent grid.
-        num_residual_convs (`int`): How many residual convolutions the scales share.
-        residual_ratio (`float`): The `r` of the residual convolutions.
-        normalize_codes (`bool`): Look codes up by cosine similarity instead of Euclidean distance.
+        num_residual_convs (`int`, defaults to 4): How many residual convolutions the scales share.
+        residual_ratio (`float`, defaults to 0.5): The `r` of the residual convolutions.
+        normalize_codes (`bool`, defaults to `False`): Look codes up by cosine similarity, not Euclidean distance.
     """
 
     def __init__(
@@ -78,7 +78,9 @@ class MultiScaleQuantizer(nn.Module):
         self.log_shares = [math.log(math.prod(size) / grid_area) for size in scale_sizes]
         # VAR spreads four convolutions over the scales a little wider than any other number of them.
         margin = (1 / 3 if num_residual_convs == 4 else 1 / 2) / num_residual_convs
-        self.conv_positions = torch.linspace(margin, 1 - margin, num_residual_convs, dtype=torch.float64).tolist()
+        # Summed as numpy's linspace does: among ten scales two lie midway, and rounding decides as it does in VAR.
+        step = (1 - margin - margin) / max(num_residual_convs - 1, 1)
+        self.conv_positions = [index * step + margin for index in range(num_residual_convs)]
 
     def residual_conv(self, scale_size: Sequence[int], grid_size: Sequence[int]) -> ResidualConv:
         """The convolution of a scale: that of the model's own scale which covers the nearest share of its grid."""
@@ -103,20 +105,23 @@ class MultiScaleQuantizer(nn.Module):
         """`phi_k(up(mask * C[z_k]))` of a token map `(B, h, w)`, at latent resolution: `(B, C, H, W)`."""
         codes = self.code_vectors(token_map, mask)
         scale_size, grid_size = tuple(codes.shape[-2:]), tuple(grid_size)
-        if scale_size != grid_size:
-            codes = F.interpolate(codes, size=grid_size, mode="bicubic")  # (B, C, H, W)
-        return self.residual_conv(scale_size, grid_size)(codes)
+        # Autocast would round the map, and with another rest come other tokens at all finer scales.
+        with torch.autocast(codes.device.type, enabled=False):
+            if scale_size != grid_size:
+                codes = F.interpolate(codes, size=grid_size, mode="bicubic")  # (B, C, H, W)
+            return self.residual_conv(scale_size, grid_size)(codes)
 
     def nearest_tokens(self, features: torch.Tensor) -> torch.LongTensor:
         """Ids `(B, h, w)` of the codes nearest to a feature map `(B, C, h, w)`, compared in float32."""
         # Reading the table through `forward` lets offloading hooks bring the weight in first.
         table = self.codebook(torch.arange(self.codebook.num_embeddings, device=features.device)).float()  # (V, C)
         flat = features.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B*h*w, C)
-        if self.normalize_codes:
-            token_ids = (F.normalize(flat, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=1)
-        else:
-            # |x - c|^2 without |x|^2, which is the same for every code.
-            token_ids = torch.addmm(table.square().sum(dim=1), flat, table.T, alpha=-2).argmin(dim=1)
+        with torch.autocast(features.device.type, enabled=False):
+            if self.normalize_codes:
+                token_ids = (F.normalize(flat, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=1)
+            else:
+                # |x - c|^2 without |x|^2, which is the same for every code.
+                token_ids = torch.addmm(table.square().sum(dim=1), flat, table.T, alpha=-2).argmin(dim=1)
         return token_ids.view(features.shape[0], *features.shape[-2:])
 
     @staticmethod

@@ -79,7 +79,11 @@ class ScaleAttnProcessor:
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | None = None,
     ) -> torch.Tensor:
-        query, key, value = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1)).unbind(2)  # (B, N, H, D/H)
+        if attn.fused_projections:
+            projections = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projections = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (states.unflatten(-1, (attn.heads, -1)) for states in projections)  # (B, N, H, D/H)
         if attn.qk_norm:
             query = F.normalize(query, dim=-1) * attn.query_scale.clamp(max=attn.max_query_scale).exp()
             key = F.normalize(key, dim=-1)
@@ -103,20 +107,21 @@ class ScaleAttnProcessor:
                     parallel_config=self._parallel_config,
                 )
             )
-        return attn.to_out(torch.cat(attended, dim=1).flatten(2, 3))  # (B, N, D)
+        return attn.to_out[0](torch.cat(attended, dim=1).flatten(2, 3))  # (B, N, D)
 
 
 class ScaleAttention(nn.Module, AttentionModuleMixin):
     """
     Self-attention with VAR's query-key normalisation.
 
-    The three projections are one linear layer. VAR's has no bias on the keys; converted checkpoints carry zeros there.
+    The projections are named as diffusers' LoRA scripts expect. VAR's has no bias on the keys; converted checkpoints
+    carry zeros there.
     """
 
     _default_processor_cls = ScaleAttnProcessor
     _available_processors = [ScaleAttnProcessor]
-    _supports_qkv_fusion = False
 
+    use_bias = True
     max_query_scale = math.log(100)
 
     def __init__(self, dim: int, heads: int, qk_norm: bool, layer: int):
@@ -129,8 +134,10 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
             self.query_scale = nn.Parameter(torch.full((heads, 1), math.log(4.0)))
         else:
             self.scale = 0.25 / math.sqrt(dim // heads)
-        self.to_qkv = nn.Linear(dim, 3 * dim)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.set_processor(self._default_processor_cls())
 
     def forward(
@@ -238,8 +245,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         id2label (`dict`, *optional*): Names of the classes.
 
     Raises:
-        ValueError: If `attention_pattern` is unknown, `scale_sizes` is no growing list of scales, or `id2label` names
-            classes that do not exist.
+        ValueError: If `attention_pattern` is unknown, `scale_sizes` is no growing list of scales, a dropout rate is
+            out of range, or `id2label` names classes that do not exist.
     """
 
     _supports_gradient_checkpointing = True
@@ -270,6 +277,10 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         super().__init__()
         if attention_pattern not in ATTENTION_PATTERNS:
             raise ValueError(f"`attention_pattern` must be one of {ATTENTION_PATTERNS}, got {attention_pattern!r}.")
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"`class_dropout_prob` must be in [0, 1], got {class_dropout_prob}.")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"`drop_path_rate` must be in [0, 1), got {drop_path_rate}.")
         # JSON turns integer keys into strings; the config holds strings from the start.
         names = {str(index): name for index, name in (id2label or {}).items()}
         unknown = sorted(index for index in names if not index.isdigit() or int(index) >= num_classes)
@@ -285,7 +296,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.scale_embed = nn.Embedding(len(scale_sizes), dim)
         self.pos_embed = nn.Parameter(torch.empty(1, self.token_slices[-1].stop, dim))
         self.start_pos_embed = nn.Parameter(torch.empty(1, self.token_slices[0].stop, dim))
-        self.shared_adaln = nn.Linear(dim, 6 * dim) if shared_adaln else None
+        self.adaln = nn.Linear(dim, 6 * dim) if shared_adaln else None
         self.blocks = nn.ModuleList(
             ScaleTransformerBlock(
                 dim=dim,
@@ -319,7 +330,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.proj_out.weight.mul_(0.02)
         self.adaln_out.weight.mul_(0.5)
         for block in self.blocks:
-            for linear in (block.attn.to_out, block.ff.net[-1]):
+            for linear in (block.attn.to_out[0], block.ff.net[-1]):
                 linear.weight.div_(math.sqrt(2 * len(self.blocks)))
             six = block.adaln.weight.unflatten(0, (6, -1)) if hasattr(block, "adaln") else block.scale_shift_table
             six[:2].mul_(1e-5)
@@ -402,7 +413,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             `Transformer2DModelOutput` or `(sample,)`: Logits of shape `(batch, num_tokens, codebook_size)`.
 
         Raises:
-            ValueError: If `timestep` is not falling or out of range, or `hidden_states` does not hold those scales.
+            ValueError: If `timestep` is not falling or out of range, `hidden_states` does not hold those scales, or
+                there is not one class label for each image.
         """
         timesteps = self._check_timesteps(timestep)
         segments = self._segments(timesteps, kv_cache)
@@ -415,6 +427,10 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         null_class = self.config.num_classes
         if class_labels is None:
             class_labels = torch.full((hidden_states.shape[0],), null_class, device=hidden_states.device)
+        if class_labels.shape != hidden_states.shape[:1]:
+            raise ValueError(
+                f"`class_labels` must have shape ({hidden_states.shape[0]},), got {tuple(class_labels.shape)}."
+            )
         if self.training and self.config.class_dropout_prob > 0:
             dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout_prob
             class_labels = torch.where(dropped, null_class, class_labels)
@@ -422,7 +438,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         class_embedding = self.class_embed(class_labels)  # (B, D)
         hidden_states = self._embed(hidden_states, class_embedding, timesteps)  # (B, N, D)
         condition = F.silu(class_embedding)
-        conditioning = condition if self.shared_adaln is None else self.shared_adaln(condition)
+        conditioning = condition if self.adaln is None else self.adaln(condition)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(

@@ -1,0 +1,77 @@
+from typing import Any
+
+import pytest
+import torch
+from diffusers_suite.mounting import mounted
+from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, SCALE_SIZES
+
+from srdd import ScaleTransformer2DModel
+
+
+mixins = mounted("models.testing_utils")
+torch_device = mounted("testing_utils").torch_device
+
+pytestmark = pytest.mark.diffusers_suite
+
+NUM_TOKENS = 21
+
+
+class LiveScaleTransformer2DModel(ScaleTransformer2DModel):
+    """With wide random weights. Fresh gates are close to zero and would hide what attention and adapters do."""
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        super().init_weights()
+        for parameter in self.parameters():
+            parameter.normal_(std=0.2)
+
+
+class ScaleTransformerTesterConfig(mixins.BaseModelTesterConfig):
+    model_class = LiveScaleTransformer2DModel
+    main_input_name = "hidden_states"
+    output_shape = (NUM_TOKENS, CODEBOOK_SIZE)
+    model_split_percents = (0.7, 0.6, 0.6)
+
+    def get_init_dict(self) -> dict[str, Any]:
+        return {
+            "codebook_size": CODEBOOK_SIZE,
+            "latent_channels": LATENT_CHANNELS,
+            "scale_sizes": SCALE_SIZES,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_classes": 5,
+        }
+
+    def get_dummy_inputs(self) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        hidden_states = torch.randn(2, NUM_TOKENS, LATENT_CHANNELS, generator=generator)
+        return {
+            "hidden_states": hidden_states.to(torch_device),
+            "class_labels": torch.tensor([1, 4], device=torch_device),
+        }
+
+
+class TestScaleTransformer(ScaleTransformerTesterConfig, mixins.ModelTesterMixin):
+    pass
+
+
+class TestScaleTransformerAttention(ScaleTransformerTesterConfig, mixins.AttentionTesterMixin):
+    pass
+
+
+class TestScaleTransformerTraining(ScaleTransformerTesterConfig, mixins.TrainingTesterMixin):
+    def test_gradient_checkpointing_is_applied(self):
+        super().test_gradient_checkpointing_is_applied(expected_set={"LiveScaleTransformer2DModel"})
+
+
+class TestScaleTransformerLora(ScaleTransformerTesterConfig, mixins.LoraTesterMixin):
+    pass
+
+
+class TestScaleTransformerMemory(ScaleTransformerTesterConfig, mixins.MemoryTesterMixin):
+    pass
+
+
+class TestScaleTransformerLayerwiseCasting(ScaleTransformerTesterConfig, mixins.LayerwiseCastingTesterMixin):
+    pass

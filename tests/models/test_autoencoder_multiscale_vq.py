@@ -1,0 +1,252 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, tiny_vqvae
+
+
+NUM_TOKENS = 1 + 4 + 16
+
+# Constructor overrides, and the (height, width) of an image that they fit.
+SHAPES = {
+    "square": ({}, (8, 8)),
+    "non-square": ({"sample_size": (8, 12), "scale_sizes": [[1, 1], [1, 2], [2, 4], [4, 6]]}, (8, 12)),
+    "one-scale": ({"scale_sizes": [4]}, (8, 8)),
+    "patches": ({"sample_size": 16, "patch_size": 2}, (16, 16)),
+}
+
+
+def random_images(height=8, width=8, batch_size=2, seed=0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch_size, 3, height, width, generator=generator) * 2 - 1
+
+
+def random_token_ids(num_tokens=NUM_TOKENS, batch_size=2, seed=0) -> torch.Tensor:
+    return torch.randint(CODEBOOK_SIZE, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+def model_and_images(request):
+    overrides, size = request.param
+    return tiny_vqvae(**overrides), random_images(*size)
+
+
+@torch.no_grad()
+def test_latent_states_end_at_what_decode_tokens_decodes(model_and_images):
+    model, images = model_and_images
+    token_ids = model.tokenize(images)
+    states = model.latent_states(token_ids)
+    assert token_ids.shape == (2, model.num_tokens)
+    assert len(states) == len(model.config.scale_sizes)
+    assert torch.equal(model.decode(states[-1]).sample, model.decode_tokens(token_ids).sample)
+    assert model.decode_tokens(token_ids, return_dict=False)[0].shape == images.shape
+
+
+@torch.no_grad()
+def test_reconstruction_passes_through_the_token_pyramid(model_and_images):
+    model, images = model_and_images
+    output = model(images)
+    assert torch.equal(output.token_ids, model.tokenize(images))
+    torch.testing.assert_close(output.sample, model.decode_tokens(output.token_ids).sample, atol=1e-5, rtol=0)
+    as_tuple = model(images, return_dict=False)
+    assert len(as_tuple) == 4
+    assert torch.equal(as_tuple[1], output.token_ids)
+
+
+@torch.no_grad()
+def test_tokens_are_those_of_the_encoded_latents(model_and_images):
+    model, images = model_and_images
+    latents = model.encode(images, return_dict=False)[0]
+    assert latents.shape == (2, LATENT_CHANNELS, *model.config.scale_sizes[-1])
+    assert torch.equal(model.quantize_latents(latents), model.tokenize(images))
+
+
+@torch.no_grad()
+def test_residual_maps_add_up_to_the_latent_states(model_and_images):
+    model, _ = model_and_images
+    token_ids = random_token_ids(model.num_tokens)
+    total, start = torch.zeros(()), 0
+    for (height, width), state in zip(model.config.scale_sizes, model.latent_states(token_ids)):
+        token_map = token_ids[:, start : start + height * width].view(-1, height, width)
+        total = total + model.residual_map(token_map)
+        start += height * width
+        torch.testing.assert_close(state, total, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_teacher_forcing_inputs_are_the_downsampled_states_before_each_scale(model_and_images):
+    model, _ = model_and_images
+    token_ids = random_token_ids(model.num_tokens)
+    state, expected, start = torch.zeros(2, LATENT_CHANNELS, *model.config.scale_sizes[-1]), [], 0
+    for height, width in model.config.scale_sizes:
+        small = F.adaptive_avg_pool2d(state, (height, width))
+        expected += [small[:, :, row, column] for row in range(height) for column in range(width)]
+        state = state + model.residual_map(token_ids[:, start : start + height * width].view(-1, height, width))
+        start += height * width
+    inputs = model.teacher_forcing_inputs(token_ids)
+    assert inputs.shape == (2, model.num_tokens, LATENT_CHANNELS)
+    torch.testing.assert_close(inputs, torch.stack(expected, dim=1), atol=1e-5, rtol=0)
+    assert not inputs[:, : math.prod(model.config.scale_sizes[0])].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale_sizes", [[4], [1, 4], [2, 3, 4], [1, 2, 3, 4], [[1, 3], [4, 4]]])
+def test_other_scale_lists_that_end_at_the_grid(scale_sizes):
+    model, images = tiny_vqvae(), random_images()
+    token_ids = model.tokenize(images, scale_sizes)
+    states = model.latent_states(token_ids, scale_sizes)
+    assert [state.shape for state in states] == [(2, LATENT_CHANNELS, 4, 4)] * len(scale_sizes)
+    assert torch.equal(model.decode(states[-1]).sample, model.decode_tokens(token_ids, scale_sizes).sample)
+    assert model.teacher_forcing_inputs(token_ids, scale_sizes).shape == (*token_ids.shape, LATENT_CHANNELS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 12), (4, 2)])
+def test_other_image_sizes_with_their_own_scale_list(height, width):
+    model, images = tiny_vqvae(), random_images(height, width)
+    scale_sizes = [[1, 1], [height // 2, width // 2]]
+    token_ids = model.tokenize(images, scale_sizes)
+    assert token_ids.shape == (2, 1 + height * width // 4)
+    assert model.decode_tokens(token_ids, scale_sizes).sample.shape == images.shape
+
+
+@torch.no_grad()
+def test_coarse_scales_can_be_read_on_their_own():
+    model = tiny_vqvae()
+    token_ids = random_token_ids()
+    coarse = model.latent_states(token_ids[:, :5], [1, 2], grid_size=(4, 4))
+    for state, whole in zip(coarse, model.latent_states(token_ids)):
+        assert torch.equal(state, whole)
+    inputs = model.teacher_forcing_inputs(token_ids[:, :5], [1, 2], grid_size=(4, 4))
+    assert torch.equal(inputs, model.teacher_forcing_inputs(token_ids)[:, :5])
+    latents = model.encode(random_images()).latents
+    assert torch.equal(model.quantize_latents(latents, [1, 2]), model.quantize_latents(latents)[:, :5])
+
+
+@torch.no_grad()
+def test_slicing_changes_nothing():
+    model, images = tiny_vqvae(), random_images(batch_size=3)
+    latents, token_ids = model.encode(images).latents, model.tokenize(images)
+    sample = model.decode(latents).sample
+    encoded_batches = []
+    handle = model.encoder.register_forward_hook(lambda module, args, output: encoded_batches.append(len(args[0])))
+    model.enable_slicing()
+    torch.testing.assert_close(model.encode(images).latents, latents, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.decode(latents).sample, sample, atol=1e-5, rtol=0)
+    assert torch.equal(model.tokenize(images), token_ids)
+    assert encoded_batches == [1] * 6
+    model.disable_slicing()
+    model.encode(images)
+    handle.remove()
+    assert encoded_batches[-1] == 3
+
+
+@torch.no_grad()
+def test_patches_are_folded_into_channels():
+    model, images = tiny_vqvae(sample_size=16, patch_size=2), random_images(16, 16)
+    folded = images.view(2, 3, 8, 2, 8, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 8, 8)
+    expected = model.quant_conv(model.encoder(folded))
+    torch.testing.assert_close(model.encode(images).latents, expected, atol=1e-5, rtol=0)
+    assert model.spatial_compression_ratio == 4
+    assert model.decode(expected).sample.shape == images.shape
+
+
+def test_straight_through_gradient_reaches_the_encoder_but_not_the_codebook():
+    model = tiny_vqvae().train()
+    model(random_images()).sample.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+    assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+    assert model.quantize.codebook.weight.grad is None
+
+
+def test_codebook_loss_reaches_the_codebook_and_commitment_loss_the_encoder():
+    model = tiny_vqvae().train()
+    output = model(random_images())
+    output.codebook_loss.backward(retain_graph=True)
+    assert model.quantize.codebook.weight.grad.abs().sum() > 0
+    assert model.encoder.conv_in.weight.grad is None
+    model.zero_grad()
+    output.commitment_loss.backward()
+    assert model.quantize.codebook.weight.grad is None
+    assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_vqvae().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        output = model(random_images())
+        (output.sample.square().mean() + output.codebook_loss + output.commitment_loss).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=0, msg=name)
+
+
+def test_codebook_usage_counts_every_scale():
+    model = tiny_vqvae()
+    token_ids = random_token_ids(batch_size=6)
+    token_ids[:, :1] = 3
+    usage = model.codebook_usage(token_ids)
+    for scale, (start, end) in enumerate([(0, 1), (1, 5), (5, 21)]):
+        codes, counts = np.unique(token_ids[:, start:end].numpy(), return_counts=True)
+        shares = counts / counts.sum()
+        assert usage["usage"][scale] == pytest.approx(len(codes) / CODEBOOK_SIZE)
+        assert usage["perplexity"][scale] == pytest.approx(np.exp(-np.sum(shares * np.log(shares))), rel=1e-5)
+    assert usage["usage"][0] == pytest.approx(1 / CODEBOOK_SIZE)
+    assert usage["perplexity"][0] == pytest.approx(1.0)
+
+
+@torch.no_grad()
+def test_half_precision_model_keeps_its_state_in_float32():
+    model = tiny_vqvae().to(torch.bfloat16)
+    token_ids = random_token_ids()
+    assert model.latent_states(token_ids)[-1].dtype == torch.float32
+    assert model.teacher_forcing_inputs(token_ids).dtype == torch.float32
+    sample = model.decode_tokens(token_ids).sample
+    assert sample.dtype == torch.bfloat16
+    torch.testing.assert_close(sample.float(), tiny_vqvae().decode_tokens(token_ids).sample, atol=0.1, rtol=0.1)
+
+
+def test_config_holds_lists_of_pairs():
+    assert tiny_vqvae(scale_sizes=(1, (2, 2), 4)).config.scale_sizes == [[1, 1], [2, 2], [4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"scale_sizes": [1, 2, 3]}, r"`scale_sizes` must end at the latent grid \(4, 4\), got .*\(3, 3\)"),
+        ({"scale_sizes": [4, 2]}, r"`scale_sizes` must grow from scale to scale, got \[2, 2\]"),
+        ({"sample_size": 9}, r"multiples of 2, got \(9, 9\)"),
+        ({"sample_size": (8, 16)}, r"`scale_sizes` must end at the latent grid \(4, 8\)"),
+    ],
+)
+def test_constructor_refuses(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_vqvae(**overrides)
+
+
+@pytest.mark.parametrize("method", ["encode", "tokenize", "forward"])
+def test_images_that_the_encoder_cannot_halve_are_refused(method):
+    with pytest.raises(ValueError, match=r"must be multiples of 2, got \(8, 9\)"):
+        getattr(tiny_vqvae(), method)(random_images(8, 9))
+
+
+@pytest.mark.parametrize("method", ["tokenize", "forward"])
+def test_own_scales_on_another_image_size_are_refused(method):
+    with pytest.raises(ValueError, match=r"`scale_sizes` must end at the latent grid \(8, 8\), got .*\(4, 4\)"):
+        getattr(tiny_vqvae(), method)(random_images(16, 16))
+
+
+@pytest.mark.parametrize("method", ["latent_states", "teacher_forcing_inputs", "decode_tokens", "codebook_usage"])
+def test_bad_token_pyramids_are_refused(method):
+    read = getattr(tiny_vqvae(), method)
+    with pytest.raises(ValueError, match=rf"`token_ids` must lie in \[0, {CODEBOOK_SIZE - 1}\], got \[0, 32\]"):
+        read(torch.arange(CODEBOOK_SIZE + 1).view(1, -1))
+    with pytest.raises(ValueError, match=rf"`token_ids` must lie in \[0, {CODEBOOK_SIZE - 1}\], got \[-1, -1\]"):
+        read(torch.full((1, NUM_TOKENS), -1))
+    with pytest.raises(ValueError, match=r"`token_ids` must have shape \(batch, 21\) .*got \(2, 20\)"):
+        read(random_token_ids(num_tokens=20))

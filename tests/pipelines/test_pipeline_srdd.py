@@ -1,0 +1,451 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from tiny_models import ID2LABEL, LATENT_CHANNELS, tiny_pipeline, tiny_scheduler, tiny_transformer
+
+from srdd import SRDDPipelineOutput
+
+
+PATTERNS = ("causal", "markov", "banded")
+
+# All ways to refine a scale; the threshold lies so that the tiny models redraw some tokens and keep others.
+POLICIES = {
+    "none": {},
+    "simple-full": {"resampling_policy": "simple"},
+    "simple-time_travel": {"resampling_policy": "simple", "resampling_feedback": "time_travel"},
+    "masked-full": {"resampling_policy": "masked"},
+    "masked-kept": {"resampling_policy": "masked", "resampling_feedback": "kept"},
+    "masked-time_travel": {"resampling_policy": "masked", "resampling_feedback": "time_travel"},
+    "masked-redraw": {"resampling_policy": "masked", "resampling_feedback": "redraw"},
+}
+
+TOKENS = {2: slice(0, 1), 1: slice(1, 5), 0: slice(5, 21)}
+
+
+def make_scheduler(policy: str, **overrides):
+    settings = {"num_resampling_passes": 3, "resampling_threshold": 0.05}
+    return tiny_scheduler(**{**settings, **POLICIES[policy], **overrides})
+
+
+def lively_pipeline(pattern: str = "markov", **settings):
+    """A tiny pipeline whose most probable tokens differ from place to place."""
+    pipe = tiny_pipeline(pattern, **settings)
+    with torch.no_grad():
+        pipe.vqvae.quantize.codebook.weight.mul_(5)
+        pipe.transformer.pos_embed.mul_(5)
+    return pipe
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def latents_of(pipe, class_labels, **arguments):
+    output = pipe(class_labels, output_type="latent", **arguments)
+    return output.images, output.token_ids
+
+
+def forward_batches(pipe, **arguments) -> list[int]:
+    """Batch size of every pass through the transformer during a run."""
+    sizes = []
+    handle = pipe.transformer.proj_out.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    pipe(output_type="latent", **arguments)
+    handle.remove()
+    return sizes
+
+
+def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Generator) -> torch.Tensor:
+    """
+    The whole method for one image, without cache, slices or shared code: every pass is a forward over all scales so
+    far. Returns the token pyramid.
+    """
+    config, transformer, vqvae = pipe.scheduler.config, pipe.transformer, pipe.vqvae
+    sizes, last = config.scale_sizes, len(config.scale_sizes) - 1
+    passes = 1 if config.resampling_policy == "none" else 1 + config.num_resampling_passes
+    null = transformer.config.num_classes
+    state, inputs, maps = torch.zeros(1, LATENT_CHANNELS, *sizes[-1]), [], []
+    for k, size in enumerate(sizes):
+        before, seen, tokens, low = state, state, None, None
+        for number in range(passes):
+            if number > 0 and not low.any():
+                break
+            if number > 0 and config.resampling_feedback == "time_travel" and k > 0:
+                # The coarse scales are read off the finished state; the chain goes on as if they had been drawn.
+                rest, before, inputs, maps = state, torch.zeros_like(state), [], []
+                for coarse in sizes[:k]:
+                    inputs.append(F.adaptive_avg_pool2d(before, coarse))
+                    small = F.adaptive_avg_pool2d(rest, coarse).flatten(2).transpose(1, 2)
+                    distances = (small[:, :, None] - vqvae.quantize.codebook.weight).square().sum(-1)
+                    codes = distances.argmin(-1).view(1, *coarse)
+                    added = vqvae.residual_map(codes)
+                    rest, before, maps = rest - added, before + added, [*maps, codes]
+                seen = before
+            x = F.adaptive_avg_pool2d(seen, size)
+            packed = torch.cat([part.flatten(2) for part in [*inputs[:k], x]], dim=2).transpose(1, 2)
+            timesteps = list(range(last, last - k - 1, -1))
+            cond, uncond = (
+                transformer(packed, timesteps, torch.tensor([which])).sample[:, -size[0] * size[1] :]
+                for which in (label, null)
+            )
+            t = (guidance_scale - 1) * k / last
+            logits = (1 + t) * cond - t * uncond
+            noise = torch.empty(logits.shape[1:]).exponential_(generator=generator)
+            drawn = (logits.softmax(-1) / noise).argmax(-1)
+            tokens = drawn if number == 0 else torch.where(low, drawn, tokens)
+            probabilities = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
+            low = torch.ones_like(tokens, dtype=torch.bool)
+            if config.resampling_policy == "masked":
+                low = probabilities < config.resampling_threshold
+            if number == 0 or config.resampling_feedback == "time_travel":
+                # Later scales look back at what the first pass saw, unless the past itself was rewritten.
+                inputs = [*inputs[:k], x]
+            state = seen = before + vqvae.residual_map(tokens.view(1, *size))
+            if config.resampling_feedback == "kept":
+                seen = before + vqvae.residual_map(tokens.view(1, *size), mask=~low.view(1, *size))
+        maps = [*maps[:k], tokens.view(1, *size)]
+    return torch.cat([part.flatten(1) for part in maps], dim=1)
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "masked-redraw"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_tokens_are_those_of_the_plain_algorithm(pattern, policy):
+    pipe = lively_pipeline(pattern, scheduler=make_scheduler(policy))
+    for label, seed in ((1, 0), (4, 1)):
+        token_ids = latents_of(pipe, label, guidance_scale=3.0, generator=generators(seed))[1]
+        with torch.no_grad():
+            expected = plain_sample(pipe, label, 3.0, *generators(seed))
+        assert token_ids.unique().numel() > 5
+        assert torch.equal(token_ids, expected)
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ("none", "masked-redraw")])
+def test_resampling_changes_greedy_tokens(policy):
+    settings = {"temperature": 0.0, "resampling_threshold": 0.5}
+    pipes = [lively_pipeline(scheduler=make_scheduler(name, **settings)) for name in (policy, "none")]
+    refined, plain = (latents_of(pipe, list(ID2LABEL), guidance_scale=3.0)[1] for pipe in pipes)
+    assert not torch.equal(refined, plain)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_batch_equals_single_runs(pattern, policy):
+    pipe = tiny_pipeline(pattern, scheduler=make_scheduler(policy, top_k=12, top_p=0.95))
+    labels, seeds = [0, 3, "banana", 3], (10, 11, 12, 13)
+    together, token_ids = latents_of(pipe, labels, generator=generators(*seeds))
+    for index, (label, seed) in enumerate(zip(labels, seeds)):
+        alone, alone_ids = latents_of(pipe, label, generator=generators(seed))
+        assert torch.equal(token_ids[index], alone_ids[0])
+        torch.testing.assert_close(together[index], alone[0], atol=1e-5, rtol=0)
+    assert not torch.equal(token_ids[1], token_ids[3])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_latents_are_the_state_of_the_tokens(policy):
+    pipe = tiny_pipeline(scheduler=make_scheduler(policy))
+    latents, token_ids = latents_of(pipe, [1, 2, 3], generator=torch.Generator().manual_seed(0))
+    expected = pipe.vqvae.latent_states(token_ids)[-1]
+    torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_only_time_travel_changes_finished_scales(pattern, policy):
+    pipe = tiny_pipeline(pattern, scheduler=make_scheduler(policy))
+    finished, changed = {}, False
+
+    def compare(pipe, index, timestep, tensors):
+        nonlocal changed
+        for earlier in range(2, timestep, -1):
+            changed |= not torch.equal(tensors["token_ids"][:, TOKENS[earlier]], finished[earlier])
+        finished[timestep] = tensors["token_ids"][:, TOKENS[timestep]].clone()
+        return tensors
+
+    pipe(
+        [0, 1, 2],
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        callback_on_step_end=compare,
+        callback_on_step_end_tensor_inputs=["latents", "token_ids"],
+    )
+    assert changed == ("time_travel" in policy)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_seeds_reproduce_images(policy):
+    pipe = tiny_pipeline(scheduler=make_scheduler(policy))
+    for make in (lambda seed: torch.Generator().manual_seed(seed), lambda seed: generators(seed, seed + 100)):
+        runs = [latents_of(pipe, [1, 2], generator=make(seed)) for seed in (0, 0, 1)]
+        assert torch.equal(runs[0][0], runs[1][0])
+        assert torch.equal(runs[0][1], runs[1][1])
+        assert not torch.equal(runs[0][1], runs[2][1])
+
+
+def test_the_global_random_state_is_left_alone():
+    pipe = tiny_pipeline(scheduler=make_scheduler("masked-full"))
+    state = torch.get_rng_state()
+    pipe([1, 2], generator=torch.Generator().manual_seed(0), output_type="latent")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 0.5])
+def test_guidance_off_computes_no_second_half(pattern, guidance_scale):
+    pipe = tiny_pipeline(pattern)
+    assert forward_batches(pipe, class_labels=[1, 2], guidance_scale=guidance_scale) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "schedule", "expected"),
+    [
+        ("markov", "linear", [2, 4, 4]),
+        ("markov", "constant", [4, 4, 4]),
+        # Later scales look back at the unconditional half of the first.
+        ("causal", "linear", [4, 4, 4]),
+        ("banded", "linear", [4, 4, 4]),
+    ],
+)
+def test_the_second_half_is_computed_where_it_is_needed(pattern, schedule, expected):
+    pipe = tiny_pipeline(pattern, scheduler=tiny_scheduler(guidance_schedule=schedule))
+    assert forward_batches(pipe, class_labels=[1, 2], guidance_scale=2.0) == expected
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_unconditional_draws_are_not_guided(guidance_scale):
+    pipe = tiny_pipeline(scheduler=tiny_scheduler(guidance_schedule="constant"))
+    assert forward_batches(pipe, guidance_scale=guidance_scale) == [1, 1, 1]
+    assert pipe.guidance_scale == 1.0
+
+
+def test_unconditional_draws_are_those_of_the_null_class():
+    scheduler = tiny_scheduler(temperature=0.0)
+    conditional = tiny_pipeline(scheduler=scheduler)
+    unconditional = tiny_pipeline(transformer=tiny_transformer(num_classes=0), scheduler=scheduler)
+    state = conditional.transformer.state_dict()
+    state["class_embed.weight"] = state["class_embed.weight"][-1:]
+    unconditional.transformer.load_state_dict(state)
+    drawn = [latents_of(pipe, None, num_images_per_prompt=2)[1] for pipe in (conditional, unconditional)]
+    assert drawn[0].shape == (2, 21)
+    assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match="`class_labels` must be None for an unconditional model, got 0"):
+        unconditional(0)
+
+
+def test_number_of_passes():
+    off = {"class_labels": 1, "guidance_scale": 1.0}
+    every = {"resampling_threshold": 1.0}
+    assert forward_batches(tiny_pipeline(scheduler=make_scheduler("simple-full")), **off) == [1] * 12
+    assert forward_batches(tiny_pipeline(scheduler=make_scheduler("masked-full", **every)), **off) == [1] * 12
+    assert forward_batches(tiny_pipeline(scheduler=make_scheduler("masked-redraw", **every)), **off) == [1] * 3
+    per_scale = make_scheduler("simple-full", num_resampling_passes=[0, 2, 1])
+    assert forward_batches(tiny_pipeline(scheduler=per_scale), **off) == [1] * 6
+
+
+@pytest.mark.parametrize("feedback", ["masked-full", "masked-kept", "masked-time_travel"])
+def test_resampling_stops_when_no_token_is_low(feedback):
+    scheduler = make_scheduler(feedback, resampling_threshold=0.0, num_resampling_passes=20)
+    pipe = tiny_pipeline(scheduler=scheduler)
+    assert forward_batches(pipe, class_labels=1, guidance_scale=1.0) == [1, 1, 1]
+    scheduler = make_scheduler(feedback, resampling_threshold=0.02, num_resampling_passes=40)
+    passes = forward_batches(tiny_pipeline(scheduler=scheduler), class_labels=1, guidance_scale=1.0)
+    assert 3 < len(passes) < 3 * 41
+
+
+@pytest.mark.parametrize("scales", [[1, 4], [1, 2, 4]])
+@pytest.mark.parametrize("policy", ["none", "simple-full", "masked-time_travel"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_part_of_the_scales(pattern, policy, scales):
+    pipe = tiny_pipeline(pattern, scheduler=make_scheduler(policy, scales=scales))
+    output = pipe([1, 2], generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert output.token_ids.shape == (2, sum(side * side for side in scales))
+    assert output.token_ids.min() >= 0
+    decoded = pipe.vqvae.decode_tokens(output.token_ids, scales).sample
+    torch.testing.assert_close(output.images, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_labels_by_id_and_name_draw_the_same():
+    pipe = tiny_pipeline(scheduler=tiny_scheduler(temperature=0.0))
+    expected = latents_of(pipe, [0, 4, 4, 1])[1]
+    for labels in (["apple", "tomato", "love apple", 1], torch.tensor([0, 4, 4, 1]), ("apple", 4, 4, "banana")):
+        assert torch.equal(latents_of(pipe, labels)[1], expected)
+    assert torch.equal(latents_of(pipe, "tomato")[1], expected[1:2])
+    assert pipe.get_label_ids(["tomato", 0]) == [4, 0]
+    assert pipe.id2label == ID2LABEL
+
+
+def test_images_per_prompt_follow_their_label():
+    pipe = tiny_pipeline(scheduler=tiny_scheduler(temperature=0.0))
+    both, each = latents_of(pipe, [1, 4])[1], latents_of(pipe, [1, 4], num_images_per_prompt=3)[1]
+    assert not torch.equal(both[0], both[1])
+    assert torch.equal(each, both.repeat_interleave(3, dim=0))
+
+
+def test_output_types_show_the_same_images():
+    pipe = tiny_pipeline()
+    run = {kind: pipe([1, 2], generator=generators(0, 1), output_type=kind) for kind in ("pil", "np", "pt", "latent")}
+    assert all(isinstance(output, SRDDPipelineOutput) for output in run.values())
+    assert all(torch.equal(output.token_ids, run["pt"].token_ids) for output in run.values())
+    pixels = run["pt"].images
+    assert pixels.shape == (2, 3, 8, 8)
+    assert pixels.dtype == torch.float32
+    assert 0 <= pixels.min() < pixels.max() <= 1
+    assert run["np"].images.shape == (2, 8, 8, 3)
+    np.testing.assert_array_equal(run["np"].images, pixels.permute(0, 2, 3, 1).numpy())
+    for picture, array in zip(run["pil"].images, run["np"].images):
+        assert (picture.mode, picture.size) == ("RGB", (8, 8))
+        np.testing.assert_array_equal(np.asarray(picture), (array * 255).round().astype(np.uint8))
+    latents = run["latent"].images
+    assert latents.shape == (2, LATENT_CHANNELS, 4, 4)
+    assert not latents.requires_grad
+    assert torch.equal(pipe.decode_latents(latents, "pt"), pixels)
+
+
+def test_the_default_is_pictures():
+    images = tiny_pipeline()(1).images
+    assert [picture.size for picture in images] == [(8, 8)]
+
+
+def test_return_dict_false():
+    pipe = tiny_pipeline(scheduler=tiny_scheduler(temperature=0.0))
+    images, token_ids = pipe([1, 2], output_type="latent", return_dict=False)
+    expected = latents_of(pipe, [1, 2])
+    assert torch.equal(images, expected[0])
+    assert torch.equal(token_ids, expected[1])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_given_latents_are_what_the_scales_are_added_to(pattern):
+    pipe = tiny_pipeline(pattern, scheduler=tiny_scheduler(temperature=0.0))
+    start = torch.randn(2, LATENT_CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents, token_ids = latents_of(pipe, [1, 2], latents=start)
+    added = pipe.vqvae.latent_states(token_ids)[-1]
+    torch.testing.assert_close(latents, start + added, atol=1e-5, rtol=0)
+    from_zero = latents_of(pipe, [1, 2])
+    assert not torch.equal(token_ids, from_zero[1])
+    assert torch.equal(latents_of(pipe, [1, 2], latents=torch.zeros_like(start))[0], from_zero[0])
+
+
+@pytest.mark.parametrize("policy", ["none", "simple-full", "masked-full", "masked-time_travel"])
+def test_callback_sees_every_pass(policy):
+    pipe, calls = tiny_pipeline(scheduler=make_scheduler(policy)), []
+
+    def watch(pipeline, index, timestep, tensors):
+        assert pipeline is pipe
+        assert list(tensors) == ["latents", "token_ids"]
+        drawn = tensors["token_ids"]
+        assert (drawn[:, : TOKENS[timestep].stop] >= 0).all()
+        assert (drawn[:, TOKENS[timestep].stop :] == -1).all()
+        state = pipe.vqvae.latent_states(
+            drawn[:, : TOKENS[timestep].stop], pipe.scheduler.scales[: 3 - timestep], (4, 4)
+        )[-1]
+        torch.testing.assert_close(tensors["latents"], state, atol=1e-5, rtol=0)
+        calls.append((index, timestep))
+        return {}
+
+    sizes = forward_batches(
+        pipe,
+        class_labels=[1, 2],
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=watch,
+        callback_on_step_end_tensor_inputs=["latents", "token_ids"],
+    )
+    assert len(calls) == len(sizes)
+    assert [timestep for _, timestep in calls] == [pipe.scheduler.timesteps[index].item() for index, _ in calls]
+    if policy in ("none", "simple-full"):
+        assert [index for index, _ in calls] == list(range(pipe.num_timesteps))
+    else:
+        assert 3 < len(calls)
+
+
+def test_callback_holds_the_latents_by_default():
+    names = []
+    tiny_pipeline()(1, callback_on_step_end=lambda pipe, index, timestep, tensors: names.append(list(tensors)) or {})
+    assert names == [["latents"]] * 3
+
+
+@pytest.mark.parametrize("policy", ["none", "masked-full", "simple-full"])
+def test_callback_may_change_the_latents(policy):
+    pipe = lively_pipeline(scheduler=make_scheduler(policy, temperature=0.0))
+    untouched = latents_of(pipe, [1, 2])
+    shift = torch.randn(2, LATENT_CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def move(pipe, index, timestep, tensors):
+        return {"latents": tensors["latents"] + shift} if timestep == 1 else {}
+
+    def replace(pipe, index, timestep, tensors):
+        return {"latents": shift}
+
+    moved = latents_of(pipe, [1, 2], callback_on_step_end=move)
+    assert torch.equal(moved[1][:, TOKENS[2]], untouched[1][:, TOKENS[2]])
+    assert not torch.equal(moved[1][:, TOKENS[0]], untouched[1][:, TOKENS[0]])
+    assert torch.equal(latents_of(pipe, [1, 2], callback_on_step_end=replace)[0], shift)
+
+
+def test_callback_may_change_the_tokens():
+    pipe = tiny_pipeline()
+    tokens = latents_of(
+        pipe,
+        1,
+        callback_on_step_end=lambda pipe, index, timestep, tensors: {"token_ids": tensors["token_ids"].clamp(max=3)},
+        callback_on_step_end_tensor_inputs=["token_ids"],
+    )[1]
+    assert tokens.max() <= 3
+
+
+def test_half_precision_pipeline():
+    pipe = tiny_pipeline(scheduler=make_scheduler("masked-full")).to(torch.bfloat16)
+    output = pipe([1, 2], generator=generators(0, 1), output_type="pt")
+    assert output.images.dtype == torch.float32
+    assert output.images.isfinite().all()
+    assert latents_of(pipe, 1)[0].dtype == torch.float32
+
+
+@torch.no_grad()
+def test_nan_logits_stop_the_run():
+    pipe = tiny_pipeline()
+    pipe.transformer.proj_out.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="`model_output` must be finite .* got NaN or infinite logits at timestep 2"):
+        pipe(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": 5}, r"`class_labels` must lie in \[0, 4\], got 5"),
+        ({"class_labels": "plum"}, "`class_labels` must be names of classes .*got 'plum'"),
+        ({"class_labels": []}, "`class_labels` must hold at least one label"),
+        ({"generator": generators(0, 1, 2)}, "`generator` must be a list of 2 generators, got 3"),
+        ({"generator": generators(0)}, "`generator` must be a list of 2 generators, got 1"),
+        ({"latents": torch.zeros(2, 8, 4, 5)}, r"`latents` must have shape \(2, 8, 4, 4\), got \(2, 8, 4, 5\)"),
+        ({"latents": torch.zeros(1, 8, 4, 4)}, r"`latents` must have shape \(2, 8, 4, 4\), got \(1, 8, 4, 4\)"),
+        ({"output_type": "jpg"}, r"`output_type` must be one of \('pil', 'np', 'pt', 'latent'\), got 'jpg'"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a positive integer, got 0"),
+        ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be a positive integer, got 1.5"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["latents", "logits"]},
+            r"`callback_on_step_end_tensor_inputs` must be a part of \['latents', 'token_ids'\], got \['logits'\]",
+        ),
+    ],
+)
+def test_call_refuses_before_any_pass(arguments, message):
+    pipe, passes = tiny_pipeline(), []
+    pipe.transformer.register_forward_hook(lambda *args: passes.append(args))
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"class_labels": [1, 2], **arguments})
+    assert not passes
+
+
+def test_scheduler_of_another_kind_is_refused():
+    pipe = tiny_pipeline()
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="`scheduler` must be a ScaleScheduler, got DDIMScheduler"):
+        pipe(1)
+
+
+@pytest.mark.parametrize("scale_sizes", [[1, 4], [1, 2, 3, 4], [1, 2, 5]])
+def test_scheduler_with_scales_that_the_weights_cannot_serve_is_refused(scale_sizes):
+    pipe = tiny_pipeline()
+    pipe.scheduler = tiny_scheduler(scale_sizes=scale_sizes)
+    with pytest.raises(ValueError, match="must be the scales of the transformer, .* got"):
+        pipe(1)

@@ -1,0 +1,162 @@
+"""What the house style says about the sources as a whole: one-way imports, documented names, true docstrings."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import srdd
+import srdd.pipelines
+import srdd.schedulers
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "srdd"
+LINKED_FOLDERS = ("pipelines", "schedulers")
+
+# `src/srdd` itself, and the top-level folders that it links to.
+SOURCES = sorted(
+    {path.resolve() for folder in (PACKAGE, *map(ROOT.joinpath, LINKED_FOLDERS)) for path in folder.rglob("*.py")}
+)
+
+# What a part of the package may import of ours; all others sit on top.
+LOWER_PARTS = {
+    "scale_sizes.py": (),
+    "schedulers": ("srdd.scale_sizes", "srdd.schedulers"),
+    "models": ("srdd.scale_sizes", "srdd.models"),
+    "pipelines": ("srdd.scale_sizes", "srdd.models", "srdd.schedulers", "srdd.pipelines"),
+}
+
+Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def part_of(path: Path) -> str:
+    """The folder or module of the package that a source belongs to."""
+    return path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).parts[0]
+
+
+def imported_modules(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from (f"srdd.{alias.name}" for alias in node.names) if module == "srdd" else (module,)
+
+
+@pytest.mark.parametrize("name", srdd.__all__)
+def test_public_names_exist_and_are_documented(name):
+    docstring = getattr(srdd, name).__doc__
+    assert docstring
+    # A dataclass without a docstring gets its own signature for one.
+    assert not docstring.startswith(f"{name}(")
+
+
+def test_public_names_are_sorted_and_unique():
+    assert len(set(srdd.__all__)) == len(srdd.__all__)
+    assert sorted(srdd.__all__) == list(srdd.__all__)
+
+
+@pytest.mark.parametrize("folder", LINKED_FOLDERS)
+def test_package_finds_its_top_level_folders(folder):
+    link = PACKAGE / folder
+    assert link.is_symlink()
+    assert link.readlink() == Path("..", "..", folder)
+    assert Path(getattr(srdd, folder).__file__).resolve() == ROOT / folder / "__init__.py"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_of_ours_are_absolute(path):
+    parts_and_dots = {entry.stem for entry in PACKAGE.iterdir()} | {""}
+    assert not [module for module in imported_modules(tree_of(path)) if module.split(".")[0] in parts_and_dots]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if part_of(path) in LOWER_PARTS], ids=name_of)
+def test_dependencies_point_one_way(path):
+    allowed = LOWER_PARTS[part_of(path)]
+    ours = [module for module in imported_modules(tree_of(path)) if module.split(".")[0] == "srdd"]
+    assert not [module for module in ours if not f"{module}.".startswith(tuple(f"{name}." for name in allowed))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nothing_prints(path):
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    assert not [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+
+
+def documented_parameters(docstring: str) -> dict[str, str]:
+    """What stands in the parentheses after every name in the `Args:` or `Parameters:` section."""
+    section = re.search(r"^(?:Args|Parameters):\n((?:    .*\n?|\n)+)", docstring, flags=re.MULTILINE)
+    if section is None:
+        return {}
+    # A name starts at the section's own indentation; its parentheses may hold others, and line breaks.
+    return dict(re.findall(r"^    (\w+) \((.+?)\):(?=\s|$)", section[1], flags=re.MULTILINE | re.DOTALL))
+
+
+def signature_defaults(node: Documented) -> dict[str, ast.expr | None]:
+    """The parameters of a function, of a class's `__init__` or of a dataclass, and their defaults."""
+    if isinstance(node, ast.ClassDef):
+        inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+        if not inits:
+            return {item.target.id: item.value for item in node.body if isinstance(item, ast.AnnAssign)}
+        node = inits[0]
+    arguments = [*node.args.posonlyargs, *node.args.args]
+    defaults = [None] * (len(arguments) - len(node.args.defaults)) + node.args.defaults
+    parameters = dict(zip([*arguments, *node.args.kwonlyargs], [*defaults, *node.args.kw_defaults], strict=True))
+    return {argument.arg: default for argument, default in parameters.items() if argument.arg not in ("self", "cls")}
+
+
+def slips(node: Documented) -> Iterator[str]:
+    """Where a docstring says something else about the parameters than the signature."""
+    documented = documented_parameters(ast.get_docstring(node) or "")
+    defaults = signature_defaults(node)
+    expected = list(defaults) if isinstance(node, ast.ClassDef) else [name for name in defaults if name in documented]
+    if documented and list(documented) != expected:
+        yield f"documented are {list(documented)}, the parameters are {list(defaults)}"
+    for name, about in documented.items():
+        default = defaults.get(name)
+        stated = re.search(r"defaults to `?(.+?)`?$", about, flags=re.DOTALL)
+        if default is None:
+            if stated:
+                yield f"`{name}` has no default"
+            continue
+        try:
+            value = ast.literal_eval(default)
+        except ValueError:  # an expression
+            continue
+        if stated and ast.literal_eval(stated[1]) != value:
+            yield f"`{name}` defaults to {value!r}, not to {stated[1]}"
+        elif value is None and "*optional*" not in about:
+            yield f"`{name}` is not marked *optional*"
+        elif not stated and isinstance(value, (bool, int, float, str)):
+            yield f"`{name}` defaults to {value!r}, which is not said"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_docstring_defaults_are_those_of_the_signature(path):
+    documented = [node for node in ast.walk(tree_of(path)) if isinstance(node, Documented)]
+    assert not [f"{node.name}: {slip}" for node in documented for slip in slips(node)]
+
+
+def test_the_docstring_check_sees_every_parameter_of_a_model():
+    source = (PACKAGE / "models" / "transformer_scale_2d.py").read_text(encoding="utf-8")
+    (node,) = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef) and node.name == "ScaleTransformer2DModel"
+    ]
+    assert documented_parameters(ast.get_docstring(node))["norm_eps"] == "`float`, defaults to 1e-6"
+    assert not list(slips(node))
+    wrong = ast.parse(source.replace("norm_eps: float = 1e-6", "norm_eps: float = 1e-5"))
+    found = [slip for node in ast.walk(wrong) if isinstance(node, Documented) for slip in slips(node)]
+    assert found == ["`norm_eps` defaults to 1e-05, not to 1e-6"]

@@ -1,0 +1,347 @@
+"""Saving to and loading from local folders, casting, swapping schedulers, offloading."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
+from tiny_models import ID2LABEL, SCALE_SIZES, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
+
+import srdd
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+
+
+ATTENTION_PATTERNS = ("markov", "causal", "banded")
+SQUARE_SCALES = [[side, side] for side in SCALE_SIZES]
+WEIGHTS = "diffusion_pytorch_model"
+PIPELINE_FILE = Path(srdd.__file__).parent / "pipelines" / "pipeline_srdd.py"
+
+
+def draw(pipe, **arguments):
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"class_labels": [0, "quince"], "output_type": "pt", **arguments}
+    return pipe(generator=torch.Generator().manual_seed(0), **arguments).images
+
+
+def public(config):
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+def test_pipeline(tmp_path, attention_pattern):
+    pipe = tiny_pipeline(attention_pattern)
+    pipe.save_pretrained(tmp_path)
+    loaded = SRDDPipeline.from_pretrained(tmp_path)
+    assert torch.equal(draw(loaded), draw(pipe))
+    for name in ("vqvae", "transformer", "scheduler"):
+        assert public(getattr(loaded, name).config) == public(getattr(pipe, name).config)
+
+
+@pytest.mark.parametrize("make", [tiny_vqvae, tiny_transformer])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_model(tmp_path, make, low_cpu_mem_usage):
+    model = make()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not loaded.training
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert public(loaded.config) == public(model.config)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"shared_adaln": True}, {"qk_norm": False}, {"num_classes": 0}, {"id2label": {0: "apple", "3": "quince"}}],
+)
+def test_transformer_options(tmp_path, overrides):
+    transformer = tiny_transformer(**overrides)
+    transformer.save_pretrained(tmp_path)
+    loaded = ScaleTransformer2DModel.from_pretrained(tmp_path)
+    inputs = torch.randn(2, 21, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs).sample, transformer(inputs).sample)
+    assert loaded.id2label == transformer.id2label
+
+
+def test_configs_survive_json(tmp_path):
+    sizes = [[1, 1], [1, 2], [2, 4]]
+    vqvae = tiny_vqvae(scale_sizes=((1, 1), (1, 2), (2, 4)), sample_size=(4, 8))
+    transformer = tiny_transformer(scale_sizes=[1, (1, 2), (2, 4)])
+    scheduler = tiny_scheduler(scale_sizes=sizes, scales=[(1, 1), (2, 4)], num_resampling_passes=[0, 1, 2])
+    pipe = tiny_pipeline(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
+    pipe.save_pretrained(tmp_path)
+    for name, file in (("vqvae", "config"), ("transformer", "config"), ("scheduler", "scheduler_config")):
+        written = json.loads((tmp_path / name / f"{file}.json").read_text())
+        assert written["scale_sizes"] == sizes
+    loaded = SRDDPipeline.from_pretrained(tmp_path)
+    assert [loaded.vqvae.config.scale_sizes, loaded.transformer.config.scale_sizes] == [sizes, sizes]
+    assert public(loaded.scheduler.config) == public(scheduler.config)
+    assert loaded.scheduler.scales == [[1, 1], [2, 4]]
+    assert draw(loaded).shape == (2, 3, 4, 8)
+    assert torch.equal(draw(loaded), draw(pipe))
+
+
+def test_labels_survive_json(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    loaded = SRDDPipeline.from_pretrained(tmp_path)
+    assert loaded.id2label == ID2LABEL
+    assert loaded.get_label_ids(["apple", "love apple", 2]) == [0, 4, 2]
+    loaded.save_pretrained(tmp_path)
+    assert SRDDPipeline.from_pretrained(tmp_path).id2label == ID2LABEL
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype(tmp_path, dtype):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    latents = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    inputs = latents.flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        logits, pixels = pipe.transformer(inputs, 0).sample, pipe.vqvae.decode(latents).sample
+        loaded = SRDDPipeline.from_pretrained(tmp_path, dtype=dtype)
+        half_logits, half_pixels = loaded.transformer(inputs.to(dtype), 0).sample, loaded.vqvae.decode(latents).sample
+    for model in (loaded.transformer, loaded.vqvae):
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert half_logits.dtype == half_pixels.dtype == dtype
+    rounding = torch.finfo(dtype).eps
+    assert (half_logits.float() - logits).abs().mean() < 4 * rounding
+    assert (half_pixels.float() - pixels).abs().mean() < 4 * rounding
+    images = draw(loaded)
+    assert images.dtype == torch.float32
+    assert torch.equal(images, draw(pipe.to(dtype)))
+
+
+def test_pipeline_moves_between_dtypes():
+    pipe = tiny_pipeline()
+    half = draw(pipe.to(torch.bfloat16))
+    assert torch.equal(draw(pipe.to(torch.float32).to(torch.bfloat16)), half)
+
+
+def test_variant(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    half = tiny_pipeline().to(torch.float16)
+    half.save_pretrained(tmp_path, variant="fp16")
+    for name in ("vqvae", "transformer"):
+        weights = {path.name for path in (tmp_path / name).glob("*.safetensors")}
+        assert weights == {f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors"}
+    loaded = SRDDPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
+    assert torch.equal(draw(loaded), draw(half))
+    assert torch.equal(draw(SRDDPipeline.from_pretrained(tmp_path)), draw(tiny_pipeline()))
+    # Without `dtype` the halves are loaded as float32, as in diffusers.
+    assert SRDDPipeline.from_pretrained(tmp_path, variant="fp16").transformer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_sharded(tmp_path, variant):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path, max_shard_size="20KB", variant=variant)
+    index = "safetensors.index.json" if variant is None else f"safetensors.index.{variant}.json"
+    for name in ("vqvae", "transformer"):
+        assert (tmp_path / name / f"{WEIGHTS}.{index}").is_file()
+        assert len(list((tmp_path / name).glob("*-of-*.safetensors"))) > 1
+    assert torch.equal(draw(SRDDPipeline.from_pretrained(tmp_path, variant=variant)), draw(pipe))
+
+
+def test_from_pipe():
+    pipe = tiny_pipeline()
+    other = SRDDPipeline.from_pipe(pipe)
+    assert all(other.components[name] is component for name, component in pipe.components.items())
+    assert torch.equal(draw(other), draw(pipe))
+    short = SRDDPipeline.from_pipe(pipe, scheduler=tiny_scheduler(scales=[1, 4]))
+    assert short.scheduler.num_tokens == 17
+    assert pipe.scheduler.num_tokens == 21
+
+
+def test_component_passed_to_from_pretrained(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    transformer = tiny_transformer(seed=7)
+    loaded = SRDDPipeline.from_pretrained(tmp_path, transformer=transformer)
+    assert loaded.transformer is transformer
+    assert not torch.equal(draw(loaded), draw(pipe))
+
+
+def test_scheduler_swapped_by_config():
+    pipe = tiny_pipeline()
+    images = draw(pipe)
+    pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, scales=[1, 4], temperature=0.5)
+    assert pipe.scheduler.config.scale_sizes == SQUARE_SCALES
+    assert pipe.scheduler.scales == [[1, 1], [4, 4]]
+    assert draw(pipe).shape == images.shape
+    pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, scales=None, temperature=1.0)
+    assert torch.equal(draw(pipe), images)
+
+
+@pytest.mark.parametrize("subfolder", [None, "presets/distilled-2"])
+def test_scheduler_swapped_from_a_folder(tmp_path, subfolder):
+    scheduler = tiny_scheduler(scales=[1, 4], resampling_policy="masked", num_resampling_passes=[0, 3, 1], top_k=20)
+    scheduler.save_pretrained(tmp_path / (subfolder or ""))
+    loaded = ScaleScheduler.from_pretrained(tmp_path, subfolder=subfolder)
+    assert public(loaded.config) == public(scheduler.config)
+    assert loaded.timesteps.tolist() == scheduler.timesteps.tolist() == [2, 0, 0]
+    pipe = tiny_pipeline()
+    pipe.scheduler = loaded
+    assert torch.equal(draw(pipe), draw(tiny_pipeline(scheduler=scheduler)))
+
+
+def test_scheduler_of_other_weights_is_refused(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, scale_sizes=[1, 3, 4])
+    with pytest.raises(ValueError, match=r"`scheduler.config.scale_sizes` must be the scales of the transformer"):
+        draw(pipe)
+
+
+def test_diffusion_pipeline_does_not_know_our_class(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="module diffusers has no attribute SRDDPipeline"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def module_cache(tmp_path, monkeypatch):
+    """Where diffusers copies custom pipelines to; it also appends the folder to `sys.path`."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    modules = dict(sys.modules)
+    yield
+    for name in sys.modules.keys() - modules.keys():
+        if name.split(".")[0] == "diffusers_modules":
+            del sys.modules[name]
+
+
+def test_pipeline_file_as_custom_pipeline(tmp_path, module_cache):
+    # The file runs as a copy in another place, so it must not import its neighbours relatively.
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(PIPELINE_FILE), trust_remote_code=True
+    )
+    assert type(loaded).__name__ == "SRDDPipeline"
+    assert type(loaded) is not SRDDPipeline
+    assert torch.equal(draw(loaded), draw(pipe))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(draw(SRDDPipeline.from_pretrained(tmp_path / "again")), draw(pipe))
+
+
+def test_folder_with_a_pipeline_file_as_custom_pipeline(tmp_path, module_cache):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "pipeline.py").write_text("from srdd import SRDDPipeline\n")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
+    assert type(loaded) is SRDDPipeline
+    assert torch.equal(draw(loaded), draw(pipe))
+
+
+def tokenizer_calls(vqvae):
+    """Every public method that touches weights, by name."""
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+    token_ids = torch.randint(32, (2, 21), generator=torch.Generator().manual_seed(2))
+    token_map = token_ids[:, 1:5].unflatten(1, (2, 2))
+    return {
+        "encode": lambda: vqvae.encode(pixels).latents,
+        "decode": lambda: vqvae.decode(latents).sample,
+        "quantize_latents": lambda: vqvae.quantize_latents(latents),
+        "tokenize": lambda: vqvae.tokenize(pixels),
+        "residual_map": lambda: vqvae.residual_map(token_map),
+        "residual_map with a mask": lambda: vqvae.residual_map(token_map, mask=token_map > 10),
+        "latent_states": lambda: torch.stack(vqvae.latent_states(token_ids)),
+        "teacher_forcing_inputs": lambda: vqvae.teacher_forcing_inputs(token_ids),
+        "decode_tokens": lambda: vqvae.decode_tokens(token_ids).sample,
+        "forward": lambda: vqvae(pixels).sample,
+    }
+
+
+def offload(model, where, folder):
+    """Leave no weight in `model`; every submodule fetches its own for the time of its forward."""
+    if where == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    return model
+
+
+@pytest.mark.parametrize("method", tokenizer_calls(None))
+@torch.no_grad()
+def test_offloaded_tokenizer(method):
+    wanted = tokenizer_calls(tiny_vqvae())[method]()
+    assert torch.equal(tokenizer_calls(offload(tiny_vqvae(), "cpu", None))[method](), wanted)
+
+
+@pytest.mark.parametrize("normalize_codes", [True, False])
+@torch.no_grad()
+def test_tokenizer_offloaded_to_disk(tmp_path, normalize_codes):
+    calls = tokenizer_calls(offload(tiny_vqvae(normalize_codes=normalize_codes), "disk", tmp_path))
+    for method, wanted in tokenizer_calls(tiny_vqvae(normalize_codes=normalize_codes)).items():
+        assert torch.equal(calls[method](), wanted()), method
+
+
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_offloaded_pipeline(attention_pattern, shared_adaln):
+    pipe = tiny_pipeline(transformer=tiny_transformer(attention_pattern, shared_adaln=shared_adaln))
+    images = draw(pipe)
+    for model in (pipe.transformer, pipe.vqvae):
+        offload(model, "cpu", None)
+    assert pipe.device.type == "meta"
+    assert torch.equal(draw(pipe), images)
+
+
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+def test_model_cpu_offload(attention_pattern):
+    pipe = tiny_pipeline(attention_pattern)
+    images = draw(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    # Twice: at the end of a call the hooks are put on anew.
+    assert torch.equal(draw(pipe), images)
+    assert torch.equal(draw(pipe), images)
+    pipe.remove_all_hooks()
+    assert torch.equal(draw(pipe), images)
+
+
+def test_tokenizer_does_not_push_the_transformer_out():
+    # It runs after every scale; a hook that makes room for it would move the transformer back and forth each time.
+    pipe = tiny_pipeline()
+    pipe.enable_model_cpu_offload(device="cpu")
+    hook = getattr(pipe.vqvae, "_hf_hook", None)
+    assert hook is None or hook.prev_module_hook is None
+
+
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offload_of_the_transformer(offload_type):
+    pipe = tiny_pipeline("causal")
+    images = draw(pipe)
+    pipe.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1
+    )
+    assert torch.equal(draw(pipe), images)
+
+
+def test_group_offload_of_the_pipeline():
+    pipe = tiny_pipeline()
+    images = draw(pipe)
+    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(draw(pipe), images)
+
+
+def test_layerwise_casting():
+    pipe = tiny_pipeline()
+    images = draw(pipe, guidance_scale=1.0)
+    for model in (pipe.transformer, pipe.vqvae):
+        model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        assert torch.bfloat16 in {parameter.dtype for parameter in model.parameters()}
+    assert pipe.vqvae.quantize.codebook.weight.dtype == torch.float32
+    assert (draw(pipe, guidance_scale=1.0) - images).abs().mean() < 1e-2
+
+
+def test_weights_load_under_a_device_map(tmp_path):
+    model = tiny_vqvae()
+    model.save_pretrained(tmp_path)
+    loaded = MultiScaleVQModel.from_pretrained(tmp_path, device_map={"": "cpu"})
+    pixels = torch.zeros(1, 3, 8, 8)
+    assert torch.equal(loaded.tokenize(pixels), model.tokenize(pixels))

@@ -1,0 +1,84 @@
+"""Real components, small enough for tests: scales 1-2-4, width 16, 2 layers, images of 8 x 8 pixels, 5 classes."""
+
+from typing import Any, TypeVar
+
+import torch
+
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+
+
+SCALE_SIZES = [1, 2, 4]
+CODEBOOK_SIZE = 32
+LATENT_CHANNELS = 8
+SAMPLE_SIZE = 8
+ID2LABEL = {0: "apple", 1: "banana", 2: "cherry", 3: "quince", 4: "tomato, love apple"}
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def _redraw(model: Model, seed: int) -> Model:
+    """Weights with standard deviation 0.2: freshly initialised ones say next to nothing about their input."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Vectors are biases and the gains of norms: those move around the value that they start from.
+            start = 0.0 if parameter.ndim > 1 else parameter.mean().round()
+            parameter.copy_(start + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def tiny_vqvae(seed: int = 0, **overrides: Any) -> MultiScaleVQModel:
+    """A tokenizer with the latent grid 4 x 4; `overrides` are config values."""
+    config = {
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "latent_channels": LATENT_CHANNELS,
+        "codebook_size": CODEBOOK_SIZE,
+        "scale_sizes": SCALE_SIZES,
+        "sample_size": SAMPLE_SIZE,
+        "patch_size": 1,
+    }
+    return _redraw(MultiScaleVQModel(**{**config, **overrides}), seed)
+
+
+def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrides: Any) -> ScaleTransformer2DModel:
+    """A transformer for [`tiny_vqvae`]; `overrides` are config values."""
+    config = {
+        "codebook_size": CODEBOOK_SIZE,
+        "latent_channels": LATENT_CHANNELS,
+        "scale_sizes": SCALE_SIZES,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_classes": len(ID2LABEL),
+        "attention_pattern": attention_pattern,
+        "id2label": ID2LABEL,
+    }
+    config.update(overrides)
+    if config["num_classes"] != len(ID2LABEL) and "id2label" not in overrides:
+        config["id2label"] = None
+    return _redraw(ScaleTransformer2DModel(**config), seed)
+
+
+def tiny_scheduler(**overrides: Any) -> ScaleScheduler:
+    """A schedule over the tiny models' scales; `overrides` are config values."""
+    return ScaleScheduler(**{"scale_sizes": SCALE_SIZES, **overrides})
+
+
+def tiny_pipeline(
+    attention_pattern: str = "markov",
+    vqvae: MultiScaleVQModel | None = None,
+    transformer: ScaleTransformer2DModel | None = None,
+    scheduler: ScaleScheduler | None = None,
+) -> SRDDPipeline:
+    """A pipeline of tiny components, without a progress bar."""
+    pipe = SRDDPipeline(
+        vqvae=vqvae or tiny_vqvae(),
+        transformer=transformer or tiny_transformer(attention_pattern),
+        scheduler=scheduler or tiny_scheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
