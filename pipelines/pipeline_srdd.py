@@ -146,8 +146,8 @@ class SRDDPipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*):
                 Called after every pass as `callback(pipe, step_index, timestep, callback_kwargs)`; tensors in the
                 dictionary that it returns replace those of the run (the latents of a scale's last pass are what later
-                scales build on). `pipe.decode_latents(callback_kwargs["latents"],
-                "pil")` is the picture so far.
+                scales build on), and it may set `pipe._guidance_scale`.
+                `pipe.decode_latents(callback_kwargs["latents"], "pil")` is the picture so far.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
                 What `callback_kwargs` holds: "latents" (the default), "token_ids".
 
@@ -174,12 +174,13 @@ class SRDDPipeline(DiffusionPipeline):
         token_ids = torch.full(shape, MASK_TOKEN_ID, dtype=torch.long, device=self._execution_device)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
 
-            def on_step_end(index: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            def on_step_end(index: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
                 progress_bar.update(index + 1 - progress_bar.n)
                 if callback_on_step_end is None:
                     return tensors
                 callback_kwargs = {name: tensors[name] for name in tensor_inputs}
-                return {**tensors, **callback_on_step_end(self, index, timestep, callback_kwargs)}
+                changed = callback_on_step_end(self, index, timestep, callback_kwargs)
+                return {**tensors, **changed, "guidance_scale": self.guidance_scale}
 
             latents, token_ids = sample_scales(
                 vqvae=self.vqvae,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -9,8 +10,9 @@ from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel
 from srdd.schedulers import ScaleScheduler
 
 
-# Called after every pass with (index, timestep, {"latents": ..., "token_ids": ...}); what it returns replaces them.
-StepCallback = Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+# Called after every pass with (index, timestep, {"latents": ..., "token_ids": ...}); what it returns replaces them,
+# and a "guidance_scale" in it holds from the next pass on.
+StepCallback = Callable[[int, int, dict[str, Any]], dict[str, Any]]
 
 
 def check_components(
@@ -199,6 +201,12 @@ def sample_scales(
         if on_step_end is not None:
             changed = on_step_end(index, timestep, {"latents": latents, "token_ids": token_ids})
             latents, token_ids = changed["latents"], changed["token_ids"]
+            guidance_scale = changed.get("guidance_scale", guidance_scale)
+            if guidance_scale > 1 and kv_cache is not None and not keep_unconditional:
+                raise ValueError(
+                    "`guidance_scale` must be above 1 from the start to be so later with the attention pattern"
+                    f" {transformer.config.attention_pattern!r}, which looks back, got {guidance_scale} in a callback."
+                )
         model_state = latents
         if output.feedback_mask is not None:
             kept = vqvae.residual_map(token_map, grid_size, mask=output.feedback_mask.unflatten(1, size))

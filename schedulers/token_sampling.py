@@ -13,7 +13,8 @@ def candidate_probabilities(
     The distribution that tokens are drawn from.
 
     Only `top_k` candidates are ever sorted. Top-p keeps the most probable tokens until their probability reaches
-    `top_p`, counted among the top-k candidates as VAR does.
+    `top_p`, counted among the top-k candidates as VAR does. Among tokens with exactly equal logits at the cut some are
+    dropped, where VAR's code keeps all that tie with the k-th.
 
     Args:
         logits (`torch.Tensor` of shape `(..., codebook_size)`): Guided logits.

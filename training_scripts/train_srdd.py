@@ -104,7 +104,7 @@ def validate(model: ScaleTransformer2DModel, vqvae: MultiScaleVQModel, loader, d
 
 def draw(args: argparse.Namespace, model: ScaleTransformer2DModel, vqvae: MultiScaleVQModel) -> list[torch.Tensor]:
     """Pictures of the first classes from fixed seeds, in rows of up to eight, pixels in [-1, 1]."""
-    pipe = SRDDPipeline(vqvae, model, ScaleScheduler(model.config.scale_sizes))
+    pipe = SRDDPipeline(vqvae, model, ScaleScheduler(scale_sizes=model.config.scale_sizes))
     pipe.set_progress_bar_config(disable=True)
     num_classes, count = model.config.num_classes, args.num_validation_images
     labels = [index * num_classes // count % num_classes for index in range(count)] if num_classes else None
@@ -208,7 +208,8 @@ def main(args: argparse.Namespace) -> None:
             tqdm.write(f"step {step}: validation loss {metrics['val_loss']:.4f}")
     if accelerator.is_main_process:
         ema.copy_to(transformer.parameters())
-        SRDDPipeline(vqvae, transformer.eval(), ScaleScheduler(scale_sizes)).save_pretrained(args.output_dir)
+        scheduler = ScaleScheduler(scale_sizes=scale_sizes)
+        SRDDPipeline(vqvae, transformer.eval(), scheduler).save_pretrained(args.output_dir)
     accelerator.end_training()
 
 

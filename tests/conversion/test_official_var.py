@@ -277,6 +277,15 @@ def test_one_error_names_all_faults(broken_checkpoints):
     assert all(line.endswith(fault) for line, fault in zip(lines, FAULTS))
 
 
+def test_error_names_the_faults_of_both_models_in_one_file(tmp_path, broken_checkpoints):
+    vae, transformer = map(torch.load, broken_checkpoints)
+    training = tmp_path / "training.pth"
+    torch.save({"trainer": {"vae_local": vae, "var_wo_ddp": transformer}}, training)
+    with pytest.raises(ValueError, match="official layout") as caught:
+        convert((training, training))
+    assert all(fault.split(": ", 1)[1] in str(caught.value) for fault in FAULTS)
+
+
 def test_swapped_files_and_other_files_are_refused(tmp_path, checkpoints):
     with pytest.raises(ValueError, match="tokenizer must be an official one.*encoder.down.0.block"):
         convert((checkpoints[SMALL][1], checkpoints[SMALL][1]))

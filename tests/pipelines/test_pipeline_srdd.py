@@ -449,3 +449,29 @@ def test_scheduler_with_scales_that_the_weights_cannot_serve_is_refused(scale_si
     pipe.scheduler = tiny_scheduler(scale_sizes=scale_sizes)
     with pytest.raises(ValueError, match="must be the scales of the transformer, .* got"):
         pipe(1)
+
+
+def turn_guidance(scale):
+    def callback(pipe, index, timestep, callback_kwargs):
+        pipe._guidance_scale = scale
+        return callback_kwargs
+
+    return callback
+
+
+def test_a_callback_changes_guidance_from_the_next_pass_on():
+    pipe = tiny_pipeline()
+
+    def draw(guidance_scale, **arguments):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(1, guidance_scale=guidance_scale, generator=generator, output_type="latent", **arguments).token_ids
+
+    # The linear ramp is 0 at the first scale, so guidance that ends after it never was.
+    assert torch.equal(draw(8.0, callback_on_step_end=turn_guidance(1.0)), draw(1.0))
+    assert torch.equal(draw(1.0, callback_on_step_end=turn_guidance(8.0)), draw(8.0))
+    assert not torch.equal(draw(8.0), draw(1.0))
+
+
+def test_guidance_cannot_begin_late_with_a_pattern_that_looks_back():
+    with pytest.raises(ValueError, match="`guidance_scale` must be above 1 from the start .*'causal'.* got 8.0"):
+        tiny_pipeline("causal")(1, guidance_scale=1.0, callback_on_step_end=turn_guidance(8.0))

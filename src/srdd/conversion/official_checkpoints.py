@@ -145,13 +145,12 @@ def convert_checkpoints(
     conv_name, _ = residual_conv_layout(vae_shapes)
     vae_origins = tokenizer_origins(_shapes(vqvae.state_dict()), conv_name)
     origins = transformer_origins(_shapes(transformer.state_dict()))
-    wrong = {
-        vae_path: _discrepancies(vae_shapes, vae_origins, TOKENIZER_BUFFERS),
-        transformer_path: _discrepancies(transformer_shapes, origins, TRANSFORMER_BUFFERS),
-    }
-    if any(wrong.values()):
-        listed = "\n".join(f"  {path}: {line}" for path, lines in wrong.items() for line in lines)
-        raise ValueError(f"Checkpoints must have the official layout, but\n{listed}")
+    vae_wrong = _discrepancies(vae_shapes, vae_origins, TOKENIZER_BUFFERS)
+    transformer_wrong = _discrepancies(transformer_shapes, origins, TRANSFORMER_BUFFERS)
+    wrong = [f"  {vae_path}: {line}" for line in vae_wrong]
+    wrong += [f"  {transformer_path}: {line}" for line in transformer_wrong]
+    if wrong:
+        raise ValueError("\n".join(["Checkpoints must have the official layout, but", *wrong]))
 
     return SRDDPipeline(
         vqvae=_fill(vqvae, vae_state, vae_origins, dtype),
