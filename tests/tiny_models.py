@@ -16,6 +16,20 @@ ID2LABEL = {0: "apple", 1: "banana", 2: "cherry", 3: "quince", 4: "tomato, love 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
+VQVAE_CONFIG = {
+    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"],
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": LATENT_CHANNELS,
+    "codebook_size": CODEBOOK_SIZE,
+    "scale_sizes": SCALE_SIZES,
+    "sample_size": SAMPLE_SIZE,
+    "patch_size": 1,
+}
+
+
 def _redraw(model: Model, seed: int) -> Model:
     """Weights with standard deviation 0.2: freshly initialised ones say next to nothing about their input."""
     generator = torch.Generator().manual_seed(seed)
@@ -29,19 +43,7 @@ def _redraw(model: Model, seed: int) -> Model:
 
 def tiny_vqvae(seed: int = 0, **overrides: Any) -> MultiScaleVQModel:
     """A tokenizer with the latent grid 4 x 4; `overrides` are config values."""
-    config = {
-        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "latent_channels": LATENT_CHANNELS,
-        "codebook_size": CODEBOOK_SIZE,
-        "scale_sizes": SCALE_SIZES,
-        "sample_size": SAMPLE_SIZE,
-        "patch_size": 1,
-    }
-    return _redraw(MultiScaleVQModel(**{**config, **overrides}), seed)
+    return _redraw(MultiScaleVQModel(**{**VQVAE_CONFIG, **overrides}), seed)
 
 
 def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrides: Any) -> ScaleTransformer2DModel:

@@ -20,16 +20,17 @@ from tqdm.auto import tqdm
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS
 from srdd.training.arguments import add_common_arguments
-from srdd.training.checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
-from srdd.training.data import load_labelled_images
+from srdd.training.checkpoints import resume, save_checkpoint
 from srdd.training.loop import (
     append_json_line,
     batches_from,
+    load_images,
     log_images,
     make_accelerator,
     make_loader,
     make_optimizer,
     picture_grid,
+    validation_images,
 )
 from srdd.training.losses import token_loss
 from srdd.training.token_cache import cached_tokens
@@ -123,16 +124,7 @@ def draw(args: argparse.Namespace, model: ScaleTransformer2DModel, vqvae: MultiS
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
-    images = load_labelled_images(
-        dataset_name=args.dataset_name,
-        train_data_dir=args.train_data_dir,
-        dataset_config_name=args.dataset_config_name,
-        image_column=args.image_column,
-        label_column=args.label_column or None,
-        cache_dir=args.cache_dir,
-        max_train_samples=args.max_train_samples,
-        seed=args.seed,
-    )
+    images = load_images(args, args.label_column or None)
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
     vqvae.requires_grad_(False).eval().to(accelerator.device)
     scale_sizes = vqvae.config.scale_sizes
@@ -140,8 +132,7 @@ def main(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         token_dir = Path(args.output_dir) / "tokens"
         train_tokens = cached_tokens(vqvae, images, images.train, resolution, token_dir, args.random_flip)
-        validation = images.validation if images.validation is not None else images.train
-        validation = validation.shuffle(seed=0).select(range(min(1024, len(validation))))
+        validation = validation_images(images, 1024)
         validation_tokens = cached_tokens(vqvae, images, validation, resolution, token_dir)
     loader = make_loader(args, train_tokens)
     validation_loader = torch.utils.data.DataLoader(validation_tokens, batch_size=args.train_batch_size)
@@ -156,11 +147,7 @@ def main(args: argparse.Namespace) -> None:
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(schedule, ema)
 
-    step = 0
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        step = checkpoint_step(checkpoint)
+    step = resume(accelerator, args.output_dir, args.resume_from_checkpoint)
     started, first_step = time.perf_counter(), step
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     log_file = Path(args.output_dir) / "train_log.jsonl"

@@ -19,17 +19,19 @@ from tqdm.auto import tqdm
 
 from srdd import MultiScaleVQModel
 from srdd.training.arguments import add_common_arguments
-from srdd.training.checkpoints import checkpoint_step, find_checkpoint, save_checkpoint
+from srdd.training.checkpoints import resume, save_checkpoint
 from srdd.training.codebook import CodebookTracker
-from srdd.training.data import AugmentedImages, load_labelled_images, training_transform
+from srdd.training.data import AugmentedImages, training_transform
 from srdd.training.loop import (
     append_json_line,
     batches_from,
+    load_images,
     log_images,
     make_accelerator,
     make_loader,
     make_optimizer,
     picture_grid,
+    validation_images,
 )
 from srdd.training.perceptual import EfficientNetPerceptualLoss
 
@@ -101,18 +103,8 @@ def validate(model: MultiScaleVQModel, loader: torch.utils.data.DataLoader, devi
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
-    images = load_labelled_images(
-        dataset_name=args.dataset_name,
-        train_data_dir=args.train_data_dir,
-        dataset_config_name=args.dataset_config_name,
-        image_column=args.image_column,
-        label_column=None,
-        cache_dir=args.cache_dir,
-        max_train_samples=args.max_train_samples,
-        seed=args.seed,
-    )
-    validation = images.validation if images.validation is not None else images.train
-    validation = validation.shuffle(seed=0).select(range(min(512, len(validation))))
+    images = load_images(args, None)
+    validation = validation_images(images, 512)
     augmented = AugmentedImages(images, args.resolution, not args.center_crop, args.random_flip, args.seed)
     validation.set_transform(training_transform(images, args.resolution))
     loader = make_loader(args, augmented)
@@ -128,11 +120,7 @@ def main(args: argparse.Namespace) -> None:
     tracker = CodebookTracker(tokenizer.config.codebook_size, device=accelerator.device)
     accelerator.register_for_checkpointing(schedule, ema, tracker)
 
-    step = 0
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        step = checkpoint_step(checkpoint)
+    step = resume(accelerator, args.output_dir, args.resume_from_checkpoint)
     started, first_step = time.perf_counter(), step
     progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     log_file = Path(args.output_dir) / "train_log.jsonl"

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers_suite.mounting import mounted
-from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, SAMPLE_SIZE, SCALE_SIZES
+from tiny_models import SAMPLE_SIZE, VQVAE_CONFIG
 
 from srdd import MultiScaleVQModel
 
@@ -21,17 +21,7 @@ class MultiScaleVQModelTesterConfig(mixins.BaseModelTesterConfig):
     output_shape = (3, SAMPLE_SIZE, SAMPLE_SIZE)
 
     def get_init_dict(self) -> dict[str, Any]:
-        return {
-            "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
-            "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"],
-            "block_out_channels": [16, 32],
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "latent_channels": LATENT_CHANNELS,
-            "codebook_size": CODEBOOK_SIZE,
-            "scale_sizes": SCALE_SIZES,
-            "sample_size": SAMPLE_SIZE,
-        }
+        return dict(VQVAE_CONFIG)
 
     def get_dummy_inputs(self) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)

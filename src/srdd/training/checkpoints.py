@@ -50,6 +50,15 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
     )
 
 
+def resume(accelerator: Accelerator, output_dir: str | Path, resume_from_checkpoint: str | None) -> int:
+    """Load the checkpoint that [`find_checkpoint`] finds, if any, and return its number of optimizer steps, else 0."""
+    checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
+    if checkpoint is None:
+        return 0
+    accelerator.load_state(str(checkpoint))
+    return checkpoint_step(checkpoint)
+
+
 def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, total_limit: int | None) -> None:
     """
     Write `checkpoint-{step}` under another name first, so that an interrupted write is never taken for a checkpoint,

@@ -5,12 +5,15 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Dataset
+
+from srdd.training.data import LabelledImages, load_labelled_images
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -29,6 +32,26 @@ def make_accelerator(args: Namespace) -> Accelerator:
             settings = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
             accelerator.init_trackers(Path(args.output_dir).name or "srdd", config=settings)
     return accelerator
+
+
+def load_images(args: Namespace, label_column: str | None) -> LabelledImages:
+    """The data set that the common arguments name; `label_column` is `None` for data without labels."""
+    return load_labelled_images(
+        dataset_name=args.dataset_name,
+        train_data_dir=args.train_data_dir,
+        dataset_config_name=args.dataset_config_name,
+        image_column=args.image_column,
+        label_column=label_column,
+        cache_dir=args.cache_dir,
+        max_train_samples=args.max_train_samples,
+        seed=args.seed,
+    )
+
+
+def validation_images(images: LabelledImages, count: int) -> datasets.Dataset:
+    """At most `count` images, always the same: of the validation split, or of the training split without one."""
+    split = images.validation if images.validation is not None else images.train
+    return split.shuffle(seed=0).select(range(min(count, len(split))))
 
 
 def make_loader(args: Namespace, dataset: Dataset, collate_fn=None) -> DataLoader:
