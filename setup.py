@@ -37,6 +37,7 @@ setup(
     extras_require={
         "train": [
             "datasets>=3.0",
+            "matplotlib>=3.8",
             "peft>=0.17",
             "tensorboard>=2.16",
             "efficientnet-lite-pytorch==0.1.0",

@@ -117,7 +117,7 @@ class SRDDPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
-        guidance_scale: float = 2.5,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -132,9 +132,10 @@ class SRDDPipeline(DiffusionPipeline):
         Args:
             class_labels (`int`, `str`, a list of both, or `torch.LongTensor`, *optional*):
                 Classes by id or name; one image each. `None` draws without a class.
-            guidance_scale (`float`, defaults to 2.5):
+            guidance_scale (`float`, *optional*):
                 Classifier-free guidance `uncond + g (cond - uncond)`, ramped over the scales by the scheduler; 1 and
-                below is off. VAR's and the paper's `cfg` is `guidance_scale - 1`.
+                below is off. VAR's and the paper's `cfg` is `guidance_scale - 1`. By default 2.5, or 1 with a
+                guidance-distilled transformer.
             num_images_per_prompt (`int`, defaults to 1): Images per label.
             generator (`torch.Generator` or a list, *optional*):
                 The only source of randomness. With one generator for each image, an image does not depend on the
@@ -166,6 +167,8 @@ class SRDDPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
         latents = self.prepare_latents(batch_size, latents)
+        if guidance_scale is None:
+            guidance_scale = 1.0 if self.transformer.config.guidance_distilled else 2.5
         self._guidance_scale = guidance_scale if conditional else 1.0
 
         self.scheduler.set_timesteps(device=self._execution_device)

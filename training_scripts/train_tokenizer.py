@@ -2,31 +2,31 @@
 """
 Train a multi-scale tokenizer (`MultiScaleVQModel`) on images.
 
-    accelerate launch training_scripts/train_tokenizer.py --train_data_dir my_images --resolution 64 \
-        --scale_sizes 1,2,3,4,5,6,8 --output_dir my-tokenizer
+    accelerate launch training_scripts/train_tokenizer.py --preset 64px --train_data_dir my_images \
+        --output_dir my-tokenizer
 
 The finished model, with averaged (EMA) weights, lies in `output_dir`; `MultiScaleVQModel.from_pretrained` loads it.
 """
 
 import argparse
-import time
-from pathlib import Path
+import sys
 
 import torch
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-from tqdm.auto import tqdm
+from diffusers.utils import logging
 
 from srdd import MultiScaleVQModel
-from srdd.training.arguments import add_common_arguments
-from srdd.training.checkpoints import resume, save_checkpoint
-from srdd.training.codebook import CodebookTracker
+from srdd.evaluation.reconstruction import evaluate_reconstruction
+from srdd.scale_sizes import default_scale_sizes, num_tokens_per_scale
+from srdd.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from srdd.training.arguments import add_training_arguments, int_list
+from srdd.training.averaging import AveragedWeights
+from srdd.training.codebook import CodebookTracker, low_usage
 from srdd.training.data import AugmentedImages, training_transform
 from srdd.training.loop import (
-    append_json_line,
-    batches_from,
+    TrainingRun,
+    evaluation_copy,
     load_images,
-    log_images,
     make_accelerator,
     make_loader,
     make_optimizer,
@@ -34,169 +34,292 @@ from srdd.training.loop import (
     validation_images,
 )
 from srdd.training.perceptual import EfficientNetPerceptualLoss
+from srdd.training.publish import finish_tokenizer
 
 
-def int_list(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+logger = logging.get_logger(__name__)
+
+# Sizes that work. The latent grid is the resolution over `patch_size * 2 ** (len(block_out_channels) - 1)`, and the
+# scales follow from the grid (`srdd.scale_sizes.default_scale_sizes`). 256px is the tokenizer of VAR.
+PRESETS = {
+    "32px": {
+        "resolution": 32, "patch_size": 1, "block_out_channels": [64, 96, 128], "layers_per_block": 1,
+        "latent_channels": 16, "codebook_size": 1024,
+    },
+    "64px": {
+        "resolution": 64, "patch_size": 2, "block_out_channels": [64, 128, 160], "layers_per_block": 1,
+        "latent_channels": 16, "codebook_size": 2048,
+    },
+    "128px": {
+        "resolution": 128, "patch_size": 1, "block_out_channels": [64, 128, 192, 256], "layers_per_block": 1,
+        "latent_channels": 16, "codebook_size": 4096,
+    },
+    "256px": {
+        "resolution": 256, "patch_size": 1, "block_out_channels": [160, 160, 320, 320, 640], "layers_per_block": 2,
+        "latent_channels": 32, "codebook_size": 4096,
+    },
+}  # fmt: skip
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
-    model = parser.add_argument_group("model")
+    add_training_arguments(parser)
+    parser.add_argument("--center_crop", action="store_true", help="Crop in the centre instead of at random.")
+    model = parser.add_argument_group("model", "Starting from a tokenizer, its own configuration holds.")
     model.add_argument("--pretrained_model_name_or_path", help="Start from this tokenizer instead of from nothing.")
-    model.add_argument("--resolution", type=int, default=64, help="Side of the training images.")
-    model.add_argument("--scale_sizes", type=int_list, default=[1, 2, 3, 4, 5, 6, 8], help="Sides, coarse to fine.")
-    model.add_argument("--codebook_size", type=int, default=2048)
-    model.add_argument("--latent_channels", type=int, default=16)
-    model.add_argument("--block_out_channels", type=int_list, default=[64, 128, 160], help="Finest resolution first.")
-    model.add_argument("--layers_per_block", type=int, default=1)
-    model.add_argument("--patch_size", type=int, default=2, help="Pixels folded into channels before the encoder.")
+    model.add_argument("--preset", choices=PRESETS, default="64px", help="Defaults of the following six arguments.")
+    model.add_argument("--resolution", type=int, help="Side of the training images.")
+    model.add_argument("--patch_size", type=int, help="Pixels folded into channels before the encoder.")
+    model.add_argument("--block_out_channels", type=int_list, help="Finest resolution first.")
+    model.add_argument("--layers_per_block", type=int)
+    model.add_argument("--latent_channels", type=int)
+    model.add_argument("--codebook_size", type=int)
+    model.add_argument("--scale_sizes", type=int_list, help="Sides, coarse to fine; default: from the latent grid.")
     losses = parser.add_argument_group("losses")
     losses.add_argument("--l1_weight", type=float, default=1.0)
     losses.add_argument("--l2_weight", type=float, default=1.0)
     losses.add_argument("--perceptual_weight", type=float, default=0.1, help="0 needs no EfficientNet.")
     losses.add_argument("--codebook_weight", type=float, default=1.0)
     losses.add_argument("--commitment_weight", type=float, default=0.25)
-    losses.add_argument("--revive_steps", type=int, default=100, help="Steps between revivals of dead codes.")
-    losses.add_argument("--revive_until", type=float, default=0.7, help="Share of training with revivals.")
+    losses.add_argument("--adversarial_weight", type=float, default=0.0, help="0 trains without a discriminator.")
+    losses.add_argument(
+        "--adversarial_start_step", type=int, default=0, help="Step at which the discriminator enters."
+    )
+    losses.add_argument(
+        "--fixed_adversarial_weight",
+        action="store_true",
+        help="Take `--adversarial_weight` as it is, not relative to the gradient of the reconstruction.",
+    )
+    losses.add_argument("--discriminator_learning_rate", type=float, help="Default: `--learning_rate`.")
+    losses.add_argument("--discriminator_layers", type=int, default=3, help="Halvings of the resolution.")
+    codebook = parser.add_argument_group("codebook")
+    codebook.add_argument("--codebook_update", choices=["gradient", "ema"], default="gradient")
+    codebook.add_argument("--revive_steps", type=int, default=100, help="Steps between revivals of dead codes.")
+    codebook.add_argument("--revive_until", type=float, default=0.7, help="Share of training with revivals.")
+    codebook.add_argument(
+        "--usage_warning", type=float, default=0.1, help="Warn of scales that use less of what they could."
+    )
+    codebook.add_argument("--scale_dropout_prob", type=float, default=0.0, help="Images decoded without fine scales.")
+    codebook.add_argument(
+        "--train_decoder_only", action="store_true", help="Tokens stay as they are, and transformers stay valid."
+    )
     parser.set_defaults(adam_weight_decay=0.0)  # decay would pull codes and norms to zero
-    return parser.parse_args(arguments)
+    preset = PRESETS[parser.parse_known_args(arguments)[0].preset]
+    parser.set_defaults(**preset)
+    args = parser.parse_args(arguments)
+    args.command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+    if args.train_decoder_only and not args.pretrained_model_name_or_path:
+        parser.error("`--train_decoder_only` needs `--pretrained_model_name_or_path`.")
+    return args
 
 
 def build_model(args: argparse.Namespace) -> MultiScaleVQModel:
     if args.pretrained_model_name_or_path:
         return MultiScaleVQModel.from_pretrained(args.pretrained_model_name_or_path)
     levels = len(args.block_out_channels)
+    attention = args.preset == "256px"  # in the coarsest blocks, as VAR's
     return MultiScaleVQModel(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
+        down_block_types=("DownEncoderBlock2D",) * (levels - 1)
+        + ("AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D",)
+        + ("UpDecoderBlock2D",) * (levels - 1),
         block_out_channels=args.block_out_channels,
         layers_per_block=args.layers_per_block,
         latent_channels=args.latent_channels,
         codebook_size=args.codebook_size,
-        scale_sizes=args.scale_sizes,
+        scale_sizes=args.scale_sizes or default_scale_sizes(latent_grid(args)),
         sample_size=args.resolution,
         patch_size=args.patch_size,
     )
 
 
-@torch.no_grad()
-def validate(model: MultiScaleVQModel, loader: torch.utils.data.DataLoader, device: torch.device) -> dict:
-    """PSNR in dB, usage and perplexity per scale, and the first batch beside its reconstruction."""
-    model.eval()
-    squared, pixels, token_ids, pictures = 0.0, 0, [], None
-    for batch in loader:
-        sample = batch["pixel_values"].to(device)
-        output = model(sample)
-        errors = (output.sample.clamp(-1, 1) - sample).float().square().sum(dim=(1, 2, 3)) / sample[0].numel()
-        squared += (10 * torch.log10(4 / errors)).sum().item()
-        pixels += len(sample)
-        token_ids.append(output.token_ids)
-        if pictures is None:
-            pictures = (sample, output.sample)
-    usage = model.codebook_usage(torch.cat(token_ids))
-    model.train()
-    return {"psnr": squared / pixels, **usage, "pictures": pictures}
+def latent_grid(args: argparse.Namespace) -> int:
+    ratio = args.patch_size * 2 ** (len(args.block_out_channels) - 1)
+    if args.resolution % ratio:
+        raise ValueError(f"`resolution` must be a multiple of the compression ratio {ratio}, got {args.resolution}.")
+    return args.resolution // ratio
+
+
+def freeze(model: MultiScaleVQModel, args: argparse.Namespace) -> None:
+    """Leave out what this run does not train by gradients, and what no scale uses."""
+    quantizer, grid = model.quantize, model.config.scale_sizes[-1]
+    used = {id(quantizer.residual_conv(size, grid)) for size in model.config.scale_sizes}
+    for conv in quantizer.residual_convs:
+        conv.requires_grad_(id(conv) in used)
+    if args.codebook_update == "ema":
+        quantizer.codebook.requires_grad_(False)
+    if args.train_decoder_only:
+        for module in (model.encoder, model.quant_conv, quantizer):
+            module.requires_grad_(False)
+
+
+class TokenizerLosses:
+    """The weighted losses of a batch, the discriminator's apart."""
+
+    def __init__(self, args: argparse.Namespace, accelerator, last_layer: torch.Tensor):
+        self.args = args
+        self.accelerator = accelerator
+        self.last_layer = last_layer
+        self.perceptual = None
+        if args.perceptual_weight > 0:
+            self.perceptual = EfficientNetPerceptualLoss().to(accelerator.device)
+
+    def __call__(self, output, sample: torch.Tensor, discriminator: torch.nn.Module | None) -> dict[str, torch.Tensor]:
+        """All terms by name, `"loss"` being their sum; without a discriminator there is no adversarial term."""
+        args, error = self.args, output.sample.float() - sample
+        reconstruction = {
+            "l1": args.l1_weight * error.abs().mean(),
+            "l2": args.l2_weight * error.square().mean(),
+        }
+        if self.perceptual is not None:
+            reconstruction["perceptual"] = args.perceptual_weight * self.perceptual(output.sample, sample).float()
+        losses = {
+            **reconstruction,
+            "codebook": args.codebook_weight * output.codebook_loss,
+            "commitment": args.commitment_weight * output.commitment_loss,
+        }
+        if discriminator is not None:
+            adversarial = generator_loss(discriminator(output.sample).float())
+            weight = args.adversarial_weight
+            if not args.fixed_adversarial_weight:
+                total = torch.stack(list(reconstruction.values())).sum()
+                weight = weight * adaptive_weight(total, adversarial, self.last_layer, self.accelerator)
+            losses["adversarial"] = weight * adversarial
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
 
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
-    images = load_images(args, None)
-    validation = validation_images(images, 512)
-    augmented = AugmentedImages(images, args.resolution, not args.center_crop, args.random_flip, args.seed)
-    validation.set_transform(training_transform(images, args.resolution))
-    loader = make_loader(args, augmented)
+    with accelerator.main_process_first():
+        images = load_images(args, None)
+    model = build_model(args).to(memory_format=torch.channels_last)
+    resolution = model.config.scale_sizes[-1][0] * model.spatial_compression_ratio
+    augmented = AugmentedImages(images, resolution, not args.center_crop, args.random_flip, args.seed)
+    loader = make_loader(args, augmented, accelerator.num_processes)
+    validation = validation_images(images, 512).with_transform(training_transform(images, resolution))
     validation_loader = torch.utils.data.DataLoader(validation, batch_size=args.train_batch_size)
 
-    model = build_model(args).to(memory_format=torch.channels_last)
-    perceptual = EfficientNetPerceptualLoss().to(accelerator.device) if args.perceptual_weight > 0 else None
-    optimizer, schedule = make_optimizer(args, model.parameters())
+    freeze(model, args)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    averaged = evaluation_copy(model, accelerator)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, schedule = make_optimizer(args, trained, accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     tokenizer = accelerator.unwrap_model(model)
-    ema = EMAModel(tokenizer.parameters(), decay=args.ema_decay)
-    ema.to(accelerator.device)
-    tracker = CodebookTracker(tokenizer.config.codebook_size, device=accelerator.device)
-    accelerator.register_for_checkpointing(schedule, ema, tracker)
-
-    step = resume(accelerator, args.output_dir, args.resume_from_checkpoint)
-    started, first_step = time.perf_counter(), step
-    progress = tqdm(total=args.max_train_steps, initial=step, disable=not accelerator.is_main_process)
-    log_file = Path(args.output_dir) / "train_log.jsonl"
-    model.train()
-    fresh = step == 0 and not args.pretrained_model_name_or_path
-    for batch in batches_from(accelerator, loader, step, args.max_train_steps):
-        with accelerator.accumulate(model):
+    config = tokenizer.config
+    tracker = CodebookTracker(
+        config.codebook_size,
+        config.latent_channels if args.codebook_update == "ema" else None,
+        device=accelerator.device,
+    )
+    if args.pretrained_model_name_or_path:
+        tracker.start_from(tokenizer.quantize)
+    stateful, discriminator = [tracker], None
+    if args.adversarial_weight > 0:
+        discriminator = PatchDiscriminator(config.out_channels, num_layers=args.discriminator_layers)
+        rate = args.discriminator_learning_rate or args.learning_rate
+        critic_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=rate, betas=(0.5, 0.9), weight_decay=0.0)
+        discriminator, critic_optimizer = accelerator.prepare(discriminator, critic_optimizer)
+    run = TrainingRun(args, accelerator, model, schedule, stateful)
+    weigh = TokenizerLosses(args, accelerator, tokenizer.decoder.conv_out.weight)
+    needs_codes = run.step == 0 and not args.pretrained_model_name_or_path
+    revive_until = 0 if args.train_decoder_only else args.revive_until * args.max_train_steps
+    num_images = 0
+    for batch in run.batches(loader):
+        with accelerator.accumulate(*(module for module in (model, discriminator) if module is not None)):
             sample = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-            if fresh:  # all codes start on features of the first batch
-                revive(accelerator, tokenizer, tracker, ema, sample, seed=args.seed)
-                fresh = False
-            output = model(sample)
-            error = output.sample.float() - sample
-            losses = {
-                "l1": args.l1_weight * error.abs().mean(),
-                "l2": args.l2_weight * error.square().mean(),
-                "codebook": args.codebook_weight * output.codebook_loss,
-                "commitment": args.commitment_weight * output.commitment_loss,
-            }
-            if perceptual is not None:
-                losses["perceptual"] = args.perceptual_weight * perceptual(output.sample, sample)
-            loss = torch.stack([value.float() for value in losses.values()]).sum()
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"The loss is {loss.item()} at step {step + 1}: {losses}.")
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            if needs_codes:  # all codes start on features of the first batch
+                with torch.no_grad():
+                    latents = accelerator.gather(tokenizer.encode(sample).latents)
+                revive(tokenizer, tracker, run.ema, latents, seed=args.seed)
+                needs_codes = False
+            critic = discriminator if run.step >= args.adversarial_start_step else None
+            output = model(sample, num_scales=kept_scales(args, len(config.scale_sizes), sample))
+            if critic is not None:
+                critic.requires_grad_(False)
+            losses = weigh(output, sample, accelerator.unwrap_model(critic) if critic is not None else None)
+            run.check_finite(losses)
+            accelerator.backward(losses["loss"])
+            run.clip_gradients(model.parameters())
             optimizer.step()
             optimizer.zero_grad()
-        tracker.update(accelerator.gather(output.token_ids))
+            if critic is not None:
+                critic.requires_grad_(True)
+                logits = critic(torch.cat([sample, output.sample.detach()]))
+                losses["discriminator"] = discriminator_loss(*logits.float().chunk(2))
+                run.check_finite(losses)
+                accelerator.backward(losses["discriminator"])
+                run.clip_gradients(critic.parameters())
+                critic_optimizer.step()
+                critic_optimizer.zero_grad()
+        num_images += len(sample)
+        latents = accelerator.gather(output.latents.detach())
+        if args.codebook_update == "ema" and not args.train_decoder_only:
+            tracker.move_codes(tokenizer.quantize, latents, config.scale_sizes)
+        else:
+            tracker.update(accelerator.gather(output.token_ids))
         if not accelerator.sync_gradients:
             continue
-        schedule.step()
-        step += 1
-        ema.step(tokenizer.parameters())
-        progress.update()
-        if step % args.revive_steps == 0 and step <= args.revive_until * args.max_train_steps:
-            revived = revive(accelerator, tokenizer, tracker, ema, sample, seed=args.seed + step)
-            losses["revived"] = torch.tensor(float(revived))
-        if step % 10 == 0:
-            values = {name: value.item() for name, value in losses.items()}
-            accelerator.log({**values, "lr": schedule.get_last_lr()[0]}, step=step)
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
-        if (step % args.validation_steps == 0 or step == args.max_train_steps) and accelerator.is_main_process:
-            ema.store(tokenizer.parameters())
-            ema.copy_to(tokenizer.parameters())
-            metrics = validate(tokenizer, validation_loader, accelerator.device)
-            ema.restore(tokenizer.parameters())
-            rows = [row[: args.num_validation_images] for row in metrics.pop("pictures")]
-            log_images(accelerator, args.output_dir, "reconstruction", picture_grid(rows), step)
-            speed = (step - first_step) / (time.perf_counter() - started)
-            record = {"step": step, "steps_per_second": round(speed, 3), **metrics}
-            record.update({f"loss_{name}": value.item() for name, value in losses.items()})
-            append_json_line(log_file, record)
-            accelerator.log({"psnr": metrics["psnr"]}, step=step)
-            tqdm.write(f"step {step}: PSNR {metrics['psnr']:.2f} dB, usage {min(metrics['usage']):.3f} at the least")
+        if (run.step + 1) % args.revive_steps == 0 and run.step + 1 <= revive_until:
+            revived = revive(tokenizer, tracker, run.ema, latents, seed=args.seed + run.step + 1)
+            losses["revived_codes"] = torch.tensor(float(revived), device=sample.device)
+        run.finish_step(losses, num_images, "img")
+        num_images = 0
+        if run.is_due(args.validation_steps):
+            run.averaged_model(averaged)
+            if accelerator.is_main_process:
+                validate(args, run, averaged, validation_loader)
+        run.checkpoint()
+    run.averaged_model(averaged)
     if accelerator.is_main_process:
-        ema.copy_to(tokenizer.parameters())
-        tokenizer.save_pretrained(args.output_dir)
-    accelerator.end_training()
+        finish_tokenizer(args, averaged, images)
+    accelerator.wait_for_everyone()
+    run.close()
+
+
+def kept_scales(args: argparse.Namespace, num_scales: int, sample: torch.Tensor) -> torch.LongTensor | None:
+    """Of how many scales each image is decoded: all, or, for a share of the images, a random number of them."""
+    if args.scale_dropout_prob == 0:
+        return None
+    shape, device = (len(sample),), sample.device
+    fewer = torch.randint(1, num_scales + 1, shape, device=device)
+    return torch.where(torch.rand(shape, device=device) < args.scale_dropout_prob, fewer, num_scales)
 
 
 @torch.no_grad()
 def revive(
-    accelerator, tokenizer: MultiScaleVQModel, tracker: CodebookTracker, ema: EMAModel, sample, seed: int
+    tokenizer: MultiScaleVQModel, tracker: CodebookTracker, ema: AveragedWeights, latents: torch.Tensor, seed: int
 ) -> int:
     """Revive dead codes alike on all processes, in the averaged weights too."""
-    latents = accelerator.gather(tokenizer.encode(sample).latents)
     generator = torch.Generator().manual_seed(seed)
     revived = tracker.revive(tokenizer.quantize, latents, tokenizer.config.scale_sizes, generator=generator)
     names = [name for name, _ in tokenizer.named_parameters()]
     averaged = ema.shadow_params[names.index("quantize.codebook.weight")]
     averaged[revived] = tokenizer.quantize.codebook.weight[revived]
     return len(revived)
+
+
+def validate(args: argparse.Namespace, run: TrainingRun, model: MultiScaleVQModel, loader) -> None:
+    """Log quality and codebook usage on validation images, and some of them above their reconstructions."""
+    metrics, pictures = evaluate_reconstruction(model, loader, num_pictures=args.num_validation_images)
+    run.record({f"val_{name}": value for name, value in metrics.items()})
+    run.save_images("reconstruction", picture_grid(pictures))
+    sizes = model.config.scale_sizes
+    for size, usage, perplexity in zip(sizes, metrics["usage"], metrics["perplexity"]):
+        scale = f"{size[0]}x{size[1]}"
+        run.accelerator.log({f"usage/{scale}": usage, f"perplexity/{scale}": perplexity}, step=run.step)
+    seen = [count * metrics["num_images"] for count in num_tokens_per_scale(sizes)]
+    low = low_usage(metrics["usage"], seen, model.config.codebook_size, args.usage_warning)
+    run.progress.write(f"step {run.step}: PSNR {metrics['psnr']:.2f} dB, {metrics['codes_used']} codes in use")
+    if low:
+        scales = ", ".join(f"{sizes[k][0]}x{sizes[k][1]} (perplexity {metrics['perplexity'][k]:.0f})" for k in low)
+        logger.warning(
+            f"Step {run.step}: the scales {scales} use less than {args.usage_warning:.0%} of the codes they could. A"
+            " smaller `--codebook_size`, more frequent `--revive_steps` or fewer `--scale_sizes` help; early in"
+            " training it may pass."
+        )
 
 
 if __name__ == "__main__":

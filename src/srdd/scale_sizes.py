@@ -44,6 +44,30 @@ def normalize_scale_sizes(scale_sizes: ScaleSizes, name: str = "scale_sizes") ->
     return sizes
 
 
+def default_scale_sizes(grid_size: int | Sequence[int]) -> list[list[int]]:
+    """
+    A scale list for a latent grid: from the grid down, each scale is 5/6 of the next finer one (3/4 on grids beyond
+    16), rounded down, until 1. This gives VAR's own lists at 256px (grid 16: 1 2 3 4 5 6 8 10 13 16) and 512px (grid
+    32: 1 2 3 4 6 9 13 18 24 32). On a grid that is not square the shorter side follows the longer in proportion.
+
+    Args:
+        grid_size (`int` or `(int, int)`): Side, or height and width, of the latent grid.
+
+    Returns:
+        `list[list[int]]`: One `[height, width]` per scale, coarse to fine.
+
+    Raises:
+        ValueError: If `grid_size` is not one or two positive integers.
+    """
+    [grid] = normalize_scale_sizes([grid_size], "grid_size")
+    longest = max(grid)
+    numerator, denominator = (5, 6) if longest <= 16 else (3, 4)
+    sides = [longest]
+    while sides[-1] > 1:
+        sides.append(sides[-1] * numerator // denominator)
+    return [[max(1, round(side * full / longest)) for full in grid] for side in reversed(sides)]
+
+
 def num_tokens_per_scale(scale_sizes: Sequence[Sequence[int]]) -> list[int]:
     """Number of tokens `height * width` of every scale."""
     return [height * width for height, width in scale_sizes]

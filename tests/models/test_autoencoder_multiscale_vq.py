@@ -51,7 +51,7 @@ def test_reconstruction_passes_through_the_token_pyramid(model_and_images):
     assert torch.equal(output.token_ids, model.tokenize(images))
     torch.testing.assert_close(output.sample, model.decode_tokens(output.token_ids).sample, atol=1e-5, rtol=0)
     as_tuple = model(images, return_dict=False)
-    assert len(as_tuple) == 4
+    assert len(as_tuple) == 5
     assert torch.equal(as_tuple[1], output.token_ids)
 
 

@@ -35,7 +35,7 @@ def _quiet(tmp_path, monkeypatch):
 
 
 def image_table(labels, dtype="int64", **columns) -> datasets.Dataset:
-    picture = blocks(QUADRANTS, side=2)
+    picture = blocks(QUADRANTS, side=4)
     features = {"image": datasets.Image(), "label": datasets.Value(dtype) if isinstance(dtype, str) else dtype}
     features |= {name: datasets.Value("string") for name in columns}
     return datasets.Dataset.from_dict(

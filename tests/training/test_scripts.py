@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -85,8 +86,10 @@ def test_a_folder_of_images_becomes_a_pipeline(trained):
 
 @pytest.mark.parametrize("folder", ["tokenizer", "model"])
 def test_logs_pictures_and_checkpoints_are_written(trained, folder):
-    (record,) = map(json.loads, (trained / folder / "train_log.jsonl").read_text().splitlines())
-    assert record["step"] == 4
+    log = [json.loads(line) for line in (trained / folder / "train_log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [4, 4]
+    assert all(math.isfinite(log[0][name]) for name in ("loss", "lr"))
+    assert any(name.startswith("val_") for name in log[1])
     assert {path.name for path in (trained / folder).glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert len(list((trained / folder).glob("*-000004.png"))) == 1
     assert list((trained / folder / "logs").rglob("events.out.tfevents.*"))
@@ -123,7 +126,7 @@ def test_unknown_checkpoint_is_refused(image_folder, trained, tmp_path):
 
 
 def test_too_large_a_batch_is_refused(image_folder, trained, tmp_path):
-    with pytest.raises(ValueError, match="`train_batch_size` must be at most the number of training images, 24"):
+    with pytest.raises(ValueError, match="`train_batch_size` must be at most 24, the number of training images"):
         train_transformer(image_folder, trained / "tokenizer", tmp_path / "model", "--train_batch_size", 25)
 
 

@@ -26,6 +26,14 @@ def load_efficientnet_lite0() -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def enlarge_small(images: torch.Tensor, smallest: int = 32) -> torch.Tensor:
+    """Scale float images `(batch, channels, height, width)` up to the least side that EfficientNet-Lite0 can read."""
+    side = min(images.shape[-2:])
+    if side >= smallest:
+        return images
+    return nn.functional.interpolate(images, scale_factor=smallest / side, mode="bilinear", antialias=True)
+
+
 class EfficientNetLite0Features(nn.Module):
     """
     Pooled features of EfficientNet-Lite0, for a Fréchet distance that works without a download. Such a number is not
@@ -46,4 +54,4 @@ class EfficientNetLite0Features(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, 1280)`, float32.
         """
-        return self.network.extract_features((images.float() - 127) / 128).mean(dim=(2, 3))
+        return self.network.extract_features(enlarge_small((images.float() - 127) / 128)).mean(dim=(2, 3))

@@ -37,12 +37,15 @@ class MultiScaleVQModelOutput(BaseOutput):
         token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): The packed token pyramid.
         codebook_loss (`torch.Tensor`): Distance that moves the codes towards the latents (float32 scalar).
         commitment_loss (`torch.Tensor`): Distance that keeps the encoder near the codes (float32 scalar).
+        latents (`torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`):
+            The latent map before quantization.
     """
 
     sample: torch.Tensor
     token_ids: torch.LongTensor
     codebook_loss: torch.Tensor
     commitment_loss: torch.Tensor
+    latents: torch.Tensor
 
 
 class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -365,13 +368,17 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             perplexity.append(torch.special.entr(probabilities).sum().exp().item())
         return {"usage": usage, "perplexity": perplexity}
 
-    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> MultiScaleVQModelOutput | tuple:
+    def forward(
+        self, sample: torch.Tensor, num_scales: torch.LongTensor | None = None, return_dict: bool = True
+    ) -> MultiScaleVQModelOutput | tuple:
         """
         Reconstruct images through the quantizer, with the quantizer's losses.
 
         Args:
             sample (`torch.Tensor` of shape `(batch, in_channels, height, width)`): Pixels in [-1, 1], of
                 `sample_size`.
+            num_scales (`torch.LongTensor` of shape `(batch,)`, *optional*): Of how many scales, coarse to fine, each
+                image is decoded, in [1, number of scales]; all of them by default (residual-scale dropout).
             return_dict (`bool`, defaults to `True`): Whether to return a [`MultiScaleVQModelOutput`].
 
         Returns:
@@ -381,13 +388,15 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: If the model's scales do not end at the latent grid of `sample`.
         """
         self._check_grid(self.config.scale_sizes, self._grid_of(*sample.shape[-2:]))
-        quantized = self.quantize(self.encode(sample).latents, self.config.scale_sizes)
+        latents = self.encode(sample).latents
+        quantized = self.quantize(latents, self.config.scale_sizes, num_scales)
         reconstruction = self.decode(quantized.latents).sample
         output = MultiScaleVQModelOutput(
             sample=reconstruction,
             token_ids=quantized.token_ids,
             codebook_loss=quantized.codebook_loss,
             commitment_loss=quantized.commitment_loss,
+            latents=latents,
         )
         return output if return_dict else output.to_tuple()
 

@@ -5,7 +5,7 @@ grid.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ class QuantizerOutput(BaseOutput):
 
     Args:
         latents (`torch.Tensor` of shape `(batch, channels, height, width)`):
-            The latent state after the last scale, with straight-through gradients to the quantizer's input.
+            The latent state after the last scale kept, with straight-through gradients to the quantizer's input.
         token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): The packed token pyramid.
         codebook_loss (`torch.Tensor`): Mean over scales of the squared distance that moves the codes (float32 scalar).
         commitment_loss (`torch.Tensor`): The same distance with the gradient on the encoder's side (float32 scalar).
@@ -133,13 +133,18 @@ class MultiScaleQuantizer(nn.Module):
 
     def quantize(self, latents: torch.Tensor, scale_sizes: Sequence[Sequence[int]]) -> torch.LongTensor:
         """Greedy residual quantization of a latent map `(B, C, H, W)` into packed token ids `(B, N)`."""
+        return torch.cat([token_map.flatten(1) for _, token_map in self.lookups(latents, scale_sizes)], dim=1)
+
+    def lookups(
+        self, latents: torch.Tensor, scale_sizes: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[torch.Tensor, torch.LongTensor]]:
+        """Greedy residual quantization, scale by scale: what is looked up `(B, C, h, w)` and its ids `(B, h, w)`."""
         rest = latents.float()
-        packed = []
         for scale_size in scale_sizes:
-            token_map = self.nearest_tokens(self.downsample(rest, scale_size))
+            features = self.downsample(rest, scale_size)
+            token_map = self.nearest_tokens(features)
             rest = rest - self.residual_map(token_map, latents.shape[-2:]).float()
-            packed.append(token_map.flatten(1))
-        return torch.cat(packed, dim=1)
+            yield features, token_map
 
     def latent_states(
         self, token_ids: torch.LongTensor, scale_sizes: Sequence[Sequence[int]], grid_size: Sequence[int]
@@ -152,12 +157,23 @@ class MultiScaleQuantizer(nn.Module):
             states.append(state)
         return states
 
-    def forward(self, latents: torch.Tensor, scale_sizes: Sequence[Sequence[int]]) -> QuantizerOutput:
-        """Quantize with gradients: straight-through to `latents`, and VAR's two losses averaged over the scales."""
+    def forward(
+        self,
+        latents: torch.Tensor,
+        scale_sizes: Sequence[Sequence[int]],
+        num_scales: torch.LongTensor | None = None,
+    ) -> QuantizerOutput:
+        """
+        Quantize with gradients: straight-through to `latents`, and VAR's two losses averaged over the scales.
+        `num_scales` `(B,)` says after how many scales each image's state is taken; all of them by default.
+        """
         target = latents.detach()
         token_ids = self.quantize(target, scale_sizes)
         states = self.latent_states(token_ids, scale_sizes, latents.shape[-2:])
         codebook_loss = torch.stack([F.mse_loss(state, target.float()) for state in states]).mean()
         commitment_loss = torch.stack([F.mse_loss(latents.float(), state.detach()) for state in states]).mean()
-        straight_through = latents + (states[-1].to(latents.dtype) - latents).detach()
+        state = states[-1]
+        if num_scales is not None:
+            state = torch.stack(states, dim=1)[torch.arange(len(latents), device=latents.device), num_scales - 1]
+        straight_through = latents + (state.to(latents.dtype) - latents).detach()
         return QuantizerOutput(straight_through, token_ids, codebook_loss, commitment_loss)

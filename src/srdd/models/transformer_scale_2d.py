@@ -243,6 +243,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last block; it grows linearly from zero.
         norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
         id2label (`dict`, *optional*): Names of the classes.
+        guidance_distilled (`bool`, defaults to `False`): The model learned a teacher's guided distribution: pipelines
+            then use no guidance unless asked to.
 
     Raises:
         ValueError: If `attention_pattern` is unknown, `scale_sizes` is no growing list of scales, a dropout rate is
@@ -273,6 +275,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-6,
         id2label: dict[int, str] | None = None,
+        guidance_distilled: bool = False,
     ):
         super().__init__()
         if attention_pattern not in ATTENTION_PATTERNS:

@@ -1,5 +1,10 @@
-"""Resumable checkpoints in `output_dir/checkpoint-N`, as diffusers' training examples lay them out."""
+"""Resumable checkpoints in `output_dir/checkpoint-N`, as diffusers' training examples lay them out.
 
+A checkpoint is written under another name and renamed when it is whole, and renamed away before it is deleted: a
+folder called `checkpoint-N` is complete, whenever the process was killed.
+"""
+
+import os
 import re
 import shutil
 from pathlib import Path
@@ -34,20 +39,28 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         `Path` or `None`: `None` to start anew, also for `"latest"` in a folder without checkpoints.
 
     Raises:
-        ValueError: If a named checkpoint does not exist.
+        ValueError: If a named checkpoint does not exist, or the folder holds later ones, which the run would meet.
     """
-    if not resume_from_checkpoint:
-        return None
     checkpoints = list_checkpoints(output_dir)
+    found = None
     if resume_from_checkpoint == "latest":
-        return checkpoints[-1] if checkpoints else None
-    for path in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
-        if path.is_dir():
-            return path
-    raise ValueError(
-        f"`resume_from_checkpoint` must be 'latest' or one of {[path.name for path in checkpoints]}, got"
-        f" {resume_from_checkpoint!r}."
-    )
+        found = checkpoints[-1] if checkpoints else None
+    elif resume_from_checkpoint:
+        candidates = (Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint))
+        found = next((path for path in candidates if path.is_dir()), None)
+        if found is None or not re.fullmatch(r"checkpoint-\d+", found.name):
+            raise ValueError(
+                f"`resume_from_checkpoint` must be 'latest' or one of {[path.name for path in checkpoints]}, got"
+                f" {resume_from_checkpoint!r}."
+            )
+    first_step = checkpoint_step(found) if found else 0
+    later = [path.name for path in checkpoints if checkpoint_step(path) > first_step]
+    if later:
+        raise ValueError(
+            f"`output_dir` must hold no later checkpoints than the one to start from ({first_step}), got {later} in"
+            f" {str(output_dir)!r}. Go on with `--resume_from_checkpoint latest`, remove them, or use another folder."
+        )
+    return found
 
 
 def resume(accelerator: Accelerator, output_dir: str | Path, resume_from_checkpoint: str | None) -> int:
@@ -61,19 +74,48 @@ def resume(accelerator: Accelerator, output_dir: str | Path, resume_from_checkpo
 
 def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int, total_limit: int | None) -> None:
     """
-    Write `checkpoint-{step}` under another name first, so that an interrupted write is never taken for a checkpoint,
-    then drop the oldest ones beyond `total_limit`. Called on all processes.
+    Write `checkpoint-{step}`, then drop the oldest ones beyond `total_limit`. Called on all processes.
+
+    Raises:
+        OSError: If it cannot be written, for example because the disk is full. Earlier checkpoints are untouched.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(f"partial-{step}")
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
+    if accelerator.is_main_process:
+        remove_partial_checkpoints(output_dir)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        accelerator.save_state(str(partial))
+        for path in partial.iterdir():
+            _flush(path)
+    except Exception as error:  # torch and safetensors report a full disk in several ways
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = [path.name for path in list_checkpoints(output_dir)]
+        last = f"the last good one is {kept[-1]!r}" if kept else "there is no earlier one"
+        raise OSError(f"Could not write {str(final)!r} ({error}); {last}. Is the disk full?") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         partial.rename(final)
+        _flush(final.parent)
         if total_limit is not None:
             for path in list_checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(path)
+                path.rename(path.with_name(f"partial-{checkpoint_step(path)}"))
+            remove_partial_checkpoints(output_dir)
         logger.info(f"Saved {final}")
+
+
+def remove_partial_checkpoints(output_dir: str | Path) -> None:
+    """Delete what interrupted runs left of checkpoints half written or half deleted."""
+    for path in Path(output_dir).glob("partial-*"):
+        shutil.rmtree(path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that a renamed checkpoint is whole after a power cut too."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
+from diffusers.utils import logging
 from PIL import Image, ImageOps
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -35,29 +39,40 @@ def load_labelled_images(
     train_data_dir: str | None = None,
     dataset_config_name: str | None = None,
     image_column: str = "image",
-    label_column: str | None = "label",
+    label_column: str | None = "auto",
     cache_dir: str | None = None,
     max_train_samples: int | None = None,
     seed: int | None = None,
+    min_image_size: int = 8,
+    strict: bool = False,
+    num_proc: int | None = None,
 ) -> LabelledImages:
     """
     Load images and labels from the Hub, a data set folder (parquet) or a folder with one subfolder per class.
+
+    Every picture is opened once (`datasets` remembers the outcome): those that are corrupt, cut off or too small are
+    left out with a warning that counts and names them.
 
     Args:
         dataset_name (`str`, *optional*): Hub id or local folder understood by `datasets.load_dataset`.
         train_data_dir (`str`, *optional*): Image folder, `root/class_name/picture.png`.
         dataset_config_name (`str`, *optional*): Configuration of the Hub data set.
         image_column (`str`, defaults to `"image"`): Column with the images.
-        label_column (`str`, *optional*, defaults to `"label"`): Column with class labels; `None` trains without them.
+        label_column (`str`, *optional*, defaults to `"auto"`): Column with class labels; `None` trains without them,
+            `"auto"` is `"label"` where the data has it.
         cache_dir (`str`, *optional*): Cache folder of `datasets`.
         max_train_samples (`int`, *optional*): Keep this many training images, drawn with `seed`.
         seed (`int`, *optional*): Seed of that draw.
+        min_image_size (`int`, defaults to 8): Pictures whose shorter side has fewer pixels are left out.
+        strict (`bool`, defaults to `False`): Raise instead of leaving pictures out.
+        num_proc (`int`, *optional*): Processes that open the pictures.
 
     Returns:
         [`LabelledImages`]
 
     Raises:
-        ValueError: If not exactly one source is given, there is no `train` split, or a column does not exist.
+        ValueError: If not exactly one source is given, there is no `train` split, a column does not exist, no picture
+            can be used or, with `strict`, one cannot.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
@@ -72,11 +87,15 @@ def load_labelled_images(
     train, validation = splits["train"], splits.get("validation")
     if image_column not in train.column_names:
         raise ValueError(f"`image_column` must be one of {train.column_names}, got {image_column!r}.")
+    if label_column == "auto":
+        label_column = "label" if "label" in train.column_names else None
     if label_column is not None and label_column not in train.column_names:
         raise ValueError(
             f"`label_column` must be one of {train.column_names}, or empty for data without labels, got"
             f" {label_column!r}."
         )
+    train = _usable(train, image_column, min_image_size, strict, num_proc)
+    validation = validation and _usable(validation, image_column, min_image_size, strict, num_proc)
     id2label: dict[int, str] = {}
     if label_column is not None:
         train, validation = _as_class_labels(train, validation, label_column)
@@ -84,6 +103,47 @@ def load_labelled_images(
     if max_train_samples is not None and max_train_samples < len(train):
         train = train.shuffle(seed=seed).select(range(max_train_samples))
     return LabelledImages(train, validation, image_column, label_column, id2label)
+
+
+def _usable(
+    split: datasets.Dataset, image_column: str, min_image_size: int, strict: bool, num_proc: int | None
+) -> datasets.Dataset:
+    """The split without the pictures that cannot be used."""
+    undecoded = split.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    problems = undecoded.map(
+        _problem,
+        fn_kwargs={"min_image_size": min_image_size},
+        input_columns=image_column,
+        remove_columns=image_column,
+        num_proc=num_proc,
+        desc="Checking images",
+    )["problem"][:]
+    bad = [index for index, problem in enumerate(problems) if problem]
+    if not bad:
+        return split
+    named = [f"{undecoded[index][image_column]['path'] or f'row {index}'} ({problems[index]})" for index in bad[:5]]
+    message = f"{len(bad)} of {len(split)} pictures cannot be used: {', '.join(named)}{', …' * (len(bad) > 5)}."
+    if strict:
+        raise ValueError(f"`image_column` must hold readable pictures, but {message}")
+    if len(bad) == len(split):
+        raise ValueError(f"`image_column` must hold at least one readable picture, but {message}")
+    logger.warning(f"{message} They are left out.")
+    return split.select([index for index, problem in enumerate(problems) if not problem])
+
+
+def _problem(picture: dict | None, min_image_size: int) -> dict[str, str]:
+    """Why a picture cannot be used, empty if it can."""
+    if picture is None:
+        return {"problem": "missing"}
+    try:
+        image = datasets.Image().decode_example(picture)
+    except Exception as error:  # Pillow's decoders raise errors of many kinds
+        return {"problem": f"unreadable, {type(error).__name__}"}
+    if image.mode == "F":
+        return {"problem": "mode F has no fixed range of values"}
+    if min(image.size) < min_image_size:
+        return {"problem": f"{image.width}x{image.height}, smaller than {min_image_size}"}
+    return {"problem": ""}
 
 
 def _as_class_labels(

@@ -1,36 +1,54 @@
 """The parts of a training run that do not depend on what is trained."""
 
+import copy
 import json
+import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
+import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 from diffusers.optimization import get_scheduler
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
+from srdd.training.averaging import AveragedWeights
+from srdd.training.checkpoints import remove_partial_checkpoints, resume, save_checkpoint
 from srdd.training.data import LabelledImages, load_labelled_images
+
+
+LOSS_LOG = "train_log.jsonl"
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
     """An `Accelerator` set up from the common arguments, with its tracker started."""
     report_to = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # A step may take batches of two epochs; by default accelerate ends it with the epoch.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         mixed_precision=args.mixed_precision,
         log_with=report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         if report_to is not None:
             settings = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
+            settings.pop("hub_token", None)
             accelerator.init_trackers(Path(args.output_dir).name or "srdd", config=settings)
+    if not accelerator.is_local_main_process:
+        diffusers.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
     return accelerator
 
 
@@ -45,6 +63,9 @@ def load_images(args: Namespace, label_column: str | None) -> LabelledImages:
         cache_dir=args.cache_dir,
         max_train_samples=args.max_train_samples,
         seed=args.seed,
+        min_image_size=args.min_image_size,
+        strict=args.strict_data,
+        num_proc=args.preprocessing_num_workers,
     )
 
 
@@ -54,12 +75,18 @@ def validation_images(images: LabelledImages, count: int) -> datasets.Dataset:
     return split.shuffle(seed=0).select(range(min(count, len(split))))
 
 
-def make_loader(args: Namespace, dataset: Dataset, collate_fn=None) -> DataLoader:
-    """Shuffled batches of `train_batch_size`."""
-    if len(dataset) < args.train_batch_size:
+def make_loader(args: Namespace, dataset: Dataset, num_processes: int = 1) -> DataLoader:
+    """
+    Shuffled batches of `train_batch_size`.
+
+    Raises:
+        ValueError: If there are fewer images than all processes need for one batch each.
+    """
+    largest = len(dataset) // num_processes
+    if args.train_batch_size > largest:
         raise ValueError(
-            f"`train_batch_size` must be at most the number of training images, {len(dataset)}, got"
-            f" {args.train_batch_size}."
+            f"`train_batch_size` must be at most {largest}, the number of training images ({len(dataset)}) over that"
+            f" of processes ({num_processes}), got {args.train_batch_size}."
         )
     return DataLoader(
         dataset,
@@ -67,16 +94,23 @@ def make_loader(args: Namespace, dataset: Dataset, collate_fn=None) -> DataLoade
         shuffle=True,
         drop_last=True,
         num_workers=args.dataloader_num_workers,
-        collate_fn=collate_fn,
         generator=torch.Generator().manual_seed(args.seed),
     )
 
 
-def make_optimizer(args: Namespace, parameters) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def learning_rate(args: Namespace, num_processes: int) -> float:
+    """`--learning_rate`, for the number of images in a step if `--scale_lr` is set."""
+    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    return args.learning_rate * (images_per_step / 256 if args.scale_lr else 1)
+
+
+def make_optimizer(
+    args: Namespace, parameters: Iterable, num_processes: int = 1
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW and its learning rate schedule over `max_train_steps` (in optimizer steps on every process)."""
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=args.learning_rate,
+        lr=learning_rate(args, num_processes),
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
@@ -90,42 +124,181 @@ def make_optimizer(args: Namespace, parameters) -> tuple[torch.optim.Optimizer, 
     return optimizer, schedule
 
 
-def batches_from(accelerator: Accelerator, loader: DataLoader, first_step: int, max_steps: int) -> Iterator[dict]:
-    """Batches of as many epochs as `max_steps` optimizer steps need, going on where `first_step` left off."""
-    accumulation = accelerator.gradient_accumulation_steps
-    done, wanted = first_step * accumulation, max_steps * accumulation
-    while done < wanted:
-        epoch, skipped = divmod(done, len(loader))
-        loader.set_epoch(epoch)
-        if hasattr(loader.dataset, "set_epoch"):
-            loader.dataset.set_epoch(epoch)
-        for batch in accelerator.skip_first_batches(loader, skipped) if skipped else loader:
-            yield batch
-            done += 1
-            if done == wanted:
-                return
-
-
-def log_images(accelerator: Accelerator, output_dir: str | Path, name: str, images: np.ndarray, step: int) -> None:
+class TrainingRun:
     """
-    Hand one picture to the tracker and keep it as `output_dir/name-step.png`.
+    What happens around the gradient step of every training script: counting, averaging weights, logging, checkpoints.
+
+    The log `output_dir/train_log.jsonl` holds nothing that depends on the clock, and a resumed run drops the lines
+    after its checkpoint: it ends with the log of a run that was never interrupted.
 
     Args:
-        images (`np.ndarray` of shape `(height, width, 3)`): uint8.
+        args (`Namespace`): The common arguments.
+        accelerator (`Accelerator`): With model, optimizer and loader prepared.
+        model (`torch.nn.Module`): The prepared model.
+        schedule (`LRScheduler`): Learning rate schedule, not prepared.
+        stateful (`Iterable`): Further objects with `state_dict` and `load_state_dict` that checkpoints hold.
     """
-    from PIL import Image
 
-    Image.fromarray(images).save(Path(output_dir) / f"{name}-{step:06d}.png")
-    for tracker in accelerator.trackers:
-        if hasattr(tracker, "log_images"):
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: images[None]}, step=step, **options)
+    def __init__(
+        self,
+        args: Namespace,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        stateful: Iterable = (),
+    ):
+        self.args = args
+        self.accelerator = accelerator
+        self.model = model
+        self.schedule = schedule
+        self.ema = AveragedWeights(accelerator.unwrap_model(model).parameters(), decay=args.ema_decay)
+        accelerator.register_for_checkpointing(schedule, self.ema, *stateful)
+        self.log_path = Path(args.output_dir) / LOSS_LOG
+        self.step = resume(accelerator, args.output_dir, args.resume_from_checkpoint)
+        if accelerator.is_main_process:
+            remove_partial_checkpoints(args.output_dir)
+            truncate_log(self.log_path, self.step)
+        self.progress = tqdm(
+            total=args.max_train_steps, initial=self.step, disable=not accelerator.is_local_main_process
+        )
+        self._clock, self._num_items = time.perf_counter(), 0
+        model.train()
+
+    def batches(self, loader: DataLoader) -> Iterator[dict]:
+        """Batches of as many epochs as `max_train_steps` needs, going on where the checkpoint left off."""
+        accumulation = self.accelerator.gradient_accumulation_steps
+        done, wanted = self.step * accumulation, self.args.max_train_steps * accumulation
+        while done < wanted:
+            epoch, skipped = divmod(done, len(loader))
+            loader.set_epoch(epoch)
+            if hasattr(loader.dataset, "set_epoch"):
+                loader.dataset.set_epoch(epoch)
+            for batch in self.accelerator.skip_first_batches(loader, skipped) if skipped else loader:
+                yield batch
+                done += 1
+                if done == wanted:
+                    return
+
+    def check_finite(self, values: dict[str, torch.Tensor]) -> None:
+        """
+        Stop where a loss is no number, before the step is taken.
+
+        Raises:
+            FloatingPointError: If one of the values is not finite; names the step and those values.
+        """
+        if torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
+            return
+        bad = {name: value.item() for name, value in values.items() if not value.isfinite()}
+        raise FloatingPointError(
+            f"The loss is not finite at step {self.step + 1}: {bad}. A lower `--learning_rate` may help."
+        )
+
+    def clip_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """
+        Clip the norm of all gradients to `max_grad_norm`, where a step is due.
+
+        Raises:
+            FloatingPointError: If the norm is not finite; float16 skips such steps by itself.
+        """
+        if not self.accelerator.sync_gradients:
+            return
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        if self.accelerator.scaler is None and not torch.isfinite(norm):
+            raise FloatingPointError(f"The norm of the gradients is {norm.item()} at step {self.step + 1}.")
+
+    def finish_step(self, values: dict[str, torch.Tensor], num_items: int, unit: str) -> None:
+        """
+        Count one optimizer step and log it, where logging is due.
+
+        Args:
+            values (`dict[str, torch.Tensor]`): Scalars of this step; logged are their means over all processes.
+            num_items (`int`): What one process handled since the last step, for the speed.
+            unit (`str`): Name of such an item.
+        """
+        self.schedule.step()
+        self.step += 1
+        self.ema.step(self.accelerator.unwrap_model(self.model).parameters())
+        self.progress.update()
+        self._num_items += num_items * self.accelerator.num_processes
+        if not self.is_due(self.args.logging_steps):
+            return
+        values = {name: value.detach().float() for name, value in values.items()}
+        means = self.accelerator.reduce(torch.stack(list(values.values())), reduction="mean").tolist()
+        record = dict(zip(values, means))
+        self.record({**record, "lr": self.schedule.get_last_lr()[0]})
+        now = time.perf_counter()
+        speed = self._num_items / (now - self._clock)
+        self._clock, self._num_items = now, 0
+        self.accelerator.log({f"{unit}/s": speed}, step=self.step)
+        self.progress.set_postfix({"loss": f"{record['loss']:.4f}", f"{unit}/s": f"{speed:.0f}"})
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and after the last, is due now."""
+        return self.step % every == 0 or self.step == self.args.max_train_steps
+
+    def record(self, values: dict) -> None:
+        """Add a line to the loss log, and its numbers to the tracker."""
+        if self.accelerator.is_main_process:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=self.step)
+
+    def save_images(self, name: str, images: np.ndarray) -> Path:
+        """
+        Keep one picture as `output_dir/name-step.png` and hand it to the tracker.
+
+        Args:
+            name (`str`): What it shows.
+            images (`np.ndarray` of shape `(height, width, 3)`): uint8.
+        """
+        path = Path(self.args.output_dir) / f"{name}-{self.step:06d}.png"
+        Image.fromarray(images).save(path)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: images[None]}, step=self.step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: images[None]}, step=self.step)
+        return path
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint where one is due. Last in a step: its log lines must be older than the checkpoint."""
+        if self.is_due(self.args.checkpointing_steps):
+            save_checkpoint(self.accelerator, self.args.output_dir, self.step, self.args.checkpoints_total_limit)
+
+    def averaged_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """
+        Put the averaged weights into `model`, in evaluation mode. Called on all processes.
+
+        Args:
+            model (`torch.nn.Module`): A copy of the trained one, made by [`evaluation_copy`] before it was prepared.
+        """
+        self.ema.copy_to(model.parameters())
+        return model.eval()
+
+    def close(self) -> None:
+        """End the progress bar and the trackers."""
+        self.progress.close()
+        self.accelerator.end_training()
 
 
-def append_json_line(path: str | Path, record: dict) -> None:
-    """Add one line to a JSON-lines log."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+def evaluation_copy(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """A copy of a model that is not prepared yet, for its averaged weights."""
+    return copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
+
+
+def truncate_log(path: Path, last_step: int) -> None:
+    """Drop the lines of a JSON-lines log after a step, and one that was cut off while it was written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+            break
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def picture_grid(rows: list[torch.Tensor]) -> np.ndarray:

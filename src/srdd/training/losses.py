@@ -14,7 +14,8 @@ class TokenLoss:
     Cross-entropy of a batch of pyramids.
 
     Args:
-        loss (`torch.Tensor`): Mean over all tokens, the paper's Equation 7 divided by the number of tokens (scalar).
+        loss (`torch.Tensor`): Mean over all tokens, the paper's Equation 7 divided by the number of tokens (scalar);
+            a weighted mean if the scales have weights.
         per_scale (`torch.Tensor` of shape `(num_scales,)`): Mean over the tokens of every scale, detached.
         accuracy (`torch.Tensor` of shape `(num_scales,)`): Share of tokens that are the most probable one, detached.
     """
@@ -29,6 +30,7 @@ def token_loss(
     token_ids: torch.LongTensor,
     scale_sizes: list[list[int]],
     label_smoothing: float = 0.0,
+    scale_weights: list[float] | None = None,
 ) -> TokenLoss:
     """
     Cross-entropy over all scales, in float32.
@@ -38,17 +40,32 @@ def token_loss(
         token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): The packed pyramids.
         scale_sizes (`list[list[int]]`): `(height, width)` of every scale.
         label_smoothing (`float`, defaults to 0.0): In [0, 1).
+        scale_weights (`list[float]`, *optional*): What a token of each scale counts; all alike by default.
 
     Returns:
         [`TokenLoss`]
+
+    Raises:
+        ValueError: If there is not one weight for each scale, or they are not positive in sum.
     """
+    counts = num_tokens_per_scale(scale_sizes)
+    if scale_weights is not None and (
+        len(scale_weights) != len(counts) or min(scale_weights) < 0 or sum(scale_weights) <= 0
+    ):
+        raise ValueError(
+            f"`scale_weights` must be {len(counts)} numbers, none negative and not all zero, got {scale_weights}."
+        )
     losses = F.cross_entropy(
         logits.float().flatten(0, 1), token_ids.flatten(), reduction="none", label_smoothing=label_smoothing
     ).view_as(token_ids)
-    counts = num_tokens_per_scale(scale_sizes)
+    if scale_weights is None:
+        loss = losses.mean()
+    else:
+        weights = losses.new_tensor(scale_weights).repeat_interleave(torch.tensor(counts, device=losses.device))
+        loss = (losses.mean(dim=0) * weights).sum() / weights.sum()
     correct = (logits.detach().argmax(dim=-1) == token_ids).float()
     return TokenLoss(
-        loss=losses.mean(),
+        loss=loss,
         per_scale=torch.stack([part.mean() for part in losses.detach().split(counts, dim=1)]),
         accuracy=torch.stack([part.mean() for part in correct.split(counts, dim=1)]),
     )

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from srdd.evaluation.features import load_efficientnet_lite0
+from srdd.evaluation.features import enlarge_small, load_efficientnet_lite0
 
 
 class EfficientNetPerceptualLoss(nn.Module):
@@ -30,7 +30,7 @@ class EfficientNetPerceptualLoss(nn.Module):
 
     def features(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Unit-normalised feature maps of pixels in [-1, 1]."""
-        hidden_states = self.stem(pixels * (127.5 / 128.0) + 0.5 / 128.0)
+        hidden_states = self.stem(enlarge_small(pixels) * (127.5 / 128.0) + 0.5 / 128.0)
         features = []
         for index, block in enumerate(self.blocks):
             hidden_states = block(hidden_states)

@@ -1,0 +1,63 @@
+"""How well a tokenizer reconstructs images, and how much of its codebook it uses for it."""
+
+from collections.abc import Iterable
+
+import torch
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torchmetrics.image.fid import FrechetInceptionDistance
+from tqdm.auto import tqdm
+
+from srdd.models import MultiScaleVQModel
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    vqvae: MultiScaleVQModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    num_pictures: int = 0,
+    features: torch.nn.Module | None = None,
+    show_progress: bool = False,
+) -> tuple[dict, list[torch.Tensor]]:
+    """
+    Reconstruct images and compare.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): The tokenizer.
+        batches (`Iterable`): Batches with `"pixel_values"` of shape `(batch, 3, height, width)` in [-1, 1].
+        num_pictures (`int`, defaults to 0): How many images of the first batch to return.
+        features (`torch.nn.Module`, *optional*): Feature extractor of the Fréchet distance between the images and
+            their reconstructions, as torchmetrics' `FrechetInceptionDistance` takes it.
+        show_progress (`bool`, defaults to `False`): Show a progress bar.
+
+    Returns:
+        `tuple[dict, list[torch.Tensor]]`: The metrics, and the first images and their reconstructions in [-1, 1].
+        `"num_images"`; `"psnr"` in dB and `"ssim"`, means over images; `"usage"` and `"perplexity"` per scale as
+        [`~MultiScaleVQModel.codebook_usage`] gives them; `"codes_used"` in all; with `features`, `"rfd"`.
+    """
+    psnr = PeakSignalNoiseRatio(data_range=2.0, reduction="elementwise_mean", dim=(1, 2, 3)).to(vqvae.device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(vqvae.device)
+    distance = FrechetInceptionDistance(feature=features).to(vqvae.device) if features is not None else None
+    token_ids, pictures = [], []
+    for batch in tqdm(batches, disable=not show_progress):
+        sample = batch["pixel_values"].to(vqvae.device)
+        ids = vqvae.tokenize(sample.to(vqvae.dtype))
+        reconstruction = vqvae.decode_tokens(ids).sample.float().clamp(-1, 1)
+        psnr.update(reconstruction, sample)
+        ssim.update(reconstruction, sample)
+        if distance is not None:
+            for pixels, real in ((sample, True), (reconstruction, False)):
+                distance.update(pixels.add(1).mul(127.5).round().to(torch.uint8), real=real)
+        if not token_ids:
+            pictures = [sample[:num_pictures], reconstruction[:num_pictures]]
+        token_ids.append(ids)
+    token_ids = torch.cat(token_ids)
+    metrics = {
+        "num_images": len(token_ids),
+        "psnr": psnr.compute().item(),
+        "ssim": ssim.compute().item(),
+        **vqvae.codebook_usage(token_ids),
+        "codes_used": len(token_ids.unique()),
+    }
+    if distance is not None:
+        metrics["rfd"] = distance.compute().item()
+    return metrics, pictures

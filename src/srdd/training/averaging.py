@@ -1,0 +1,41 @@
+"""Averaged weights (EMA) of models whose parameters may be sharded over processes."""
+
+from collections.abc import Iterable
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, gathered from all processes if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class AveragedWeights(EMAModel):
+    """
+    diffusers' `EMAModel`, also for the sharded parameters of FSDP2: each process averages its shards, and checkpoints
+    and copies hold whole tensors. `state_dict`, `load_state_dict` and `copy_to` are called on all processes.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float):
+        super().__init__(parameters, decay=decay, foreach=True)
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "shadow_params": [whole(shadow) for shadow in self.shadow_params]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        own = self.shadow_params
+        super().load_state_dict(state_dict)
+        with torch.no_grad():
+            for shadow, loaded in zip(own, self.shadow_params, strict=True):
+                loaded = loaded.to(shadow.device, shadow.dtype)
+                if isinstance(shadow, DTensor):
+                    loaded = distribute_tensor(loaded, shadow.device_mesh, shadow.placements)
+                shadow.copy_(loaded)
+        self.shadow_params = own
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        for parameter, shadow in zip(parameters, self.shadow_params, strict=True):
+            parameter.copy_(whole(shadow))
