@@ -1,5 +1,7 @@
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 from srdd.pipelines.pipeline_srdd import SRDDPipeline
+from srdd.pipelines.pipeline_srdd_inpaint import SRDDInpaintPipeline
+from srdd.pipelines.pipeline_srdd_super_resolution import SRDDSuperResolutionPipeline
 
 
-__all__ = ["SRDDPipeline", "SRDDPipelineOutput"]
+__all__ = ["SRDDInpaintPipeline", "SRDDPipeline", "SRDDPipelineOutput", "SRDDSuperResolutionPipeline"]

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel
+from srdd.pipelines.known_region import KnownRegion
 from srdd.schedulers import ScaleScheduler
+from srdd.schedulers.scheduling_scale import MASK_TOKEN_ID
 
 
 # Called after every pass with (index, timestep, {"latents": ..., "token_ids": ...}); what it returns replaces them,
@@ -135,6 +137,7 @@ def sample_scales(
     token_ids: torch.LongTensor,
     latents: torch.Tensor,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    known: KnownRegion | None = None,
     on_step_end: StepCallback | None = None,
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """
@@ -149,6 +152,7 @@ def sample_scales(
         token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): The pyramid to fill.
         latents (`torch.Tensor` of shape `(batch, channels, height, width)`): The state to start from, float32.
         generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.
+        known ([`KnownRegion`], *optional*): What is known of the images; tokens that follow from it are not drawn.
         on_step_end (`StepCallback`, *optional*): Called after every pass.
 
     Returns:
@@ -160,17 +164,23 @@ def sample_scales(
     keep_unconditional = kv_cache is not None and guidance_scale > 1
     time_travel = scheduler.config.resampling_feedback == "time_travel"
     start, state_before, model_state, resample_mask = latents, latents, latents, None
+    known_ids = torch.full_like(token_ids, MASK_TOKEN_ID)
     for index, timestep in enumerate(timesteps):
         tokens, size = scheduler.token_slice(timestep), scheduler.scale_size(timestep)
         pass_cache = kv_cache
         if index == 0 or timesteps[index - 1] != timestep:
             state_before, model_state, resample_mask = latents, latents, None
+            if known is not None:
+                found = known.token_ids(vqvae, state_before - start, scheduler.coarser_scales(timestep), size)
+                known_ids[:, tokens] = found
+                token_ids = torch.where(known_ids >= 0, known_ids, token_ids)
         elif not resample_mask.any():
             continue
         elif time_travel and (coarser := scheduler.coarser_scales(timestep)):
             travels = resample_mask.any(dim=1)
             coarse_ids = vqvae.quantize_latents(latents - start, coarser)
-            coarse_ids = torch.where(travels[:, None], coarse_ids, token_ids[:, : tokens.start])
+            drawn = travels[:, None] & (known_ids[:, : tokens.start] < 0)
+            coarse_ids = torch.where(drawn, coarse_ids, token_ids[:, : tokens.start])
             token_ids = torch.cat([coarse_ids, token_ids[:, tokens.start :]], dim=1)
             revised = start + vqvae.latent_states(coarse_ids, coarser, grid_size)[-1]
             state_before = model_state = torch.where(travels[:, None, None, None], revised, state_before)
@@ -189,12 +199,15 @@ def sample_scales(
         elif kv_cache is not None:
             # Later scales look back at what the model was trained to see of this one: its first pass.
             pass_cache = kv_cache.copy()
+        known_mask = known_ids[:, tokens] >= 0 if known is not None else None
         hidden_states = scheduler.scale_model_input(model_state, timestep).to(transformer.dtype)
         weight = scheduler.guidance_weight(timestep, guidance_scale)
         logits = guided_logits(
             transformer, hidden_states, timestep, class_labels, weight, pass_cache, keep_unconditional
         )
-        output = scheduler.step(logits, timestep, token_ids, resample_mask=resample_mask, generator=generator)
+        output = scheduler.step(
+            logits, timestep, token_ids, resample_mask=resample_mask, known_mask=known_mask, generator=generator
+        )
         token_ids, resample_mask = output.prev_sample, output.resample_mask
         token_map = token_ids[:, tokens].unflatten(1, size)
         latents = state_before + vqvae.residual_map(token_map, grid_size).float()

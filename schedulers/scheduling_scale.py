@@ -254,6 +254,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         timestep: int | torch.Tensor,
         sample: torch.LongTensor,
         resample_mask: torch.BoolTensor | None = None,
+        known_mask: torch.BoolTensor | None = None,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> ScaleSchedulerOutput | tuple:
@@ -266,6 +267,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             sample (`torch.LongTensor` of shape `(batch, num_tokens)`): The packed pyramid.
             resample_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`, *optional*): The tokens to draw,
                 from the output of the pass before; all by default.
+            known_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`, *optional*): Tokens that stay as they
+                are in `sample`, in every pass (inpainting); none by default.
             generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.
             return_dict (`bool`, defaults to `True`): Whether to return a [`ScaleSchedulerOutput`].
 
@@ -295,12 +298,16 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             )
 
         token_ids = sample[:, tokens]
+        if known_mask is not None:
+            resample_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
         redraws = self._num_further_passes(timestep) if self.config.resampling_feedback == "redraw" else 0
         for _ in range(1 + redraws):
             token_ids = self._draw(model_output, token_ids, resample_mask, generator)
             chosen = model_output.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
             probabilities = (chosen - log_normalizer).exp()
             wanted = self._resample_mask(probabilities)
+            if known_mask is not None:
+                wanted = wanted & ~known_mask
             # An image without tokens to draw again is finished at this scale, whatever its neighbours still need.
             resample_mask = wanted if resample_mask is None else wanted & resample_mask.any(dim=1, keepdim=True)
             if not resample_mask.any():

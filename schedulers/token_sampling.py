@@ -53,6 +53,8 @@ def exponential_noise(
         rows (`torch.BoolTensor` of shape `(batch,)`, *optional*): Images that need noise. The generators of the others
             are left alone, so that what an image draws does not depend on its neighbours.
     """
+    if rows is not None and not rows.any():
+        return torch.ones(shape, device=device)
     if not isinstance(generator, list):
         where = generator.device if generator is not None else device
         return torch.empty(shape, device=where).exponential_(generator=generator).to(device)

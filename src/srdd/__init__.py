@@ -2,7 +2,7 @@
 
 from srdd.diffusers_registration import register
 from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel
-from srdd.pipelines import SRDDPipeline, SRDDPipelineOutput
+from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline, SRDDPipelineOutput, SRDDSuperResolutionPipeline
 from srdd.schedulers import ScaleScheduler, ScaleSchedulerOutput
 
 
@@ -10,8 +10,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MultiScaleVQModel",
+    "SRDDInpaintPipeline",
     "SRDDPipeline",
     "SRDDPipelineOutput",
+    "SRDDSuperResolutionPipeline",
     "ScaleKVCache",
     "ScaleScheduler",
     "ScaleSchedulerOutput",

@@ -1,0 +1,154 @@
+"""Parts of images: resizing, pasting back what is known, crops around masks, windows over large canvases."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
+
+from srdd.pipelines.known_region import extend_known
+
+
+def resize(pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Bicubic, antialiased resize of pixels in [-1, 1], nothing where the size is right."""
+    if tuple(pixels.shape[-2:]) == tuple(size):
+        return pixels
+    return F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def paste(pixels: torch.Tensor, mask: torch.Tensor, drawn: torch.Tensor, feather: int) -> torch.Tensor:
+    """
+    Lay known pixels over drawn ones.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): The images.
+        mask (`torch.Tensor` of shape `(batch, 1, height, width)`): In [0, 1]; 0 is known. Masks with values in between
+            blend as they say; hard ones fade in over `feather` pixels, inside the hole, out of a continuation of the
+            known pixels.
+        drawn (`torch.Tensor` of the shape of `pixels`): The result of the model.
+        feather (`int`): Width of the edge.
+
+    Returns:
+        `torch.Tensor` of the shape of `pixels`: Exactly `pixels` where the mask is 0.
+    """
+    weight = mask
+    if feather > 0:
+        padded = F.pad(mask, (feather,) * 4, mode="replicate")
+        inside = F.avg_pool2d(padded, 2 * feather + 1, stride=1).mul(2).sub(1).clamp(min=1 / (2 * feather + 1), max=1)
+        hard = ((mask == 0) | (mask == 1)).flatten(1).all(dim=1)[:, None, None, None]
+        weight = torch.where(hard, inside * mask, mask)
+    below = torch.where(mask < 1, pixels, extend_known(pixels, (mask < 0.5).float()))
+    return torch.lerp(below, drawn, weight)
+
+
+def crop_box(mask: torch.Tensor, margin: int, size: Sequence[int]) -> tuple[slice, slice]:
+    """
+    Rows and columns around the masked pixels of a batch, in the proportions of the model's images.
+
+    Args:
+        mask (`torch.Tensor` of shape `(batch, 1, height, width)`): In [0, 1].
+        margin (`int`): Pixels to add on all sides, where there are any.
+        size (`(int, int)`): Height and width of the model's images.
+
+    Raises:
+        ValueError: If no pixel is masked.
+    """
+    union = mask.amax(dim=(0, 1))
+    if union.max() == 0:
+        raise ValueError("`mask_image` must have white pixels for `padding_mask_crop`, got none.")
+    picture = VaeImageProcessor.numpy_to_pil((union > 0).float().cpu().numpy()[None, ..., None])[0]
+    left, top, right, bottom = VaeImageProcessor.get_crop_region(picture, size[1], size[0], margin)
+    return slice(top, bottom), slice(left, right)
+
+
+class WindowedCanvas:
+    """
+    A canvas that is drawn window by window. Windows overlap by half and fade into each other over their overlap; those
+    with most known pixels come first.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1].
+        known (`torch.Tensor` of shape `(batch, 1, height, width)`): 1 where a pixel is known from the start.
+        size (`(int, int)`): Height and width of a window; at most those of the images.
+
+    `pixels` is the canvas so far, `drawn` only what windows have drawn, and `known` is 1 where later windows build on
+    `pixels`.
+    """
+
+    def __init__(self, pixels: torch.Tensor, known: torch.Tensor, size: Sequence[int]):
+        self.pixels = pixels.clone()
+        self.known = known.clone()
+        self.given = known.bool()
+        self.drawn = torch.zeros_like(pixels)
+        self.size = tuple(size)
+        ramps = [(torch.arange(side) + 0.5 - side / 2).abs().neg().add(side / 2) for side in self.size]
+        self.fade = (ramps[0][:, None] * ramps[1]).to(pixels)  # (height, width), falls to the borders
+        self.total = torch.zeros_like(pixels)
+        self.weight = torch.zeros_like(pixels[:1, :1])
+
+    def windows(self) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of windows until all is known; [`add`] is due after each."""
+        starts = [
+            sorted({*range(0, full - side + 1, max(side // 2, 1)), full - side})
+            for full, side in zip(self.pixels.shape[-2:], self.size)
+        ]
+        left = {(top, first) for top in starts[0] for first in starts[1]}
+        while left:
+            unknown = self.known.amin(dim=(0, 1)) == 0
+            shares = {corner: unknown[self._window(corner)].float().mean().item() for corner in left}
+            left = {corner for corner in left if shares[corner] > 0}
+            if left:
+                corner = min(left, key=lambda corner: (shares[corner], corner))
+                left.remove(corner)
+                yield self._window(corner)
+
+    def _window(self, corner: tuple[int, int]) -> tuple[slice, slice]:
+        return tuple(slice(start, start + side) for start, side in zip(corner, self.size))
+
+    def add(self, rows: slice, columns: slice, drawn: torch.Tensor) -> None:
+        """Blend a drawn window, `(batch, 3, *size)`, into what is not given."""
+        self.total[..., rows, columns] += self.fade * drawn
+        self.weight[..., rows, columns] += self.fade
+        blended = self.total[..., rows, columns] / self.weight[..., rows, columns]
+        self.drawn[..., rows, columns] = blended
+        given = self.given[..., rows, columns]
+        self.pixels[..., rows, columns] = torch.where(given, self.pixels[..., rows, columns], blended)
+        self.known[..., rows, columns] = 1.0
+
+
+def check_padding(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom padding of one number or four."""
+    sides = tuple(padding) if isinstance(padding, Sequence) else (padding,) * 4
+    if len(sides) != 4 or any(not isinstance(side, int) or side < 0 for side in sides) or not any(sides):
+        raise ValueError(
+            f"`padding` must be one or four numbers of pixels, none negative, not all 0, got {padding!r}."
+        )
+    return sides
+
+
+def project_to_low_resolution(pixels: torch.Tensor, small: torch.Tensor, num_iterations: int = 10) -> torch.Tensor:
+    """
+    The images nearest to `pixels` that give `small` when they are made small again (bicubic, antialiased).
+
+    Resizing is linear and separable, `A x = D_h x D_w^T`, and the nearest solution of `A x = y` is `x + A^+ (y - A x)`
+    with the pseudo-inverses of both factors. It alternates with the bounds [-1, 1].
+
+    Args:
+        pixels (`torch.Tensor` of shape `(batch, channels, height, width)`): Images in [-1, 1].
+        small (`torch.Tensor` of shape `(batch, channels, small_height, small_width)`): Small images in [-1, 1].
+        num_iterations (`int`, defaults to 10): How often projection and bounds alternate.
+    """
+    down_rows, down_columns = (
+        _downsampling_matrix(full, part).to(pixels) for full, part in zip(pixels.shape[-2:], small.shape[-2:])
+    )
+    up_rows, up_columns = torch.linalg.pinv(down_rows), torch.linalg.pinv(down_columns)
+    for _ in range(num_iterations):
+        error = small - down_rows @ pixels @ down_columns.T
+        pixels = (pixels + up_rows @ error @ up_columns.T).clamp(-1, 1)
+    return pixels
+
+
+def _downsampling_matrix(side: int, small_side: int) -> torch.Tensor:
+    """The matrix of a bicubic, antialiased resize along one axis, `(small_side, side)`."""
+    identity = torch.eye(side)[None, None]  # (1, 1, side, side): one impulse in each column
+    return F.interpolate(identity, size=(small_side, side), mode="bicubic", antialias=True)[0, 0]

@@ -1,0 +1,292 @@
+from collections.abc import Callable
+from typing import Any
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+
+from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.pipelines.image_regions import WindowedCanvas, check_padding, crop_box, paste, resize
+from srdd.pipelines.known_region import KNOWN_CELLS, KNOWN_TOKENS, KnownRegion, extend_known
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.scale_pipeline_mixin import ScalePipelineMixin
+from srdd.schedulers import ScaleScheduler
+
+
+class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
+    r"""
+    Draws a part of an image anew, without fine-tuning: inpainting, outpainting and editing by class.
+
+    Scale by scale, tokens of known cells are forced and the others drawn (paper, Section 4.3). Any mask, any attention
+    pattern, any schedule and resampling policy. Nothing of the unknown pixels reaches the result.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
+        transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
+        scheduler ([`ScaleScheduler`]): The scale schedule.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from PIL import Image
+    >>> from srdd import SRDDInpaintPipeline
+
+    >>> pipe = SRDDInpaintPipeline.from_pretrained("model_cards/srdd-fruits64")
+    >>> image = Image.open("tomato.png")
+    >>> mask = Image.new("L", image.size)
+    >>> mask.paste(255, (16, 16, 48, 48))
+    >>> edited = pipe(image, mask, "Tomato 2", generator=torch.Generator().manual_seed(0)).images[0]
+    ```
+    """
+
+    model_cpu_offload_seq = "transformer"
+    # The tokenizer is needed after every scale, so the whole of it stays on the device while sampling.
+    _exclude_from_cpu_offload = ["vqvae"]
+
+    def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
+        super().__init__()
+        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
+        self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
+        )
+        self.mask_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_normalize=False, do_convert_grayscale=True
+        )
+
+    def prepare_images(
+        self, image: PipelineImageInput, mask_image: PipelineImageInput
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Images and masks as tensors of one batch.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Pixels in [-1, 1] of shape `(batch, 3, height, width)`, and masks in
+            [0, 1] of shape `(batch, 1, height, width)`, 1 where to draw.
+
+        Raises:
+            ValueError: If images differ in size, the numbers of images and masks do not match, or masks have values
+                outside [0, 1].
+        """
+        for name, pictures in (("image", image), ("mask_image", mask_image)):
+            listed = pictures if isinstance(pictures, list) else []
+            sizes = {picture.size for picture in listed if isinstance(picture, PIL.Image.Image)}
+            if len(sizes) > 1:
+                raise ValueError(f"`{name}` must hold pictures of one size, got {sorted(sizes)}.")
+        pixels = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
+        mask = self.mask_processor.preprocess(mask_image).to(self._execution_device, torch.float32)
+        if pixels.shape[1] != 3:
+            raise ValueError(f"`image` must have 3 channels, got {pixels.shape[1]}.")
+        if mask.min() < 0 or mask.max() > 1:
+            raise ValueError(
+                f"`mask_image` must have values in [0, 1], got [{mask.min().item():.3g}, {mask.max().item():.3g}]."
+            )
+        if len(mask) not in (1, len(pixels)):
+            raise ValueError(f"`mask_image` must hold 1 or {len(pixels)} masks, got {len(mask)}.")
+        if mask.shape[-2:] != pixels.shape[-2:]:
+            mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)
+        return pixels, mask.expand(len(pixels), -1, -1, -1)
+
+    def prepare_known(
+        self, pixels: torch.Tensor, mask: torch.Tensor, strength: float, cells: str, tokens: str
+    ) -> KnownRegion:
+        """
+        What is known of a batch of images of any size; see [`KnownRegion`].
+
+        Args:
+            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1].
+            mask (`torch.Tensor` of shape `(batch, 1, height, width)`): Masks in [0, 1], 1 where to draw.
+            strength (`float`): Share of the scales to draw inside the mask.
+            cells (`str`): When a token cell is known.
+            tokens (`str`): Which token a known cell gets.
+        """
+        known = (mask < 0.5).float()
+        filled = resize(extend_known(pixels, known), self.sample_size)
+        # A pixel of the model is known if all pixels that it stands for are.
+        known = (F.interpolate(known, size=self.sample_size, mode="area") > 1 - 1e-4).float()
+        latents = self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float()
+        num_hints = round((1 - strength) * len(self.scheduler.scales))
+        hint_ids = self.hint_tokens(resize(pixels, self.sample_size), num_hints)
+        return KnownRegion(latents, known, cells, tokens, hint_ids)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PipelineImageInput,
+        mask_image: PipelineImageInput,
+        class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        strength: float = 1.0,
+        padding_mask_crop: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        paste_known: bool = True,
+        feather: int = 2,
+        known_cells: str = "any",
+        known_tokens: str = "adaptive",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["SRDDInpaintPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> SRDDPipelineOutput | tuple:
+        r"""
+        Draw the masked part of images.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one kind):
+                Images of any one size; arrays and tensors in [0, 1] (tensors also in [-1, 1]).
+            mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one kind):
+                Masks of any shape and size, one for all images or one each: white (1) is drawn, black (0) is kept.
+                Grey is a soft edge: tokens are drawn from 0.5 on, and the mask blends the result into the image.
+            class_labels (`int`, `str`, a list of both, or `torch.LongTensor`, *optional*):
+                Classes of the result, one for all images or one each (or several for one image); another class than
+                the image's own edits it. `None` draws without a class.
+            strength (`float`, defaults to 1.0):
+                As in diffusers, how much the masked part changes: at 1 nothing of it is looked at, below that the
+                coarsest `1 - strength` of the scales keep the tokens of the image as hints of colour and layout.
+            padding_mask_crop (`int`, *optional*):
+                Work on the surroundings of the mask only, with this margin in pixels, at the model's full resolution.
+            guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
+            num_images_per_prompt (`int`, defaults to 1): Results for each pair of image and label.
+            generator (`torch.Generator` or a list, *optional*): The only source of randomness; one, or one for each
+                result.
+            paste_known (`bool`, defaults to `True`): Lay the known pixels over the result, so that they come back
+                exactly; `False` gives the plain decoding.
+            feather (`int`, defaults to 2): Pixels over which the result fades in inside a hard mask.
+            known_cells (`str`, defaults to `"any"`): A token cell is known if "all", the "majority" or "any" of its
+                pixels are.
+            known_tokens (`str`, defaults to `"adaptive"`): Force the "original" tokens of the image, or at every scale
+                those that best repair the state so far ("adaptive").
+            output_type (`str`, defaults to `"pil"`): "pil", "np", "pt" (both in [0, 1], all of the image's size) or
+                "latent".
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*): As in [`SRDDPipeline`].
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`SRDDPipeline`].
+
+        Returns:
+            [`SRDDPipelineOutput`] or `(images, token_ids)`.
+
+        Raises:
+            ValueError: If images, masks, labels or another argument do not fit.
+        """
+        tensor_inputs = (
+            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        )
+        self.check_inputs(num_images_per_prompt, output_type, tensor_inputs)
+        check_region_inputs(strength, padding_mask_crop, feather, known_cells, known_tokens)
+        pixels, mask = self.prepare_images(image, mask_image)
+        class_ids, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, pixels, mask)
+        box = (..., slice(None), slice(None))
+        if padding_mask_crop is not None:
+            box = (..., *crop_box(mask, padding_mask_crop, self.sample_size))
+        region, hole = pixels[box], mask[box]
+        latents, token_ids = self.run_scales(
+            class_ids,
+            self.prepare_latents(len(class_ids)),
+            guidance_scale,
+            generator,
+            callback_on_step_end,
+            tensor_inputs,
+            known=self.prepare_known(region, hole, strength, known_cells, known_tokens),
+        )
+        images: Any = latents
+        if output_type != "latent":
+            drawn = resize(self.decode_pixels(latents), region.shape[-2:])
+            if paste_known:
+                drawn = paste(region, hole, drawn, feather)
+            whole = pixels.clone()
+            whole[box] = drawn
+            images = self.image_processor.postprocess(whole, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
+
+    @torch.no_grad()
+    def outpaint(
+        self,
+        image: PipelineImageInput,
+        padding: int | tuple[int, int, int, int],
+        class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        feather: int = 2,
+        known_cells: str = "any",
+        known_tokens: str = "adaptive",
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> SRDDPipelineOutput | tuple:
+        r"""
+        Continue images beyond their borders.
+
+        A canvas as high and wide as the model's images, or more, is drawn in windows that overlap by half and fade
+        into each other; each takes what was drawn before as known. A canvas that is lower or narrower is scaled to the
+        model's size, as in inpainting.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one kind): Images of one size.
+            padding (`int` or `(int, int, int, int)`): Pixels to add on all sides, or left, top, right and bottom.
+            class_labels (`int`, `str`, a list of both, or `torch.LongTensor`, *optional*): Classes of the results.
+            guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
+            num_images_per_prompt (`int`, defaults to 1): Results for each pair of image and label.
+            generator (`torch.Generator` or a list, *optional*): The only source of randomness.
+            feather (`int`, defaults to 2): As in the call.
+            known_cells (`str`, defaults to `"any"`): As in the call.
+            known_tokens (`str`, defaults to `"adaptive"`): As in the call.
+            output_type (`str`, defaults to `"pil"`): "pil", "np" or "pt".
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
+
+        Returns:
+            [`SRDDPipelineOutput`] or `(images, token_ids)`; the tokens are those of the window drawn last.
+
+        Raises:
+            ValueError: If `padding` is not one or four numbers, none negative and not all zero, or another argument
+                does not fit.
+        """
+        left, top, right, bottom = check_padding(padding)
+        self.check_inputs(num_images_per_prompt, output_type, [])
+        check_region_inputs(1.0, None, feather, known_cells, known_tokens)
+        if output_type == "latent":
+            raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in outpainting, got 'latent'.")
+        pixels = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
+        border = (left, right, top, bottom)
+        mask = F.pad(torch.zeros_like(pixels[:, :1]), border, value=1.0)
+        class_ids, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, F.pad(pixels, border), mask)
+        full_size = tuple(pixels.shape[-2:])
+        size = tuple(max(side, least) for side, least in zip(full_size, self.sample_size))
+        known = 1 - F.interpolate(mask, size=size, mode="nearest")
+        canvas = WindowedCanvas(resize(extend_known(pixels, 1 - mask), size), known, self.sample_size)
+        token_ids = None
+        for rows, columns in canvas.windows():
+            window, hole = canvas.pixels[..., rows, columns], 1 - canvas.known[..., rows, columns]
+            latents, token_ids = self.run_scales(
+                class_ids,
+                self.prepare_latents(len(class_ids)),
+                guidance_scale,
+                generator,
+                known=self.prepare_known(window, hole, 1.0, known_cells, known_tokens),
+            )
+            canvas.add(rows, columns, self.decode_pixels(latents))
+        drawn = paste(pixels, mask, resize(canvas.drawn, full_size), feather)
+        images = self.image_processor.postprocess(drawn, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
+
+
+def check_region_inputs(
+    strength: float, padding_mask_crop: int | None, feather: int, known_cells: str, known_tokens: str
+) -> None:
+    """Raise a `ValueError` for a value that inpainting does not know."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"`strength` must lie in [0, 1], got {strength}.")
+    for name, value in (("padding_mask_crop", padding_mask_crop or 0), ("feather", feather)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"`{name}` must be a non-negative integer, got {value!r}.")
+    for name, value, allowed in (
+        ("known_cells", known_cells, tuple(KNOWN_CELLS)),
+        ("known_tokens", known_tokens, KNOWN_TOKENS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")

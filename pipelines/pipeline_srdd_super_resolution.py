@@ -1,0 +1,155 @@
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+
+from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.pipelines.image_regions import WindowedCanvas, project_to_low_resolution, resize
+from srdd.pipelines.known_region import KnownRegion
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.scale_pipeline_mixin import ScalePipelineMixin
+from srdd.schedulers import ScaleScheduler
+
+
+class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
+    r"""
+    Enlarges images without fine-tuning: the coarse scales that the small image determines are forced, the finer ones
+    drawn (paper, Section 4.3).
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
+        transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
+        scheduler ([`ScaleScheduler`]): The scale schedule.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from PIL import Image
+    >>> from srdd import SRDDSuperResolutionPipeline
+
+    >>> pipe = SRDDSuperResolutionPipeline.from_pretrained("model_cards/srdd-fruits64")
+    >>> small = Image.open("tomato.png").resize((16, 16))
+    >>> large = pipe(small, scale_factor=4, class_labels="Tomato 2").images[0]
+    ```
+    """
+
+    model_cpu_offload_seq = "transformer"
+    # The tokenizer is needed after every scale, so the whole of it stays on the device while sampling.
+    _exclude_from_cpu_offload = ["vqvae"]
+
+    def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
+        super().__init__()
+        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
+        self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
+        )
+
+    def num_determined_scales(self, scale_factor: int) -> int:
+        """
+        How many scales an image that is `scale_factor` times smaller determines: those that its own latent grid, the
+        model's grid over the factor, can hold; at least one is left to be drawn.
+        """
+        height, width = self.vqvae.config.scale_sizes[-1]
+        fitting = [
+            size
+            for size in self.scheduler.scales
+            if size[0] <= height / scale_factor and size[1] <= width / scale_factor
+        ]
+        return min(max(len(fitting), 1), len(self.scheduler.scales) - 1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PipelineImageInput,
+        scale_factor: int = 4,
+        class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        num_known_scales: int | None = None,
+        consistent: bool = True,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["SRDDSuperResolutionPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> SRDDPipelineOutput | tuple:
+        r"""
+        Enlarge images.
+
+        A result of the model's size is drawn in one go; a larger one in windows that overlap by half and fade into
+        each other, each taking what was drawn before as known. A smaller one is cut from a continued image.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one kind):
+                Small images of any one size; arrays and tensors in [0, 1].
+            scale_factor (`int`, defaults to 4): How many times larger the result is.
+            class_labels (`int`, `str`, a list of both, or `torch.LongTensor`, *optional*): Classes, one for all images
+                or one each. `None` draws without a class.
+            num_known_scales (`int`, *optional*): How many scales the small image determines, coarse to fine; by
+                default those that fit into its own latent grid ([`num_determined_scales`]).
+            consistent (`bool`, defaults to `True`): Change the result as little as possible so that, made small again
+                (bicubic, antialiased), it is the given image.
+            guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
+            num_images_per_prompt (`int`, defaults to 1): Results for each image.
+            generator (`torch.Generator` or a list, *optional*): The only source of randomness; one, or one for each
+                result.
+            output_type (`str`, defaults to `"pil"`): "pil", "np", "pt" (both in [0, 1]).
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*): As in [`SRDDPipeline`].
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`SRDDPipeline`].
+
+        Returns:
+            [`SRDDPipelineOutput`] or `(images, token_ids)`; the tokens are those of the window drawn last.
+
+        Raises:
+            ValueError: If images, labels or another argument do not fit.
+        """
+        tensor_inputs = (
+            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        )
+        self.check_inputs(num_images_per_prompt, output_type, tensor_inputs)
+        if output_type == "latent":
+            raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in super-resolution, got 'latent'.")
+        if not isinstance(scale_factor, int) or scale_factor < 2:
+            raise ValueError(f"`scale_factor` must be an integer above 1, got {scale_factor!r}.")
+        num_scales = len(self.scheduler.scales)
+        if num_known_scales is None:
+            num_known_scales = self.num_determined_scales(scale_factor)
+        if not isinstance(num_known_scales, int) or not 0 <= num_known_scales <= num_scales:
+            raise ValueError(f"`num_known_scales` must lie in [0, {num_scales}], got {num_known_scales!r}.")
+        small = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
+        class_ids, small = self.prepare_batch(class_labels, num_images_per_prompt, small)
+        size = [side * scale_factor for side in small.shape[-2:]]
+        smooth = resize(small, size)
+        missing = [max(0, least - side) for least, side in zip(self.sample_size, size)]
+        smooth = F.pad(smooth, (0, missing[1], 0, missing[0]), mode="replicate")
+        canvas = WindowedCanvas(smooth, torch.zeros_like(smooth[:, :1]), self.sample_size)
+        token_ids = None
+        for rows, columns in canvas.windows():
+            known = canvas.known[..., rows, columns]
+            filled = torch.where(known > 0, canvas.pixels[..., rows, columns], smooth[..., rows, columns])
+            latents, token_ids = self.run_scales(
+                class_ids,
+                self.prepare_latents(len(class_ids)),
+                guidance_scale,
+                generator,
+                callback_on_step_end,
+                tensor_inputs,
+                known=KnownRegion(
+                    self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float(),
+                    known,
+                    hint_ids=self.hint_tokens(smooth[..., rows, columns], num_known_scales),
+                ),
+            )
+            canvas.add(rows, columns, self.decode_pixels(latents))
+        large = canvas.pixels[..., : size[0], : size[1]]
+        if consistent:
+            large = project_to_low_resolution(large, small)
+        images: Any = self.image_processor.postprocess(large, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)

@@ -1,0 +1,315 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import SAMPLE_SIZE, SCALE_SIZES, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
+
+from srdd import ScaleScheduler, SRDDInpaintPipeline
+from srdd.pipelines.known_region import KnownRegion, extend_known
+
+
+PATTERNS = ("causal", "markov", "banded")
+SCHEDULERS = {
+    "none": {},
+    "greedy": {"temperature": 0.0},
+    "simple": {"resampling_policy": "simple", "num_resampling_passes": 1},
+    "masked": {"resampling_policy": "masked", "resampling_threshold": 0.1, "num_resampling_passes": 2},
+    "masked-kept": {
+        "resampling_policy": "masked",
+        "resampling_feedback": "kept",
+        "resampling_threshold": 0.1,
+        "num_resampling_passes": 2,
+    },
+    "masked-redraw": {
+        "resampling_policy": "masked",
+        "resampling_feedback": "redraw",
+        "resampling_threshold": 0.1,
+        "num_resampling_passes": 2,
+    },
+    "time-travel": {
+        "resampling_policy": "simple",
+        "resampling_feedback": "time_travel",
+        "num_resampling_passes": 2,
+    },
+    "two-scales": {"scales": [1, 4]},
+}
+
+
+def make_pipeline(attention_pattern="markov", **scheduler) -> SRDDInpaintPipeline:
+    pipe = SRDDInpaintPipeline(tiny_vqvae(), tiny_transformer(attention_pattern), tiny_scheduler(**scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_image(seed=0, size=(SAMPLE_SIZE, SAMPLE_SIZE)) -> torch.Tensor:
+    """Pixels as a picture has them: whole 255ths."""
+    pixels = torch.randint(256, (1, 3, *size), generator=torch.Generator().manual_seed(seed))
+    return pixels.float() / 255
+
+
+def random_hole(seed=0, size=(SAMPLE_SIZE, SAMPLE_SIZE), share=0.4) -> torch.Tensor:
+    mask = (torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(100 + seed)) < share).float()
+    mask[..., -1, -1] = 1
+    return mask
+
+
+def seeded_one(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def seeded(*seeds) -> list[torch.Generator]:
+    return [seeded_one(seed) for seed in seeds]
+
+
+def draw(pipe, *inputs, generator=None, **options):
+    options = {"output_type": "pt", "class_labels": 1, **options}
+    return pipe(*inputs, generator=generator or seeded_one(), **options)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_known_pixels_and_tokens_stay(pattern, schedule):
+    pipe = make_pipeline(pattern, **SCHEDULERS[schedule])
+    for seed in range(3):
+        image, mask = random_image(seed), random_hole(seed)
+        output = draw(pipe, image, mask, known_tokens="original", known_cells="all", generator=seeded_one(seed))
+        shown = mask.expand_as(image) == 0
+        torch.testing.assert_close(output.images[shown], image[shown], atol=1e-6, rtol=0)
+        filled = extend_known(image * 2 - 1, 1 - mask)
+        with torch.no_grad():
+            tokens = pipe.vqvae.tokenize(filled, pipe.scheduler.scales)
+        region = KnownRegion(torch.zeros(1), 1 - mask, "all")
+        known = torch.cat([region.known_mask(size).flatten(1) for size in pipe.scheduler.scales], dim=1)
+        assert torch.equal(output.token_ids[known], tokens[known])
+        assert (output.token_ids >= 0).all()
+
+
+def test_known_pixels_of_pictures_come_back_exactly():
+    pipe = make_pipeline()
+    pixels = np.random.default_rng(0).integers(0, 256, size=(13, 21, 3), dtype=np.uint8)
+    mask = np.zeros((13, 21), dtype=np.uint8)
+    mask[4:10, 5:18] = 255
+    output = pipe(Image.fromarray(pixels), Image.fromarray(mask), 1, generator=seeded_one()).images[0]
+    assert output.size == (21, 13)
+    result = np.asarray(output)
+    assert (result[mask == 0] == pixels[mask == 0]).all()
+    assert (result[mask == 255] != pixels[mask == 255]).mean() > 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"known_cells": "all"}, {"known_tokens": "original"}, {"paste_known": False}])
+@pytest.mark.parametrize("size", [(8, 8), (11, 19), (5, 4)])
+def test_nothing_under_the_mask_reaches_the_result(size, options):
+    pipe = make_pipeline("causal", **SCHEDULERS["masked"])
+    image, mask = random_image(0, size), random_hole(0, size)
+    other = torch.where(mask == 1, random_image(7, size), image)
+    assert not torch.equal(image, other)
+    results = [draw(pipe, pixels, mask, **options) for pixels in (image, other)]
+    assert torch.equal(results[0].images, results[1].images)
+    assert torch.equal(results[0].token_ids, results[1].token_ids)
+
+
+def test_nothing_outside_a_crop_or_under_the_mask_matters():
+    pipe = make_pipeline()
+    image, mask = random_image(0, (40, 40)), torch.zeros(1, 1, 40, 40)
+    mask[..., 10:16, 20:28] = 1
+    output = draw(pipe, image, mask, padding_mask_crop=2)
+    assert torch.equal(
+        output.images[mask.expand_as(image) == 0], (image * 2 - 1)[mask.expand_as(image) == 0] / 2 + 0.5
+    )
+    far = image.clone()
+    far[..., 30:, :] = 0.5
+    far[mask.expand_as(image) == 1] = 0.1
+    again = draw(pipe, far, mask, padding_mask_crop=2)
+    assert torch.equal(output.token_ids, again.token_ids)
+    assert not torch.equal(draw(pipe, image, mask).token_ids, output.token_ids)
+
+
+def test_an_empty_mask_returns_the_image_and_a_full_one_draws_all_of_it():
+    pipe = make_pipeline()
+    image = random_image()
+    same = draw(pipe, image, torch.zeros(1, 1, 8, 8))
+    torch.testing.assert_close(same.images, image, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        assert torch.equal(same.token_ids, pipe.vqvae.tokenize(image * 2 - 1))
+    drawn = draw(pipe, image, torch.ones(1, 1, 8, 8), paste_known=False)
+    plain = tiny_pipeline()(1, generator=seeded_one(), output_type="pt")
+    assert torch.equal(drawn.token_ids, plain.token_ids)
+    assert torch.equal(drawn.images, plain.images)
+
+
+@pytest.mark.parametrize(("strength", "num_scales"), [(1.0, 0), (0.67, 1), (0.34, 2), (0.0, 3)])
+def test_strength_keeps_coarse_scales_as_hints(strength, num_scales):
+    pipe = make_pipeline()
+    image = random_image()
+    output = draw(pipe, image, torch.ones(1, 1, 8, 8), strength=strength)
+    with torch.no_grad():
+        tokens = pipe.vqvae.tokenize(image * 2 - 1)
+    count = sum(side**2 for side in SCALE_SIZES[:num_scales])
+    assert torch.equal(output.token_ids[:, :count], tokens[:, :count])
+    if num_scales < 3:
+        assert not torch.equal(output.token_ids[:, count:], tokens[:, count:])
+
+
+@pytest.mark.parametrize("schedule", ["none", "masked", "time-travel", "masked-redraw"])
+@pytest.mark.parametrize("pattern", ["causal", "markov"])
+def test_an_image_does_not_depend_on_its_batch(pattern, schedule):
+    pipe = make_pipeline(pattern, **SCHEDULERS[schedule])
+    images = torch.cat([random_image(seed) for seed in range(3)])
+    masks = torch.cat([random_hole(0), torch.zeros(1, 1, 8, 8), random_hole(2, share=0.9)])
+    together = draw(pipe, images, masks, class_labels=[0, 1, 2], generator=seeded(5, 6, 7))
+    for index in range(3):
+        alone = draw(
+            pipe,
+            images[index : index + 1],
+            masks[index : index + 1],
+            class_labels=index,
+            generator=seeded_one(5 + index),
+        )
+        assert torch.equal(alone.token_ids[0], together.token_ids[index])
+        torch.testing.assert_close(alone.images[0], together.images[index], atol=1e-5, rtol=0)
+
+
+def test_inputs_of_all_kinds_agree():
+    pipe = make_pipeline()
+    pixels = np.random.default_rng(0).integers(0, 256, size=(2, 8, 8, 3), dtype=np.uint8)
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[2:6, 3:8] = 255
+    pictures = [Image.fromarray(array) for array in pixels]
+    arrays, tensors = pixels / 255.0, torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    hard = torch.from_numpy(mask).float()[None, None] / 255
+    inputs = [
+        (pictures, Image.fromarray(mask)),
+        (pictures, [Image.fromarray(mask)] * 2),
+        ([picture.convert("RGBA") for picture in pictures], Image.fromarray(mask).convert("RGB")),
+        (arrays, (mask / 255.0)[None, ..., None]),
+        (list(arrays), [mask[..., None] / 255.0] * 2),
+        (tensors, hard),
+        (list(tensors), [hard[0]] * 2),
+    ]
+    results = [draw(pipe, image, hole, generator=seeded(0, 1)) for image, hole in inputs]
+    for result in results[1:]:
+        assert torch.equal(result.token_ids, results[0].token_ids)
+        torch.testing.assert_close(result.images, results[0].images, atol=1e-6, rtol=0)
+
+
+def test_masks_of_another_size_are_scaled():
+    pipe = make_pipeline()
+    image, mask = random_image(0, (16, 16)), torch.zeros(1, 1, 4, 4)
+    mask[..., 2:, :] = 1
+    output = draw(pipe, image, mask)
+    assert output.images.shape == image.shape
+    torch.testing.assert_close(output.images[..., :6, :], image[..., :6, :], atol=1e-6, rtol=0)
+
+
+def test_soft_masks_blend():
+    pipe = make_pipeline()
+    image, mask = random_image(), torch.full((1, 1, 8, 8), 0.25)
+    raw = draw(pipe, image, mask, paste_known=False).images
+    torch.testing.assert_close(draw(pipe, image, mask).images, image + 0.25 * (raw - image), atol=1e-5, rtol=0)
+
+
+def test_labels_images_and_numbers_of_results_combine():
+    pipe = make_pipeline()
+    image, mask = random_image(), random_hole()
+    several = draw(
+        pipe, image, mask, class_labels=[0, "cherry"], num_images_per_prompt=2, generator=seeded(1, 2, 3, 4)
+    )
+    assert several.images.shape == (4, 3, 8, 8)
+    last = draw(pipe, image, mask, class_labels="cherry", generator=seeded_one(4))
+    torch.testing.assert_close(several.images[3:], last.images, atol=1e-5, rtol=0)
+    images = torch.cat([image, random_image(1)])
+    assert draw(pipe, images, mask, class_labels=None, num_images_per_prompt=3).images.shape == (6, 3, 8, 8)
+    with pytest.raises(ValueError, match="`class_labels` must hold 1 or 2 labels for 2 images, got 3"):
+        draw(pipe, images, mask, class_labels=[0, 1, 2])
+
+
+def test_another_label_edits_the_hole_only():
+    pipe = make_pipeline(temperature=0.0)
+    image, mask = random_image(), torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    results = [draw(pipe, image, mask, class_labels=label, guidance_scale=4.0).images for label in (0, 3)]
+    assert torch.equal(results[0][..., :4], results[1][..., :4])
+    assert not torch.equal(results[0][..., 4:], results[1][..., 4:])
+
+
+@pytest.mark.parametrize(
+    ("size", "padding"), [((8, 8), 4), ((8, 8), (0, 0, 12, 5)), ((3, 5), 1), ((12, 9), (3, 0, 0, 0))]
+)
+def test_outpainting_keeps_the_image_in_a_larger_canvas(size, padding):
+    pipe = make_pipeline()
+    image = random_image(0, size)
+    left, top, right, bottom = (padding,) * 4 if isinstance(padding, int) else padding
+    output = pipe.outpaint(image, padding, class_labels=1, generator=seeded_one(), output_type="pt")
+    height, width = size
+    assert output.images.shape[-2:] == (height + top + bottom, width + left + right)
+    inner = output.images[..., top : top + height, left : left + width]
+    torch.testing.assert_close(inner, image, atol=1e-6, rtol=0)
+    assert output.images.isfinite().all()
+    again = pipe.outpaint(image, padding, class_labels=1, generator=seeded_one(), output_type="pt")
+    assert torch.equal(again.images, output.images)
+    assert output.images.std() > 0.01
+
+
+def test_outpainting_takes_batches_and_gives_pictures():
+    pipe = make_pipeline()
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    generators = seeded(0, 1, 2, 3)
+    results = pipe.outpaint(images, 3, class_labels=[0, 1], num_images_per_prompt=2, generator=generators).images
+    assert [picture.size for picture in results] == [(14, 14)] * 4
+    assert [picture.getpixel((6, 6)) for picture in results] == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
+
+
+def test_parts_are_shared_with_the_other_pipelines():
+    pipe = make_pipeline("causal")
+    plain = tiny_pipeline("causal")
+    other = SRDDInpaintPipeline.from_pipe(plain)
+    other.set_progress_bar_config(disable=True)
+    assert other.vqvae is plain.vqvae
+    image, mask = random_image(), random_hole()
+    assert torch.equal(draw(pipe, image, mask).images, draw(other, image, mask).images)
+
+
+def test_swapped_schedules_and_callbacks_work():
+    pipe = make_pipeline()
+    pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, scales=[1, 4])
+    seen = []
+
+    def callback(pipe, index, timestep, tensors):
+        seen.append((index, timestep, tensors["token_ids"].shape))
+        return tensors
+
+    options = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["token_ids"]}
+    draw(pipe, random_image(), random_hole(), **options)
+    assert seen == [(0, 2, (1, 17)), (1, 0, (1, 17))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strength": 1.5}, r"`strength` must lie in \[0, 1\], got 1.5"),
+        ({"padding_mask_crop": -1}, "`padding_mask_crop` must be a non-negative integer, got -1"),
+        ({"feather": 0.5}, "`feather` must be a non-negative integer, got 0.5"),
+        ({"known_cells": "most"}, "`known_cells` must be one of .*'majority'.* got 'most'"),
+        ({"known_tokens": "new"}, "`known_tokens` must be one of .*'adaptive'.* got 'new'"),
+        ({"class_labels": 9}, r"`class_labels` must lie in \[0, 4\], got 9"),
+        ({"output_type": "jpg"}, "`output_type` must be one of"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a positive integer, got 0"),
+        ({"mask_image": torch.full((1, 1, 8, 8), 2.0)}, r"`mask_image` must have values in \[0, 1\], got \[2, 2\]"),
+        ({"mask_image": torch.zeros(3, 1, 8, 8)}, "`mask_image` must hold 1 or 1 masks, got 3"),
+        ({"image": torch.zeros(1, 2, 8, 8)}, "`image` must have 3 channels, got 2"),
+        ({"generator": [torch.Generator()] * 3}, "`generator` must be a list of 1 generators, got 3"),
+        (
+            {"image": [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]},
+            r"`image` must hold pictures of one size, got \[\(8, 8\), \(9, 8\)\]",
+        ),
+    ],
+)
+def test_bad_inputs_are_refused(changes, message):
+    inputs = {"image": random_image(), "mask_image": random_hole(), **changes}
+    with pytest.raises(ValueError, match=message):
+        make_pipeline()(**inputs)
+
+
+def test_outpainting_has_no_latents():
+    with pytest.raises(ValueError, match="`output_type` must be 'pil', 'np' or 'pt' in outpainting, got 'latent'"):
+        make_pipeline().outpaint(random_image(), 2, output_type="latent")

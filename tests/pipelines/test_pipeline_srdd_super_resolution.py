@@ -1,0 +1,97 @@
+import pytest
+import torch
+from PIL import Image
+from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
+
+from srdd import SRDDSuperResolutionPipeline
+from srdd.pipelines.image_regions import resize
+
+
+def make_pipeline(attention_pattern="markov", **scheduler) -> SRDDSuperResolutionPipeline:
+    pipe = SRDDSuperResolutionPipeline(tiny_vqvae(), tiny_transformer(attention_pattern), tiny_scheduler(**scheduler))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def small_image(side=4, seed=0, batch_size=1) -> torch.Tensor:
+    return torch.rand(batch_size, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 0.6 + 0.2
+
+
+def draw(pipe, image, *seeds, **options):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or (0,)]
+    options = {"output_type": "pt", "class_labels": 1, "scale_factor": 2, **options}
+    return pipe(image, generator=generators, **options)
+
+
+@pytest.mark.parametrize("num_known", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("pattern", ["causal", "markov", "banded"])
+def test_coarse_tokens_are_those_of_the_enlarged_image(pattern, num_known):
+    pipe, image = make_pipeline(pattern), small_image()
+    output = draw(pipe, image, num_known_scales=num_known)
+    assert output.images.shape == (1, 3, 8, 8)
+    with torch.no_grad():
+        tokens = pipe.vqvae.tokenize(resize(image * 2 - 1, (8, 8)))
+    # Half of the latent grid of 4 holds the scales 1 and 2.
+    count = [0, 1, 5, 21][2 if num_known is None else num_known]
+    assert torch.equal(output.token_ids[:, :count], tokens[:, :count])
+    if count < 21:
+        assert not torch.equal(output.token_ids[:, count:], tokens[:, count:])
+
+
+def test_without_known_scales_it_is_plain_generation():
+    pipe = make_pipeline()
+    drawn = draw(pipe, small_image(), num_known_scales=0, consistent=False)
+    plain = tiny_pipeline()(1, generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert torch.equal(drawn.token_ids, plain.token_ids)
+    torch.testing.assert_close(drawn.images, plain.images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("side", "factor"), [(4, 2), (2, 4), (8, 2), (5, 3)])
+def test_a_consistent_result_becomes_the_small_image_again(side, factor):
+    pipe, image = make_pipeline(), small_image(side)
+    output = draw(pipe, image, scale_factor=factor)
+    assert output.images.shape == (1, 3, side * factor, side * factor)
+    error = resize(output.images * 2 - 1, (side, side)) - (image * 2 - 1)
+    assert error.abs().mean() < 0.01
+    free = draw(pipe, image, scale_factor=factor, consistent=False).images
+    assert (resize(free * 2 - 1, (side, side)) - (image * 2 - 1)).abs().mean() > 5 * error.abs().mean()
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    pipe = make_pipeline(resampling_policy="masked", resampling_threshold=0.1, num_resampling_passes=2)
+    images = small_image(6, batch_size=2)
+    together = draw(pipe, images, 3, 4, class_labels=[0, 2])
+    for index, label in enumerate((0, 2)):
+        alone = draw(pipe, images[index : index + 1], 3 + index, class_labels=label)
+        torch.testing.assert_close(alone.images[0], together.images[index], atol=1e-4, rtol=0)
+
+
+def test_large_results_are_drawn_in_windows_and_small_ones_cut():
+    pipe = make_pipeline()
+    assert draw(pipe, small_image(10)).images.shape == (1, 3, 20, 20)
+    assert draw(pipe, small_image(3)).images.shape == (1, 3, 6, 6)
+    pictures = pipe(Image.new("RGB", (9, 5), "red"), scale_factor=3, num_images_per_prompt=2).images
+    assert [picture.size for picture in pictures] == [(27, 15)] * 2
+
+
+def test_at_least_one_scale_is_drawn():
+    pipe = make_pipeline()
+    assert [pipe.num_determined_scales(factor) for factor in (1, 2, 4, 8)] == [2, 2, 1, 1]
+    pipe.scheduler = tiny_scheduler(scales=[1, 4])
+    assert pipe.num_determined_scales(2) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale_factor": 1}, "`scale_factor` must be an integer above 1, got 1"),
+        ({"scale_factor": 2.5}, "`scale_factor` must be an integer above 1, got 2.5"),
+        ({"num_known_scales": 4}, r"`num_known_scales` must lie in \[0, 3\], got 4"),
+        ({"output_type": "latent"}, "`output_type` must be 'pil', 'np' or 'pt' in super-resolution, got 'latent'"),
+        ({"class_labels": [0, 1]}, "`generator` must be a list of 2 generators, got 1"),
+        ({"class_labels": "pear"}, "`class_labels` must be names of classes"),
+    ],
+)
+def test_bad_inputs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        draw(make_pipeline(), small_image(), **changes)
