@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, tiny_transformer
 
 from srdd import ScaleKVCache, ScaleTransformer2DModel
+from srdd.models.transformer_scale_2d import MaskedScaleAttnProcessor, ScaleAttnProcessor
 
 
 PATTERNS = ("causal", "markov", "banded")
@@ -98,6 +99,28 @@ def test_logits_are_those_of_dense_masked_attention(pattern, qk_norm, shared_ada
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("scales", [(0, 1, 2, 3), (0, 2, 3), (2,)])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_one_call_under_a_mask_gives_the_same_logits(pattern, scales):
+    model = make_transformer(pattern)
+    inputs = torch.cat([random_inputs()[:, TOKENS[scale]] for scale in scales], dim=1)
+    timesteps = [LAST - scale for scale in scales]
+    expected = model(inputs, timesteps).sample
+    model.set_attn_processor(MaskedScaleAttnProcessor())
+    assert all(isinstance(block.attn.processor, MaskedScaleAttnProcessor) for block in model.blocks)
+    torch.testing.assert_close(model(inputs, timesteps).sample, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_masked_processor_draws_with_a_cache_too():
+    model, inputs = make_transformer("causal"), random_inputs()
+    expected, cache = model(inputs).sample, ScaleKVCache()
+    model.set_attn_processor(MaskedScaleAttnProcessor())
+    logits = [model(inputs[:, :3], [3, 2], kv_cache=cache).sample, model(inputs[:, 3:], [1, 0], kv_cache=cache).sample]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_fused_projections_give_the_same_logits():
     model, inputs = make_transformer("causal"), random_inputs()
     expected = model(inputs).sample
@@ -119,9 +142,11 @@ def test_a_subset_of_scales_is_dense_masked_attention_over_these(pattern, scales
     torch.testing.assert_close(logits, plain_logits(model, inputs, labels, scales), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("processor", [ScaleAttnProcessor, MaskedScaleAttnProcessor])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_gradients_are_those_of_dense_masked_attention(pattern):
+def test_gradients_are_those_of_dense_masked_attention(pattern, processor):
     model = make_transformer(pattern)
+    model.set_attn_processor(processor())
     labels, targets = torch.tensor([2, 5]), torch.randint(CODEBOOK_SIZE, (2, NUM_TOKENS))
     gradients = []
     for forward in (lambda x: model(x, class_labels=labels).sample, lambda x: plain_logits(model, x, labels)):
