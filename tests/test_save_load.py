@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from diffusers import DiffusionPipeline
+from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, DiffusionPipeline
+from diffusers.pipelines import auto_pipeline
 from diffusers.utils import dynamic_modules_utils
 from tiny_models import ID2LABEL, SCALE_SIZES, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 
 import srdd
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDInpaintPipeline, SRDDPipeline
 
 
 ATTENTION_PATTERNS = ("markov", "causal", "banded")
@@ -345,3 +346,18 @@ def test_weights_load_under_a_device_map(tmp_path):
     loaded = MultiScaleVQModel.from_pretrained(tmp_path, device_map={"": "cpu"})
     pixels = torch.zeros(1, 3, 8, 8)
     assert torch.equal(loaded.tokenize(pixels), model.tokenize(pixels))
+
+
+def test_auto_pipelines_find_ours_once_asked_to(tmp_path, monkeypatch):
+    for name in ("AUTO_TEXT2IMAGE_PIPELINES_MAPPING", "AUTO_INPAINT_PIPELINES_MAPPING"):
+        mapping = getattr(auto_pipeline, name)
+        monkeypatch.delitem(mapping, "srdd", raising=False)
+    pipe = tiny_pipeline("causal")
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="can't find a pipeline linked to SRDDPipeline"):
+        AutoPipelineForInpainting.from_pretrained(tmp_path)
+    srdd.register_auto_pipelines()
+    loaded = AutoPipelineForInpainting.from_pretrained(tmp_path)
+    assert isinstance(loaded, SRDDInpaintPipeline)
+    assert torch.equal(draw(AutoPipelineForText2Image.from_pipe(loaded)), draw(pipe))
+    assert isinstance(AutoPipelineForInpainting.from_pipe(pipe), SRDDInpaintPipeline)

@@ -1,6 +1,6 @@
 """Scale-wise discrete diffusion for the diffusers ecosystem."""
 
-from srdd.diffusers_registration import register
+from srdd.diffusers_registration import register, register_auto_pipelines
 from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel
 from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline, SRDDPipelineOutput, SRDDSuperResolutionPipeline
 from srdd.schedulers import ScaleScheduler, ScaleSchedulerOutput
@@ -18,6 +18,7 @@ __all__ = [
     "ScaleScheduler",
     "ScaleSchedulerOutput",
     "ScaleTransformer2DModel",
+    "register_auto_pipelines",
 ]
 
 register(["MultiScaleVQModel", "ScaleTransformer2DModel", "ScaleScheduler"])

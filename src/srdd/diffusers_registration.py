@@ -5,7 +5,7 @@ Without this, a saved pipeline names our classes by file path and cannot be load
 is private to diffusers; nothing else in the package touches it, and a test pushes and pulls a pipeline to pin it.
 """
 
-from diffusers.pipelines import pipeline_loading_utils
+from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 
 METHODS = ["save_pretrained", "from_pretrained"]
@@ -16,3 +16,22 @@ def register(class_names: list[str]) -> None:
     entries = dict.fromkeys(class_names, METHODS)
     pipeline_loading_utils.LOADABLE_CLASSES["srdd"] = entries
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(entries)
+
+
+def register_auto_pipelines() -> None:
+    """
+    Let diffusers' `AutoPipelineForInpainting` and `AutoPipelineForText2Image` load SRDD's pipelines (the latter for
+    generation by class). Opt-in, as it changes tables of diffusers:
+
+    ```py
+    >>> from diffusers import AutoPipelineForInpainting
+    >>> import srdd
+
+    >>> srdd.register_auto_pipelines()
+    >>> pipe = AutoPipelineForInpainting.from_pretrained("model_cards/srdd-fruits64")
+    ```
+    """
+    from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline
+
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["srdd"] = SRDDPipeline
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["srdd"] = SRDDInpaintPipeline
