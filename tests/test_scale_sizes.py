@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from srdd.scale_sizes import normalize_scale_sizes, num_tokens_per_scale, scale_slices, split_scales
+from srdd.scale_sizes import (
+    default_scale_sizes,
+    normalize_scale_sizes,
+    num_tokens_per_scale,
+    scale_slices,
+    split_scales,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,3 +74,48 @@ def test_split_scales_keeps_features_of_tokens():
 def test_split_scales_refuses_another_number_of_tokens(shape):
     with pytest.raises(ValueError, match=r"`token_ids` must have shape \(batch, 5\) .*got"):
         split_scales(torch.zeros(shape, dtype=torch.long), [[1, 1], [2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("grid_size", "sides"),
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (4, [1, 2, 3, 4]),
+        (8, [1, 2, 3, 4, 5, 6, 8]),
+        (16, [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]),  # VAR at 256px
+        (32, [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]),  # VAR at 512px
+        (64, [1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48, 64]),
+    ],
+)
+def test_default_scales_of_square_grids(grid_size, sides):
+    expected = [[side, side] for side in sides]
+    assert default_scale_sizes(grid_size) == default_scale_sizes((grid_size, grid_size)) == expected
+
+
+@pytest.mark.parametrize("grid_size", [(8, 12), (12, 8), (1, 16), (3, 64), (32, 24), (16, 15), (5, 5)])
+def test_default_scales_of_any_grid_grow_to_it(grid_size):
+    sizes = default_scale_sizes(grid_size)
+    assert sizes[0] == [1, 1]
+    assert sizes[-1] == list(grid_size)
+    assert normalize_scale_sizes(sizes) == sizes
+    longest = max(grid_size)
+    for size in sizes:
+        for side, full in zip(size, grid_size):
+            assert abs(side - max(1, max(size) * full / longest)) <= 0.5
+    assert default_scale_sizes(grid_size[::-1]) == [size[::-1] for size in sizes]
+
+
+def test_default_scales_follow_the_rule_on_every_grid():
+    for grid in range(1, 200):
+        sides = [height for height, _ in default_scale_sizes(grid)]
+        ratio = 5 / 6 if grid <= 16 else 3 / 4
+        assert sides[0] == 1
+        for coarse, fine in zip(sides, sides[1:]):
+            assert coarse == int(fine * ratio + 1e-9)
+
+
+@pytest.mark.parametrize("bad", [0, -4, 2.0, True, "8", (8,), (8, 0), (2, 2, 2), None])
+def test_grids_that_are_none_are_refused(bad):
+    with pytest.raises(ValueError, match="`grid_size` must list at least one scale.*positive integer"):
+        default_scale_sizes(bad)

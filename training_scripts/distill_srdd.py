@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers.utils import logging
 
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.training.arguments import add_training_arguments, add_transformer_arguments, int_list
 from srdd.training.loop import load_images, make_accelerator
-from srdd.training.publish import finish_pipeline
+from srdd.training.publish import CARD, finish_pipeline
 from srdd.training.transformer import (
     cross_entropy,
     guided_distribution,
@@ -94,12 +95,14 @@ def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) 
     null_class = teacher.config.num_classes
     dropout = 0.0 if guided else teacher.config.class_dropout_prob
     tokens = load_tokens(args, accelerator, vqvae, images, inference_scales(scheduler))
+    if not images.id2label:
+        for part in (tokens.train, tokens.validation):
+            part.labels[:] = null_class
     loss = cross_entropy(args, vqvae, scheduler)
 
     def compute_loss(model, batch):
-        labels = batch["labels"] if images.id2label else torch.full_like(batch["labels"], null_class)
-        dropped = torch.rand(labels.shape, device=labels.device) < dropout
-        labels = torch.where(dropped, null_class, labels)
+        dropped = torch.rand(batch["labels"].shape, device=batch["labels"].device) < dropout
+        labels = torch.where(dropped, null_class, batch["labels"])
         logits, result = loss(model, {**batch, "labels": labels})
         losses = {"loss": args.ce_weight * result.loss, "cross_entropy": result.loss}
         if args.kl_weight > 0:
@@ -123,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     config = ScaleScheduler.load_config(args.teacher, subfolder="scheduler")
     plan = stages(args, config)
     for index, (folder, scheduler) in enumerate(plan, start=1):
-        if args.resume_from_checkpoint and (folder / "model_index.json").is_file():
+        if args.resume_from_checkpoint and all((folder / name).is_file() for name in ("model_index.json", CARD)):
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
             stage_args = copy.copy(args)
@@ -131,6 +134,7 @@ def main(args: argparse.Namespace) -> None:
             stage_args.push_to_hub = args.push_to_hub and index == len(plan)
             run_stage(stage_args, str(source), scheduler)
         source = folder
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

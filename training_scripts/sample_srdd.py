@@ -20,7 +20,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scheduler", help="Folder or Hub id of another scheduler, for example a preset.")
     parser.add_argument("--class_labels", nargs="*", help="Names or ids; default: eight classes spread over all.")
     parser.add_argument("--num_images_per_prompt", type=int, default=8, help="Pictures in a row.")
-    parser.add_argument("--guidance_scale", type=float, default=2.5)
+    parser.add_argument("--guidance_scale", type=float, help="Default: the pipeline's own, 2.5 or none at all.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--enlarge", type=int, default=2, help="Whole factor by which the pictures are enlarged.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -112,7 +112,7 @@ def add_lora(model: ScaleTransformer2DModel, args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
-    set_seed(args.seed, device_specific=True)
+    set_seed(args.seed)  # FSDP takes a part of the new weights from every process: they must be the same
     with accelerator.main_process_first():
         images = load_images(args, args.label_column or None)
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
@@ -120,6 +120,7 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args, vqvae, images.id2label)
     if args.lora_rank:
         add_lora(model, args)
+    set_seed(args.seed, device_specific=True)
     scheduler = ScaleScheduler(scale_sizes=vqvae.config.scale_sizes)
     tokens = load_tokens(args, accelerator, vqvae, images, vqvae.config.scale_sizes)
     loss = cross_entropy(args, vqvae, scheduler)
@@ -136,6 +137,7 @@ def main(args: argparse.Namespace) -> None:
             averaged.unload_lora()
         finish_pipeline(args, SRDDPipeline(vqvae, averaged, scheduler), images)
     accelerator.wait_for_everyone()
+    accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":

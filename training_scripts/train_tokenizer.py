@@ -19,7 +19,7 @@ from srdd import MultiScaleVQModel
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.scale_sizes import default_scale_sizes, num_tokens_per_scale
 from srdd.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from srdd.training.arguments import add_training_arguments, int_list
+from srdd.training.arguments import add_training_arguments, int_list, positive_int
 from srdd.training.averaging import AveragedWeights
 from srdd.training.codebook import CodebookTracker, low_usage
 from srdd.training.data import AugmentedImages, training_transform
@@ -91,10 +91,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Take `--adversarial_weight` as it is, not relative to the gradient of the reconstruction.",
     )
     losses.add_argument("--discriminator_learning_rate", type=float, help="Default: `--learning_rate`.")
-    losses.add_argument("--discriminator_layers", type=int, default=3, help="Halvings of the resolution.")
+    losses.add_argument("--discriminator_layers", type=positive_int, default=3, help="Halvings of the resolution.")
     codebook = parser.add_argument_group("codebook")
     codebook.add_argument("--codebook_update", choices=["gradient", "ema"], default="gradient")
-    codebook.add_argument("--revive_steps", type=int, default=100, help="Steps between revivals of dead codes.")
+    codebook.add_argument(
+        "--revive_steps", type=positive_int, default=100, help="Steps between revivals of dead codes."
+    )
     codebook.add_argument("--revive_until", type=float, default=0.7, help="Share of training with revivals.")
     codebook.add_argument(
         "--usage_warning", type=float, default=0.1, help="Warn of scales that use less of what they could."
@@ -195,6 +197,12 @@ def main(args: argparse.Namespace) -> None:
         images = load_images(args, None)
     model = build_model(args).to(memory_format=torch.channels_last)
     resolution = model.config.scale_sizes[-1][0] * model.spatial_compression_ratio
+    deepest = (resolution // 3).bit_length() - 1
+    if args.adversarial_weight > 0 and args.discriminator_layers > deepest:
+        raise ValueError(
+            f"`discriminator_layers` must be at most {deepest} for images of {resolution} pixels, got"
+            f" {args.discriminator_layers}."
+        )
     augmented = AugmentedImages(images, resolution, not args.center_crop, args.random_flip, args.seed)
     loader = make_loader(args, augmented, accelerator.num_processes)
     validation = validation_images(images, 512).with_transform(training_transform(images, resolution))
@@ -275,8 +283,9 @@ def main(args: argparse.Namespace) -> None:
     run.averaged_model(averaged)
     if accelerator.is_main_process:
         finish_tokenizer(args, averaged, images)
-    accelerator.wait_for_everyone()
     run.close()
+    accelerator.wait_for_everyone()
+    accelerator.state.destroy_process_group()
 
 
 def kept_scales(args: argparse.Namespace, num_scales: int, sample: torch.Tensor) -> torch.LongTensor | None:

@@ -5,7 +5,7 @@ Without this, a saved pipeline names our classes by file path and cannot be load
 is private to diffusers; nothing else in the package touches it, and a test pushes and pulls a pipeline to pin it.
 """
 
-from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
+from diffusers.pipelines import pipeline_loading_utils
 
 
 METHODS = ["save_pretrained", "from_pretrained"]
@@ -31,6 +31,8 @@ def register_auto_pipelines() -> None:
     >>> pipe = AutoPipelineForInpainting.from_pretrained("model_cards/srdd-fruits64")
     ```
     """
+    from diffusers.pipelines import auto_pipeline  # imports all of diffusers' pipelines
+
     from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline
 
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["srdd"] = SRDDPipeline

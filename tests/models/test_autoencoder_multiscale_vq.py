@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import convert_to_fp32
 from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, tiny_vqvae
 
 
@@ -250,3 +251,43 @@ def test_bad_token_pyramids_are_refused(method):
         read(torch.full((1, NUM_TOKENS), -1))
     with pytest.raises(ValueError, match=r"`token_ids` must have shape \(batch, 21\) .*got \(2, 20\)"):
         read(random_token_ids(num_tokens=20))
+
+
+@torch.no_grad()
+def test_images_may_be_decoded_after_some_of_their_scales(model_and_images):
+    model, images = model_and_images
+    images = torch.cat([images, random_images(*images.shape[-2:], seed=1)])
+    last = len(model.config.scale_sizes)
+    num_scales = torch.tensor([1, last, max(1, last - 1), 1])
+    whole, output = model(images), model(images, num_scales=num_scales)
+    states = model.latent_states(model.tokenize(images))
+    for image, count in enumerate(num_scales.tolist()):
+        alone = model.decode(states[count - 1][image : image + 1]).sample[0]
+        torch.testing.assert_close(output.sample[image], alone, atol=1e-5, rtol=0)
+    # The pyramids and the quantizer's losses are those of all scales.
+    assert torch.equal(output.token_ids, whole.token_ids)
+    assert torch.equal(output.codebook_loss, whole.codebook_loss)
+    assert torch.equal(output.commitment_loss, whole.commitment_loss)
+    all_scales = model(images, num_scales=torch.full((4,), last))
+    assert torch.equal(all_scales.sample, whole.sample)
+
+
+def test_gradient_passes_straight_through_a_state_of_fewer_scales():
+    model, images = tiny_vqvae(), random_images()
+    latents = model.encode(images).latents.detach().requires_grad_()
+    output = model.quantize(latents, model.config.scale_sizes, torch.tensor([1, 2]))
+    weights = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    (output.latents * weights).sum().backward()
+    assert torch.equal(latents.grad, weights)
+
+
+@torch.no_grad()
+def test_an_output_can_be_rebuilt_in_another_precision():
+    # accelerate does so with the outputs of every model that it trains in half precision.
+    output = tiny_vqvae().to(torch.bfloat16)(random_images().to(torch.bfloat16))
+    again = convert_to_fp32(output)
+    assert type(again) is type(output)
+    assert (again.sample.dtype, again.latents.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(again.token_ids, output.token_ids)
+    assert torch.equal(again.sample, output.sample.float())
+    assert torch.equal(again.codebook_loss, output.codebook_loss)

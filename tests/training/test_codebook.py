@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
-from srdd.training.codebook import CodebookTracker
+from srdd.training.codebook import CodebookTracker, low_usage, packed_lookups
 
 
 SCALE_SIZES = [[1, 1], [2, 2], [4, 4]]
@@ -115,3 +115,135 @@ def test_revival_follows_its_generator_and_keeps_no_gradient():
         codes.append(quantizer.codebook.weight.detach())
     assert torch.equal(codes[0], codes[1])
     assert not torch.equal(codes[0], codes[2])
+
+
+def lookups_in_order(quantizer, latents) -> tuple[torch.Tensor, torch.Tensor]:
+    """All features and the ids of their nearest codes, scale by scale, in a plain loop."""
+    features = torch.cat(features_by_scale(quantizer, latents))
+    return features, torch.cdist(features, quantizer.codebook.weight).argmin(dim=1)
+
+
+@torch.no_grad()
+def test_packed_lookups_are_all_features_with_their_codes():
+    quantizer, latents = make_quantizer(), random_latents()
+    features, token_ids = packed_lookups(quantizer, latents, SCALE_SIZES)
+    expected_features, expected_ids = lookups_in_order(quantizer, latents)
+    torch.testing.assert_close(features, expected_features, atol=1e-5, rtol=0)
+    assert torch.equal(token_ids, expected_ids)
+    per_scale = [part.view(3, -1) for part in token_ids.split([3, 12, 48])]
+    assert torch.equal(torch.cat(per_scale, dim=1), quantizer.quantize(latents, SCALE_SIZES))
+
+
+@torch.no_grad()
+def test_moved_codes_are_running_means_of_the_features_that_chose_them():
+    quantizer, tracker = make_quantizer(), CodebookTracker(CODEBOOK_SIZE, latent_channels=4, decay=0.8)
+    reference = make_quantizer()
+    counts, sums = [0.0] * CODEBOOK_SIZE, [torch.zeros(4) for _ in range(CODEBOOK_SIZE)]
+    for step in range(6):
+        latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(step))
+        features, token_ids = lookups_in_order(reference, latents)
+        for code in range(CODEBOOK_SIZE):
+            chosen = features[token_ids == code]
+            counts[code] = 0.8 * counts[code] + 0.2 * len(chosen)
+            sums[code] = 0.8 * sums[code] + 0.2 * chosen.sum(dim=0)
+            if counts[code] >= 0.01:
+                reference.codebook.weight[code] = sums[code] / counts[code]
+        tracker.move_codes(quantizer, latents, SCALE_SIZES)
+        torch.testing.assert_close(quantizer.codebook.weight, reference.codebook.weight, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tracker.counts, torch.tensor(counts), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_codes_that_nobody_chose_stay_where_they_are():
+    quantizer, latents = make_quantizer(), random_latents()
+    quantizer.codebook.weight[[3, 8]] = 100.0
+    before = quantizer.codebook.weight.clone()
+    _, token_ids = lookups_in_order(quantizer, latents)
+    CodebookTracker(CODEBOOK_SIZE, latent_channels=4).move_codes(quantizer, latents, SCALE_SIZES)
+    unused = [code for code in range(CODEBOOK_SIZE) if code not in token_ids]
+    assert {3, 8} <= set(unused) < set(range(CODEBOOK_SIZE))
+    assert torch.equal(quantizer.codebook.weight[unused], before[unused])
+    used = token_ids.unique()
+    assert (quantizer.codebook.weight[used] != before[used]).any(dim=1).all()
+
+
+@torch.no_grad()
+def test_codes_of_a_trained_codebook_start_where_they_are():
+    quantizer, tracker = make_quantizer(), CodebookTracker(CODEBOOK_SIZE, latent_channels=4, decay=0.9)
+    quantizer.codebook.weight[5] = 100.0
+    before = quantizer.codebook.weight.clone()
+    tracker.start_from(quantizer)
+    assert len(tracker.revive(quantizer, random_latents(), SCALE_SIZES)) == 0
+    features, token_ids = lookups_in_order(quantizer, random_latents())
+    tracker.move_codes(quantizer, random_latents(), SCALE_SIZES)
+    torch.testing.assert_close(quantizer.codebook.weight[5], before[5])
+    code = int(token_ids[0])
+    chosen = features[token_ids == code]
+    expected = (0.9 * before[code] + 0.1 * chosen.sum(dim=0)) / (0.9 + 0.1 * len(chosen))
+    torch.testing.assert_close(quantizer.codebook.weight[code], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_revived_code_starts_a_running_mean_of_its_own():
+    quantizer, tracker = make_quantizer(), CodebookTracker(CODEBOOK_SIZE, latent_channels=4, decay=0.9)
+    tracker.start_from(quantizer)
+    tracker.sums[2], tracker.counts[2] = torch.tensor([7.0, 7.0, 7.0, 7.0]), 0.001
+    revived = tracker.revive(quantizer, random_latents(), SCALE_SIZES, generator=torch.Generator().manual_seed(0))
+    assert revived.tolist() == [2]
+    place = quantizer.codebook.weight[2].clone()
+    assert torch.equal(tracker.sums[2], place)
+    assert tracker.counts[2] == 1
+    far_away = random_latents() + 1000  # nothing that the code would choose
+    quantizer.codebook.weight[0] = 1000.0
+    tracker.move_codes(quantizer, far_away, [[1, 1]])
+    torch.testing.assert_close(quantizer.codebook.weight[2], place)
+
+
+def test_codes_move_without_gradients():
+    quantizer = make_quantizer()
+    latents = random_latents().requires_grad_()
+    CodebookTracker(CODEBOOK_SIZE, latent_channels=4).move_codes(quantizer, latents, SCALE_SIZES)
+    assert quantizer.codebook.weight.is_leaf
+    assert quantizer.codebook.weight.requires_grad
+    assert quantizer.codebook.weight.grad_fn is None
+
+
+@torch.no_grad()
+def test_running_means_survive_a_checkpoint(tmp_path):
+    quantizer, tracker = make_quantizer(), CodebookTracker(CODEBOOK_SIZE, latent_channels=4)
+    tracker.move_codes(quantizer, random_latents(), SCALE_SIZES)
+    torch.save(tracker.state_dict(), tmp_path / "tracker.pt")
+    again = CodebookTracker(CODEBOOK_SIZE, latent_channels=4)
+    again.load_state_dict(torch.load(tmp_path / "tracker.pt", weights_only=True))
+    other = make_quantizer()
+    other.load_state_dict(quantizer.state_dict())
+    for trackers in ((tracker, quantizer), (again, other)):
+        trackers[0].move_codes(trackers[1], random_latents(), SCALE_SIZES)
+    assert torch.equal(quantizer.codebook.weight, other.codebook.weight)
+    assert torch.equal(tracker.counts, again.counts)
+    assert torch.equal(tracker.sums, again.sums)
+
+
+def test_a_tracker_that_only_counts_keeps_no_sums():
+    quantizer, tracker = make_quantizer(), CodebookTracker(CODEBOOK_SIZE)
+    tracker.start_from(quantizer)
+    assert tracker.sums is None
+    assert tracker.state_dict()["sums"] is None
+    assert tracker.counts.tolist() == [1.0] * CODEBOOK_SIZE
+
+
+@pytest.mark.parametrize(
+    ("usage", "num_tokens", "threshold", "low"),
+    [
+        ([0.05, 0.5, 1.0], [1000, 1000, 1000], 0.1, [0]),
+        ([0.05, 0.5, 1.0], [1000, 1000, 1000], 0.6, [0, 1]),
+        # Ten tokens cannot use more than ten of the hundred codes.
+        ([0.05, 0.05, 0.009], [10, 100, 10], 0.1, [1, 2]),
+        ([0.05, 0.05, 0.009], [10, 100, 10], 0.6, [0, 1, 2]),
+        ([0.1], [10], 1.0, []),
+        ([0.0, 0.0], [100, 100], 0.0, []),
+        ([], [], 0.5, []),
+    ],
+)
+def test_low_usage_is_measured_by_what_a_scale_could_use(usage, num_tokens, threshold, low):
+    assert low_usage(usage, num_tokens, 100, threshold) == low

@@ -196,6 +196,7 @@ def test_class_labels_of_a_data_set_are_kept(tmp_path):
         ("int32", [3, 1, 2], [2, 3], ["1", "2", "3"], [2, 0, 1], [1, 2]),
         ("int64", [10, 2, 0], [2, 10], ["0", "2", "10"], [2, 1, 0], [1, 2]),
         ("int64", list(range(12)), [11, 2], [str(i) for i in range(12)], list(range(12)), [11, 2]),
+        ("float32", [10.0, 2.5, 1.0], [2.5], ["1", "2.5", "10"], [2, 1, 0], [1]),
         ("bool", [True, False], [True], ["false", "true"], [1, 0], [1]),
     ],
 )
@@ -213,6 +214,46 @@ def test_labels_of_the_validation_split_alone_are_refused(tmp_path):
     folder = save_parquet(tmp_path, train=image_table([1, 2, 3]), validation=image_table([0, 3]))
     with pytest.raises(ValueError, match=r"`label_column` must hold .* as in `train`, \['1', '2', '3'\], got \['0'\]"):
         load_labelled_images(folder, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels"),
+    [
+        ("string", ["b", None, "a"]),
+        ("int64", [1, None, 0]),
+        (datasets.ClassLabel(names=["x", "y"]), [1, None, 0]),
+        (datasets.ClassLabel(names=["x", "y"]), [1, -1, 0]),  # how test sets without labels are published
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_pictures_without_a_label_are_refused(tmp_path, feature, labels, split):
+    whole = [label for label in labels if label not in (None, -1)] + labels[2:]
+    splits = {"train": whole, "validation": whole, split: labels}
+    folder = save_parquet(tmp_path, **{name: image_table(column, feature) for name, column in splits.items()})
+    with pytest.raises(ValueError, match="`label_column` must label every picture, but 1 of 6 have no label"):
+        load_labelled_images(folder, cache_dir=str(tmp_path / "cache"))
+    assert load_labelled_images(folder, label_column=None, cache_dir=str(tmp_path / "cache")).id2label == {}
+
+
+def test_several_labels_for_a_picture_are_refused(tmp_path):
+    folder = save_parquet(tmp_path, train=image_table([[0, 1], [1]], datasets.Sequence(datasets.Value("int64"))))
+    with pytest.raises(ValueError, match=r"`label_column` must hold one number or name for each picture, got "):
+        load_labelled_images(folder, cache_dir=str(tmp_path / "cache"))
+
+
+def test_pictures_may_be_given_by_their_paths(tmp_path):
+    blocks(QUADRANTS).save(tmp_path / "picture.png")
+    for feature in (datasets.Value("string"), datasets.Image(decode=False)):
+        features = datasets.Features({"image": feature, "label": datasets.Value("int64")})
+        path = str(tmp_path / "picture.png")
+        row = path if feature == datasets.Value("string") else {"path": path, "bytes": None}
+        table = datasets.Dataset.from_dict({"image": [row], "label": [0]}, features=features)
+        (tmp_path / feature.dtype).mkdir()
+        images = load_labelled_images(
+            save_parquet(tmp_path / feature.dtype, train=table), cache_dir=str(tmp_path / "cache")
+        )
+        [pixels] = training_transform(images, resolution=16)(images.train[:])["pixel_values"]
+        assert corners(pixels) == QUADRANTS
 
 
 def test_data_without_labels(tmp_path):

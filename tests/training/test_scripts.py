@@ -1,78 +1,12 @@
-import importlib.util
 import json
 import math
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
+from training.tiny_runs import assert_same_weights, run_script, train_tokenizer, train_transformer
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-
-
-SCRIPTS = Path(__file__).parents[2] / "training_scripts"
-
-
-def run_script(name: str, *arguments: str | Path) -> None:
-    """Run a training script in this process."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(module.parse_args([str(argument) for argument in arguments]))
-
-
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """A stranger's folder: two classes of small pictures of different sizes."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for name, colour in (("cold", (20, 40, 200)), ("warm", (220, 80, 20))):
-        (root / name).mkdir()
-        for index in range(12):
-            height, width = rng.integers(16, 24, size=2)
-            pixels = np.clip(rng.normal(colour, 20, size=(height, width, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
-    return root
-
-
-def train_tokenizer(image_folder, output_dir, *more):
-    run_script(
-        "train_tokenizer", "--train_data_dir", image_folder, "--cache_dir", output_dir.parent / "datasets",
-        "--output_dir", output_dir, "--resolution", 16, "--scale_sizes", "1,2,4", "--block_out_channels", "32,32",
-        "--codebook_size", 16, "--latent_channels", 4, "--perceptual_weight", 0, "--train_batch_size", 8,
-        "--max_train_steps", 4, "--revive_steps", 2, "--checkpointing_steps", 2, "--validation_steps", 4,
-        "--lr_warmup_steps", 1, *more,
-    )  # fmt: skip
-
-
-def train_transformer(image_folder, tokenizer, output_dir, *more):
-    run_script(
-        "train_srdd", "--train_data_dir", image_folder, "--cache_dir", output_dir.parent / "datasets",
-        "--output_dir", output_dir, "--pretrained_vqvae_name_or_path", tokenizer, "--num_layers", 1,
-        "--num_attention_heads", 2, "--attention_head_dim", 8, "--train_batch_size", 8, "--max_train_steps", 4,
-        "--checkpointing_steps", 2, "--validation_steps", 4, "--num_validation_images", 2, "--lr_warmup_steps", 1,
-        *more,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(image_folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("trained")
-    train_tokenizer(image_folder, root / "tokenizer")
-    train_transformer(image_folder, root / "tokenizer", root / "model")
-    return root
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return dict(model.state_dict())
-
-
-def assert_same_weights(left, right):
-    left, right = weights(left), weights(right)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_folder_of_images_becomes_a_pipeline(trained):
@@ -152,3 +86,47 @@ def test_evaluation_script_prints_numbers(image_folder, trained, tmp_path, capsy
     assert 0 < report["psnr"] < 60
     assert len(report["usage"]) == len(report["perplexity"]) == 3
     assert Image.open(output).size == (4 * 16, 2 * 16)
+
+
+def evaluate(image_folder, trained, capsys, *more) -> dict:
+    run_script(
+        "evaluate_tokenizer", "--pretrained_vqvae_name_or_path", trained / "tokenizer", "--train_data_dir",
+        image_folder, "--cache_dir", image_folder.parent / "datasets", "--device", "cpu", *more,
+    )  # fmt: skip
+    return json.loads(capsys.readouterr().out)
+
+
+def test_evaluation_of_a_part_of_the_images(image_folder, trained, capsys):
+    def part(seed):
+        return evaluate(
+            image_folder, trained, capsys, "--split", "train", "--no_rfd", "--max_samples", 7, "--batch_size", 3,
+            "--seed", seed,
+        )  # fmt: skip
+
+    first = part(0)
+    assert first["num_images"] == 7
+    assert "rfd" not in first
+    assert part(0) == first
+    assert part(1)["psnr"] != first["psnr"]
+
+
+def test_evaluation_needs_its_split(image_folder, trained, capsys):
+    with pytest.raises(ValueError, match="`split` must be one the data set has, got 'validation'"):
+        evaluate(image_folder, trained, capsys)
+
+
+def test_a_measured_tokenizer_is_the_one_that_was_logged(image_folder, trained, capsys):
+    last = json.loads((trained / "tokenizer" / "train_log.jsonl").read_text().splitlines()[-1])
+    report = evaluate(image_folder, trained, capsys, "--split", "train", "--no_rfd")
+    for name in ("num_images", "psnr", "ssim", "codes_used", "usage", "perplexity"):
+        assert report[name] == pytest.approx(last[f"val_{name}"], abs=1e-3)
+
+
+def test_sampling_needs_no_classes(image_folder, trained, tmp_path):
+    options = ["--label_column", "", "--report_to", "none", "--max_train_steps", 1]
+    train_transformer(image_folder, trained / "tokenizer", tmp_path / "model", *options)
+    run_script(
+        "sample_srdd", "--pretrained_model_name_or_path", tmp_path / "model", "--num_images_per_prompt", 3,
+        "--enlarge", 1, "--device", "cpu", "--output", tmp_path / "row.png",
+    )  # fmt: skip
+    assert Image.open(tmp_path / "row.png").height == 16

@@ -19,7 +19,7 @@ def evaluate_reconstruction(
     show_progress: bool = False,
 ) -> tuple[dict, list[torch.Tensor]]:
     """
-    Reconstruct images and compare.
+    Reconstruct images and compare, in this process alone.
 
     Args:
         vqvae ([`MultiScaleVQModel`]): The tokenizer.
@@ -34,9 +34,12 @@ def evaluate_reconstruction(
         `"num_images"`; `"psnr"` in dB and `"ssim"`, means over images; `"usage"` and `"perplexity"` per scale as
         [`~MultiScaleVQModel.codebook_usage`] gives them; `"codes_used"` in all; with `features`, `"rfd"`.
     """
-    psnr = PeakSignalNoiseRatio(data_range=2.0, reduction="elementwise_mean", dim=(1, 2, 3)).to(vqvae.device)
-    ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(vqvae.device)
-    distance = FrechetInceptionDistance(feature=features).to(vqvae.device) if features is not None else None
+    alone = {"sync_on_compute": False}  # other processes do not take part: the metrics must not wait for them
+    psnr = PeakSignalNoiseRatio(data_range=2.0, reduction="elementwise_mean", dim=(1, 2, 3), **alone).to(vqvae.device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=2.0, **alone).to(vqvae.device)
+    distance = None
+    if features is not None:
+        distance = FrechetInceptionDistance(feature=features, **alone).to(vqvae.device)
     token_ids, pictures = [], []
     for batch in tqdm(batches, disable=not show_progress):
         sample = batch["pixel_values"].to(vqvae.device)

@@ -30,22 +30,23 @@ class MultiScaleVQEncoderOutput(BaseOutput):
 @dataclass
 class MultiScaleVQModelOutput(BaseOutput):
     """
-    Output of [`MultiScaleVQModel.forward`].
+    Output of [`MultiScaleVQModel.forward`], which sets all of it: fields are optional so that accelerate can rebuild
+    it in another precision.
 
     Args:
         sample (`torch.Tensor` of shape `(batch, out_channels, height, width)`): Reconstructed pixels, around [-1, 1].
-        token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): The packed token pyramid.
-        codebook_loss (`torch.Tensor`): Distance that moves the codes towards the latents (float32 scalar).
-        commitment_loss (`torch.Tensor`): Distance that keeps the encoder near the codes (float32 scalar).
-        latents (`torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`):
+        token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`, *optional*): The packed token pyramid.
+        codebook_loss (`torch.Tensor`, *optional*): Distance that moves the codes towards the latents (float32 scalar).
+        commitment_loss (`torch.Tensor`, *optional*): Distance that keeps the encoder near the codes (float32 scalar).
+        latents (`torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`, *optional*):
             The latent map before quantization.
     """
 
     sample: torch.Tensor
-    token_ids: torch.LongTensor
-    codebook_loss: torch.Tensor
-    commitment_loss: torch.Tensor
-    latents: torch.Tensor
+    token_ids: torch.LongTensor | None = None
+    codebook_loss: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
 
 
 class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):

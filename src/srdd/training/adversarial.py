@@ -15,8 +15,8 @@ class PatchDiscriminator(nn.Sequential):
         channels (`int`, defaults to 64): Channels after the first layer; they double with every further one.
         num_layers (`int`, defaults to 3): Layers that halve the resolution.
 
-    Input: pixels in [-1, 1] of shape `(batch, in_channels, height, width)`, sides at least `2 ** (num_layers + 2)`.
-    Output: logits of shape `(batch, 1, height / 2 ** num_layers - 2, ...)`, positive where a patch looks real.
+    Input: pixels in [-1, 1] of shape `(batch, in_channels, height, width)`, sides at least `3 * 2 ** num_layers`.
+    Output: logits of shape `(batch, 1, height // 2 ** num_layers - 2, ...)`, positive where a patch looks real.
     """
 
     def __init__(self, in_channels: int = 3, channels: int = 64, num_layers: int = 3):

@@ -13,6 +13,14 @@ def float_list(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the images come from."""
     data = parser.add_argument_group("data")
@@ -23,21 +31,21 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--cache_dir", help="Cache folder of `datasets`.")
     data.add_argument("--min_image_size", type=int, default=8, help="Leave out pictures with a shorter side.")
     data.add_argument("--strict_data", action="store_true", help="Stop at unusable pictures, do not leave them out.")
-    data.add_argument("--preprocessing_num_workers", type=int, help="Processes that check the pictures.")
+    data.add_argument("--preprocessing_num_workers", type=positive_int, help="Processes that check the pictures.")
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, optimisation, checkpoint, logging and publishing arguments."""
     add_data_arguments(parser)
     data = parser.add_argument_group("training data")
-    data.add_argument("--max_train_samples", type=int, help="Use only this many images.")
+    data.add_argument("--max_train_samples", type=positive_int, help="Use only this many images.")
     data.add_argument("--random_flip", action="store_true", help="Mirror half of the images.")
     data.add_argument("--dataloader_num_workers", type=int, default=0)
 
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--train_batch_size", type=int, default=32, help="Images per process and step.")
-    optimisation.add_argument("--max_train_steps", type=int, default=10_000)
-    optimisation.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    optimisation.add_argument("--train_batch_size", type=positive_int, default=32, help="Images per process and step.")
+    optimisation.add_argument("--max_train_steps", type=positive_int, default=10_000)
+    optimisation.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
     optimisation.add_argument("--learning_rate", type=float, default=1e-4)
     optimisation.add_argument(
         "--scale_lr",
@@ -58,12 +66,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", required=True, help="Checkpoints, logs and the finished model go here.")
-    output.add_argument("--checkpointing_steps", type=int, default=500)
-    output.add_argument("--checkpoints_total_limit", type=int, default=2)
+    output.add_argument("--checkpointing_steps", type=positive_int, default=500)
+    output.add_argument("--checkpoints_total_limit", type=positive_int, default=2)
     output.add_argument("--resume_from_checkpoint", help="'latest' or a checkpoint's name.")
-    output.add_argument("--logging_steps", type=int, default=10, help="Steps between lines of `train_log.jsonl`.")
-    output.add_argument("--validation_steps", type=int, default=500, help="Steps between validations with pictures.")
-    output.add_argument("--num_validation_images", type=int, default=16)
+    output.add_argument(
+        "--logging_steps", type=positive_int, default=10, help="Steps between lines of `train_log.jsonl`."
+    )
+    output.add_argument(
+        "--validation_steps", type=positive_int, default=500, help="Steps between validations with pictures."
+    )
+    output.add_argument("--num_validation_images", type=positive_int, default=16)
     output.add_argument("--logging_dir", default="logs")
     output.add_argument(
         "--report_to", default="tensorboard", help="tensorboard, wandb, trackio, another tracker of accelerate, none."

@@ -7,6 +7,8 @@ folder called `checkpoint-N` is complete, whenever the process was killed.
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -18,8 +20,7 @@ logger = logging.get_logger(__name__)
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Finished checkpoints of a folder, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=checkpoint_step)
+    return sorted(_numbered(output_dir, "checkpoint"), key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -84,15 +85,12 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int,
     if accelerator.is_main_process:
         remove_partial_checkpoints(output_dir)
     accelerator.wait_for_everyone()
-    try:
+    with _clear_error(final, partial):
         accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()  # while they are written, files have other names
+    with _clear_error(final, partial):
         for path in partial.iterdir():
             _flush(path)
-    except Exception as error:  # torch and safetensors report a full disk in several ways
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = [path.name for path in list_checkpoints(output_dir)]
-        last = f"the last good one is {kept[-1]!r}" if kept else "there is no earlier one"
-        raise OSError(f"Could not write {str(final)!r} ({error}); {last}. Is the disk full?") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         partial.rename(final)
@@ -106,8 +104,26 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int,
 
 def remove_partial_checkpoints(output_dir: str | Path) -> None:
     """Delete what interrupted runs left of checkpoints half written or half deleted."""
-    for path in Path(output_dir).glob("partial-*"):
+    for path in _numbered(output_dir, "partial"):
         shutil.rmtree(path)
+
+
+def _numbered(folder: str | Path, name: str) -> list[Path]:
+    """Folders called `name-N`: all else that lies around is none of ours."""
+    found = Path(folder).glob(f"{name}-*")
+    return [path for path in found if re.fullmatch(rf"{name}-\d+", path.name) and path.is_dir()]
+
+
+@contextmanager
+def _clear_error(final: Path, partial: Path) -> Iterator[None]:
+    """Where a checkpoint cannot be written, remove what there is of it and say which one is left."""
+    try:
+        yield
+    except Exception as error:  # torch and safetensors report a full disk in several ways
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = [path.name for path in list_checkpoints(final.parent)]
+        last = f"the last good one is {kept[-1]!r}" if kept else "there is no earlier one"
+        raise OSError(f"Could not write {str(final)!r} ({error}); {last}. Is the disk full?") from error
 
 
 def _flush(path: Path) -> None:

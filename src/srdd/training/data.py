@@ -71,8 +71,8 @@ def load_labelled_images(
         [`LabelledImages`]
 
     Raises:
-        ValueError: If not exactly one source is given, there is no `train` split, a column does not exist, no picture
-            can be used or, with `strict`, one cannot.
+        ValueError: If not exactly one source is given, there is no `train` split, a column does not exist, a picture
+            has no label or several, no picture can be used or, with `strict`, one cannot.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
@@ -108,7 +108,10 @@ def load_labelled_images(
 def _usable(
     split: datasets.Dataset, image_column: str, min_image_size: int, strict: bool, num_proc: int | None
 ) -> datasets.Dataset:
-    """The split without the pictures that cannot be used."""
+    """The split without the pictures that cannot be used, the others decoded where they are read."""
+    feature = split.features[image_column]
+    if not isinstance(feature, datasets.Image) or not feature.decode:  # paths, bytes
+        split = split.cast_column(image_column, datasets.Image())
     undecoded = split.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
     problems = undecoded.map(
         _problem,
@@ -121,7 +124,8 @@ def _usable(
     bad = [index for index, problem in enumerate(problems) if problem]
     if not bad:
         return split
-    named = [f"{undecoded[index][image_column]['path'] or f'row {index}'} ({problems[index]})" for index in bad[:5]]
+    names = [(undecoded[index][image_column] or {}).get("path") or f"row {index}" for index in bad[:5]]
+    named = [f"{name} ({problems[index]})" for name, index in zip(names, bad)]
     message = f"{len(bad)} of {len(split)} pictures cannot be used: {', '.join(named)}{', …' * (len(bad) > 5)}."
     if strict:
         raise ValueError(f"`image_column` must hold readable pictures, but {message}")
@@ -151,11 +155,19 @@ def _as_class_labels(
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Both splits with class ids in the label column: numbers keep their order, names are sorted."""
     feature = train.features[label_column]
-    if isinstance(feature, datasets.ClassLabel):
-        return train, validation
-    order = int if "int" in feature.dtype else str
-    # By way of strings: as a number, the label 2 of the classes (0, 2, 5) would be taken for an id.
+    dtype = getattr(feature, "dtype", "list")
+    if dtype == "list":
+        raise ValueError(f"`label_column` must hold one number or name for each picture, got {feature}.")
     splits = [train] if validation is None else [train, validation]
+    labels = [label for split in splits for label in split[label_column][:]]
+    is_class_label = isinstance(feature, datasets.ClassLabel)
+    missing = sum(label is None or (is_class_label and label < 0) for label in labels)
+    if missing:
+        raise ValueError(f"`label_column` must label every picture, but {missing} of {len(labels)} have no label.")
+    if is_class_label:
+        return train, validation
+    order = int if "int" in dtype else float if "float" in dtype else str
+    # By way of strings: as a number, the label 2 of the classes (0, 2, 5) would be taken for an id.
     splits = [split.cast_column(label_column, datasets.Value("string")) for split in splits]
     names = sorted(splits[0].unique(label_column), key=order)
     unknown = sorted(set(splits[-1].unique(label_column)).difference(names))

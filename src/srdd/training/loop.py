@@ -277,9 +277,10 @@ class TrainingRun:
         return model.eval()
 
     def close(self) -> None:
-        """End the progress bar and the trackers."""
+        """End the progress bar and the trackers. The processes stay connected: there is the model to finish."""
         self.progress.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def evaluation_copy(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:

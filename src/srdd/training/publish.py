@@ -1,7 +1,6 @@
 """The end of a training run: the finished folder with its model card, and its upload to the Hub."""
 
 import json
-import re
 import shlex
 import shutil
 from argparse import Namespace
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from srdd import MultiScaleVQModel, SRDDPipeline, __version__
@@ -16,8 +16,16 @@ from srdd.training.data import LabelledImages
 from srdd.training.loop import LOSS_LOG
 
 
+CARD = "README.md"
 # Of the folder of a run, what does not belong to the finished model.
-NOT_PUBLISHED = ["checkpoint-*", "partial-*", "tokens/*", "logs/*", "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"]
+NOT_PUBLISHED = ["checkpoint-*", "partial-*", "stage-*", "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"]
+SAVED_CONFIGS = [
+    "model_index.json",
+    "config.json",
+    "vqvae/config.json",
+    "transformer/config.json",
+    "scheduler/scheduler_config.json",
+]
 
 TOKENIZER_SNIPPET = """from srdd import MultiScaleVQModel
 
@@ -33,13 +41,16 @@ image = pipe({labels}{guidance}).images[0]"""
 
 def finish_tokenizer(args: Namespace, model: MultiScaleVQModel, images: LabelledImages) -> None:
     """Save a trained tokenizer with its card in `output_dir`, and upload it if asked to."""
-    model.to(getattr(torch, args.save_dtype)).save_pretrained(args.output_dir)
+    _cast(model, args.save_dtype)
+    model.save_pretrained(args.output_dir)
     _publish(args, images, {"tokenizer": model}, TOKENIZER_SNIPPET, "reconstruction")
 
 
 def finish_pipeline(args: Namespace, pipe: SRDDPipeline, images: LabelledImages) -> None:
     """Save a trained pipeline with its card in `output_dir`, and upload it if asked to."""
-    pipe.to(getattr(torch, args.save_dtype)).save_pretrained(args.output_dir)
+    _cast(pipe.vqvae, args.save_dtype)
+    _cast(pipe.transformer, args.save_dtype)
+    pipe.save_pretrained(args.output_dir)
     snippet = PIPELINE_SNIPPET.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
     distilled = pipe.transformer.config.guidance_distilled
     guidance = "" if distilled or not pipe.id2label else f", guidance_scale={args.validation_guidance_scale}"
@@ -47,26 +58,50 @@ def finish_pipeline(args: Namespace, pipe: SRDDPipeline, images: LabelledImages)
     _publish(args, images, models, snippet.replace("{guidance}", guidance), "samples")
 
 
+def _cast(model: ModelMixin, dtype: str) -> None:
+    """Cast all weights of a model; not by diffusers' own `to`, which warns of every cast."""
+    torch.nn.Module.to(model, getattr(torch, dtype))
+
+
 def _publish(args: Namespace, images: LabelledImages, models: dict, snippet: str, picture: str) -> None:
     folder = Path(args.output_dir)
-    for path in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
-        _forget_local_paths(path)
-    drawn = sorted(folder.glob(f"{picture}-*.png"))
-    if drawn:
-        shutil.copyfile(drawn[-1], folder / f"{picture}.png")
+    for name in SAVED_CONFIGS:
+        _forget_local_paths(folder / name)
+    drawn = folder / f"{picture}-{args.max_train_steps:06d}.png"
+    if drawn.is_file():
+        shutil.copyfile(drawn, folder / f"{picture}.png")
     log = [json.loads(line) for line in (folder / LOSS_LOG).read_text(encoding="utf-8").splitlines()]
     draw_curve(log, folder / "training_curve.png")
+
+    def write_card(repository: str) -> None:
+        text = model_card(args, images, models, snippet.replace("{name}", repository), picture, log)
+        # The card comes last and at once: a folder with a card is finished.
+        partial = folder / "README.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / CARD)
+
     repository = args.hub_model_id or folder.name
-    text = model_card(args, images, models, snippet.replace("{name}", repository), picture, log)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_card(repository)
     if args.push_to_hub:
         api = HfApi(token=args.hub_token)
         repository = api.create_repo(repository, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_PUBLISHED)
+        write_card(repository)  # now with the account in its name, as others need it
+        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=not_published(args))
+
+
+def not_published(args: Namespace) -> list[str]:
+    """Patterns of what stays at home: checkpoints, and logs and caches where they lie in the folder of the run."""
+    folder = Path(args.output_dir).resolve()
+    places = [folder / args.logging_dir, args.cache_dir, getattr(args, "token_cache_dir", None)]
+    places = [Path(place).resolve() for place in places if place is not None]
+    inside = [place.relative_to(folder).as_posix() for place in places if place.is_relative_to(folder)]
+    return [*NOT_PUBLISHED, *(f"{place}/*" for place in inside)]
 
 
 def _forget_local_paths(path: Path) -> None:
-    """Drop from a saved configuration where the trainer's machine had its parts."""
+    """Drop from a saved configuration, if there is one, where the trainer's machine had its parts."""
+    if not path.is_file():
+        return
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -138,6 +173,7 @@ def model_card(
         f"```sh\n{_command(args)}\n```\n",
         "![Training curve](training_curve.png)\n",
         "## Validation\n",
+        "" if images.validation is not None else "There is no validation split: these are training images.\n",
         _validation_tables(log, models),
     ]
     card = "\n".join(parts)
@@ -147,13 +183,16 @@ def model_card(
 
 def _command(args: Namespace) -> str:
     """The command line without secrets, an option to a line."""
-    words, hidden = [], False
+    lines, hidden = ["accelerate launch"], False
     for word in args.command:
-        if not hidden and not word.startswith("--hub_token"):
-            words.append(word)
-        hidden = word == "--hub_token"
-    lines = re.sub(r" (?=--)", " \\\n    ", shlex.join(words))
-    return f"accelerate launch {lines}"
+        name = word.partition("=")[0]
+        secret = name.startswith("--hub_t") and "--hub_token".startswith(name)  # argparse knows abbreviations
+        if not secret and not hidden:
+            if word.startswith("--"):
+                lines.append("   ")
+            lines[-1] += f" {shlex.quote(word)}"
+        hidden = secret and "=" not in word
+    return " \\\n".join(lines)
 
 
 def _model_table(models: dict) -> str:

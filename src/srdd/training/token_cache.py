@@ -3,6 +3,8 @@
 import hashlib
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -137,8 +139,9 @@ def cached_tokens(
         dtype = np.uint16 if vqvae.config.codebook_size <= 2**16 else np.int32
         shape = (len(views), sum(num_tokens_per_scale(scale_sizes)))
         if is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
+            with _clear_error(path, partial):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
         wait()
         first_byte = np.load(partial, mmap_mode="r").offset
         # Batches are the same whatever the number of processes, and so are the tokens.
@@ -146,16 +149,29 @@ def cached_tokens(
         if accelerator is not None:
             batches = batches[accelerator.process_index :: accelerator.num_processes]
         loader = torch.utils.data.DataLoader(
-            views, batch_sampler=[batch.tolist() for batch in batches], num_workers=num_workers
+            views,
+            batch_sampler=[batch.tolist() for batch in batches],
+            num_workers=num_workers,
+            generator=torch.Generator(),  # training draws the same numbers whether or not there is a cache already
         )
-        # Written, not mapped: a full disk is then an error and not a crash.
-        with open(partial, "r+b") as file:
-            for rows, pixels in zip(batches, tqdm(loader, desc="Tokenising", disable=not is_main)):
-                token_ids = vqvae.tokenize(pixels.to(vqvae.device, vqvae.dtype), scale_sizes)
+        for rows, pixels in zip(batches, tqdm(loader, desc="Tokenising", disable=not is_main)):
+            token_ids = vqvae.tokenize(pixels.to(vqvae.device, vqvae.dtype), scale_sizes).cpu().numpy()
+            # Written, not mapped: a full disk is then an error and not a crash.
+            with _clear_error(path, partial), open(partial, "r+b") as file:
                 file.seek(first_byte + int(rows[0]) * shape[1] * np.dtype(dtype).itemsize)
-                file.write(token_ids.cpu().numpy().astype(dtype).tobytes())
+                file.write(token_ids.astype(dtype).tobytes())
         wait()
         if is_main:
             partial.replace(path)
         wait()
     return TokenDataset(np.load(path, mmap_mode="r"), np.tile(labels, views.num_views))
+
+
+@contextmanager
+def _clear_error(path: Path, partial: Path) -> Iterator[None]:
+    """Where a cache cannot be written, remove what there is of it and say so."""
+    try:
+        yield
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"Could not write the token cache {str(path)!r} ({error}). Is the disk full?") from error

@@ -1,0 +1,58 @@
+"""
+Trains tiny models with `--push_to_hub` and loads back what was published. Run by `test_published_runs.py` in a process
+of its own; the token is an argument, the environment has none.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from training.launching import make_image_folder
+from training.tiny_runs import distill, train_tokenizer, train_transformer
+
+from srdd import MultiScaleVQModel, SRDDPipeline
+
+
+def draw(name: str | Path) -> torch.Tensor:
+    pipe = SRDDPipeline.from_pretrained(name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("warm", generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+
+def main(token: str) -> None:
+    root = Path.cwd()
+    images = make_image_folder(root / "data" / "images")
+    push = ["--push_to_hub", "--hub_token", token, "--license", "cc0-1.0"]
+    train_tokenizer(images, root / "tokenizer", *push)
+    # Caches within the folder of the run, under names of the user's.
+    own_places = ["--cache_dir", root / "run" / "data", "--token_cache_dir", root / "run" / "ids"]
+    train_transformer(
+        images,
+        root / "tokenizer",
+        root / "run",
+        *push,
+        *own_places,
+        "--hub_model_id",
+        "fruit",
+        "--save_dtype",
+        "float16",
+    )
+    distill(
+        images, root / "run", root / "student", *push, "--hub_model_id", "me/student", "--scales", "1,2,4", "--scales",
+        "1,4",
+    )  # fmt: skip
+    results = {
+        "published": {name: draw(f"me/{name}") for name in ("fruit", "student")},
+        "local": {name: draw(root / name) for name in ("run", "student")},
+        "tokenizer": MultiScaleVQModel.from_pretrained("me/tokenizer").state_dict(),
+        "local_tokenizer": MultiScaleVQModel.from_pretrained(root / "tokenizer").state_dict(),
+        "local_files": {
+            name: [path.relative_to(root / name).as_posix() for path in (root / name).rglob("*") if path.is_file()]
+            for name in ("tokenizer", "run", "student")
+        },
+    }
+    torch.save(results, root / "results.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

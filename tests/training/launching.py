@@ -1,0 +1,158 @@
+"""Training scripts in processes of their own, which tests may kill, and a small data set for them.
+
+The processes are forked from a server that has imported everything, so that they start in a fraction of a second.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import DistributedType, PartialState
+from PIL import Image
+
+
+SCRIPTS = Path(__file__).parents[2] / "training_scripts"
+IMPORTED_BY_SERVER = [
+    "datasets",
+    "matplotlib.backends.backend_agg",
+    "srdd.evaluation.reconstruction",
+    "srdd.training.adversarial",
+    "srdd.training.codebook",
+    "srdd.training.publish",
+    "srdd.training.transformer",
+]
+
+
+class Run:
+    """
+    One start of a training script.
+
+    Args:
+        processes (`list[BaseProcess]`): Its processes, by rank.
+        output (`Path`): File with all that they print.
+    """
+
+    def __init__(self, processes: list[BaseProcess], output: Path):
+        self.processes = processes
+        self.output = output
+
+    def is_running(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def kill(self) -> bool:
+        """Send SIGKILL to all processes, and wait until they are gone. Returns whether one of them died of it."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        return any(process.exitcode == -signal.SIGKILL for process in self.processes)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit codes of all processes. Once one has failed, the others are killed, as every launcher does."""
+        waiting = list(self.processes)
+        while waiting and timeout > 0:
+            waiting[0].join(0.02)
+            timeout -= 0.02
+            waiting = [process for process in waiting if process.is_alive()]
+            if any(process.exitcode for process in self.processes):
+                break
+        self.kill()
+        return [process.exitcode for process in self.processes]
+
+    def finish(self) -> None:
+        """Wait for a run that must succeed."""
+        codes = self.wait()
+        assert codes == [0] * len(codes), f"exit codes {codes}\n{self.output.read_text()}"
+
+
+def start(
+    script: str,
+    *arguments: str | Path,
+    output: Path,
+    num_processes: int = 1,
+    environment: dict[str, str] | None = None,
+    largest_file: int | None = None,
+) -> Run:
+    """
+    Start a training script and return at once.
+
+    Args:
+        script (`str`): Its name without the ending.
+        arguments: Its command line.
+        output (`Path`): File that what it prints is added to.
+        num_processes (`int`, defaults to 1): More than one talk over gloo.
+        environment (`dict[str, str]`, *optional*): Further environment variables.
+        largest_file (`int`, *optional*): Bytes after which writing to a file fails, as on a full disk.
+
+    Returns:
+        [`Run`]
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the server, which is started once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_BY_SERVER)
+    port, processes = free_port(), []
+    for rank in range(num_processes):
+        variables = dict(environment or {})
+        if num_processes > 1:
+            variables.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(num_processes),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
+        words = [str(argument) for argument in arguments]
+        process = context.Process(target=_run, args=(script, words, variables, output, largest_file), daemon=True)
+        process.start()
+        processes.append(process)
+    return Run(processes, output)
+
+
+def _run(script: str, arguments: list[str], environment: dict, output: Path, largest_file: int | None) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment, ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate turns FSDP on where the processes have an accelerator each, and leaves it out without a word where
+        # they have none. PyTorch shards over CPU processes as well.
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    run_script(script, *arguments)
+
+
+def run_script(name: str, *arguments: str | Path) -> None:
+    """Run a training script in this process."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(module.parse_args([str(argument) for argument in arguments]))
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def make_image_folder(root: Path, images_per_class: int = 12) -> Path:
+    """Two classes of small pictures of different sizes, `root/cold` and `root/warm`."""
+    rng = np.random.default_rng(0)
+    for name, colour in (("cold", (20, 40, 200)), ("warm", (220, 80, 20))):
+        (root / name).mkdir(parents=True)
+        for index in range(images_per_class):
+            height, width = rng.integers(16, 24, size=2)
+            pixels = np.clip(rng.normal(colour, 20, size=(height, width, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root

@@ -1,0 +1,162 @@
+"""Which checkpoint a run starts from, and that what carries a checkpoint's name is whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from srdd.training.checkpoints import (
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    remove_partial_checkpoints,
+    resume,
+    save_checkpoint,
+)
+
+
+def make_checkpoints(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def run():
+    """An accelerator with a model, as a training run has it."""
+    accelerator = Accelerator()
+    torch.manual_seed(0)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    return accelerator, model
+
+
+def test_checkpoints_are_listed_by_step_and_other_names_ignored(tmp_path):
+    names = ["checkpoint-10", "checkpoint-9", "checkpoint-100", "checkpoint-abc", "checkpoint-", "checkpoint-5-old"]
+    make_checkpoints(tmp_path, *names, "partial-7", "old-checkpoint-3", "checkpoint-7/checkpoint-8")
+    (tmp_path / "checkpoint-11").write_text("a file")
+    found = list_checkpoints(tmp_path)
+    assert [path.name for path in found] == ["checkpoint-7", "checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert [checkpoint_step(path) for path in found] == [7, 9, 10, 100]
+    assert list_checkpoints(tmp_path / "nothing") == []
+
+
+def test_latest_is_the_one_with_most_steps_or_a_new_start(tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    assert find_checkpoint(tmp_path / "nothing", "latest") is None
+    make_checkpoints(tmp_path, "checkpoint-9", "checkpoint-10", "checkpoint-abc", "partial-11")
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize("given", [None, ""])
+def test_a_new_start_needs_a_folder_without_checkpoints(tmp_path, given):
+    make_checkpoints(tmp_path, "checkpoint-abc", "partial-4")
+    assert find_checkpoint(tmp_path, given) is None
+    make_checkpoints(tmp_path, "checkpoint-4")
+    with pytest.raises(ValueError, match=r"no later checkpoints than .* \(0\), got \['checkpoint-4'\]"):
+        find_checkpoint(tmp_path, given)
+
+
+def test_a_checkpoint_is_found_by_name_or_path(tmp_path):
+    run = make_checkpoints(tmp_path / "run", "checkpoint-2")
+    other = make_checkpoints(tmp_path / "other", "checkpoint-7")
+    assert find_checkpoint(run, "checkpoint-2") == run / "checkpoint-2"
+    assert find_checkpoint(run, str(run / "checkpoint-2")) == run / "checkpoint-2"
+    assert find_checkpoint(run, f"{run}/checkpoint-2/") == run / "checkpoint-2"
+    assert find_checkpoint(run, str(other / "checkpoint-7")) == other / "checkpoint-7"
+    assert find_checkpoint(tmp_path / "new", str(other / "checkpoint-7")) == other / "checkpoint-7"
+
+
+def test_later_checkpoints_than_the_one_named_are_refused(tmp_path):
+    make_checkpoints(tmp_path, "checkpoint-2", "checkpoint-4", "checkpoint-6")
+    with pytest.raises(ValueError, match=r"`output_dir` must .* \(2\), got \['checkpoint-4', 'checkpoint-6'\]"):
+        find_checkpoint(tmp_path, "checkpoint-2")
+    assert find_checkpoint(tmp_path, "checkpoint-6") == tmp_path / "checkpoint-6"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "nope", "checkpoint-abc", "partial-5", "..", "last"])
+def test_unknown_checkpoints_are_refused_with_those_there_are(tmp_path, name):
+    folder = make_checkpoints(tmp_path / "run", "checkpoint-2", "checkpoint-abc", "partial-5")
+    with pytest.raises(ValueError, match=r"must be 'latest' or one of \['checkpoint-2'\], got '"):
+        find_checkpoint(folder, name)
+
+
+def test_a_saved_state_is_resumed(tmp_path, run):
+    accelerator, model = run
+    saved = model.weight.detach().clone()
+    save_checkpoint(accelerator, tmp_path, 5, total_limit=None)
+    assert names_of(tmp_path) == ["checkpoint-5"]
+    with torch.no_grad():
+        model.weight.zero_()
+    assert resume(accelerator, tmp_path, "latest") == 5
+    assert torch.equal(model.weight, saved)
+    assert resume(accelerator, tmp_path / "other", None) == 0
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [12]), (2, [9, 12]), (10, [3, 6, 9, 12]), (None, [3, 6, 9, 12])])
+def test_only_the_newest_are_kept(tmp_path, run, limit, kept):
+    make_checkpoints(tmp_path, "checkpoint-abc")
+    for step in (3, 6, 9, 12):
+        save_checkpoint(run[0], tmp_path, step, total_limit=limit)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == kept
+    assert names_of(tmp_path) == sorted([*(f"checkpoint-{step}" for step in kept), "checkpoint-abc"])
+
+
+def test_leftovers_of_interrupted_runs_are_removed(tmp_path, run):
+    make_checkpoints(tmp_path, "checkpoint-2", "partial-4", "partial-6")
+    remove_partial_checkpoints(tmp_path)
+    assert names_of(tmp_path) == ["checkpoint-2"]
+    make_checkpoints(tmp_path, "partial-4")
+    (tmp_path / "partial-4" / "stale.bin").write_bytes(b"of another run")
+    save_checkpoint(run[0], tmp_path, 4, total_limit=None)
+    assert names_of(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert not (tmp_path / "checkpoint-4" / "stale.bin").exists()
+
+
+def test_what_only_looks_like_a_leftover_is_left_alone(tmp_path):
+    make_checkpoints(tmp_path, "partial-results", "partial-4b", "a-partial-4")
+    (tmp_path / "partial-notes.txt").write_text("mine")
+    (tmp_path / "partial-9").write_text("mine")
+    remove_partial_checkpoints(tmp_path)
+    assert names_of(tmp_path) == ["a-partial-4", "partial-4b", "partial-9", "partial-notes.txt", "partial-results"]
+
+
+def test_a_finished_checkpoint_is_never_overwritten(tmp_path, run):
+    # A run cannot come here: it starts at the latest checkpoint of its folder.
+    accelerator, model = run
+    save_checkpoint(accelerator, tmp_path, 4, total_limit=None)
+    before = (tmp_path / "checkpoint-4" / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.weight.zero_()
+    with pytest.raises(OSError, match="checkpoint-4"):
+        save_checkpoint(accelerator, tmp_path, 4, total_limit=None)
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(tmp_path, run):
+    accelerator, _ = run
+    save_checkpoint(accelerator, tmp_path, 2, total_limit=1)
+    accelerator.register_for_checkpointing(Unwritable())
+    with pytest.raises(
+        OSError, match=r"Could not write '.*checkpoint-4' \(no space left\); the last good one is 'che"
+    ):
+        save_checkpoint(accelerator, tmp_path, 4, total_limit=1)
+    assert names_of(tmp_path) == ["checkpoint-2"]
+    with pytest.raises(OSError, match="there is no earlier one"):
+        save_checkpoint(accelerator, tmp_path / "new", 4, total_limit=1)
+    assert names_of(tmp_path / "new") == []
+
+
+class Unwritable:
+    """A part of a run whose state no disk has room for."""
+
+    def state_dict(self) -> dict:
+        raise OSError("no space left")
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        pass

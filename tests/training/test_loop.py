@@ -1,0 +1,344 @@
+"""The loop around the gradient step, with a linear model."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from srdd.training.arguments import add_training_arguments, add_transformer_arguments, float_list, int_list
+from srdd.training.data import LabelledImages
+from srdd.training.loop import (
+    TrainingRun,
+    evaluation_copy,
+    learning_rate,
+    make_accelerator,
+    make_loader,
+    make_optimizer,
+    picture_grid,
+    truncate_log,
+    validation_images,
+)
+
+
+def parse(output_dir: Path | str, *arguments) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_training_arguments(parser)
+    defaults = [
+        "--output_dir",
+        output_dir,
+        "--report_to",
+        "none",
+        "--lr_warmup_steps",
+        0,
+        "--lr_scheduler",
+        "constant",
+    ]
+    return parser.parse_args([str(word) for word in [*defaults, *arguments]])
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Counts, and which epoch it was told of."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"number": torch.tensor(float(index)), "epoch": torch.tensor(self.epoch)}
+
+
+class Session:
+    """A run of a linear model, as the scripts set it up."""
+
+    def __init__(self, output_dir: Path, *arguments, length: int = 6):
+        self.args = parse(output_dir, "--train_batch_size", 2, "--max_train_steps", 5, *arguments)
+        self.accelerator = make_accelerator(self.args)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        self.averaged = evaluation_copy(model, self.accelerator)
+        optimizer, schedule = make_optimizer(self.args, model.parameters())
+        loader = make_loader(self.args, Numbers(length))
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        self.run = TrainingRun(self.args, self.accelerator, self.model, schedule)
+
+    def train(self) -> list[tuple[int, list[int]]]:
+        """Train to the end; returns epoch and items of every batch."""
+        seen, num_items = [], 0
+        for batch in self.run.batches(self.loader):
+            seen.append((int(batch["epoch"][0]), batch["number"].int().tolist()))
+            with self.accelerator.accumulate(self.model):
+                loss = (self.model(batch["number"][:, None] / 10) - 1).square().mean()
+                self.accelerator.backward(loss)
+                self.run.clip_gradients(self.model.parameters())
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            num_items += len(batch["number"])
+            if not self.accelerator.sync_gradients:
+                continue
+            self.run.finish_step({"loss": loss, "two": torch.tensor(2.0)}, num_items, "img")
+            num_items = 0
+            self.run.checkpoint()
+        self.run.close()
+        return seen
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def test_epochs_visit_every_item_once_in_changing_order(tmp_path):
+    seen = Session(tmp_path, "--max_train_steps", 7).train()
+    assert [epoch for epoch, _ in seen] == [0, 0, 0, 1, 1, 1, 2]
+    epochs = [[item for epoch, items in seen if epoch == wanted for item in items] for wanted in (0, 1)]
+    assert [sorted(items) for items in epochs] == [list(range(6))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_an_accumulated_step_may_take_batches_of_two_epochs(tmp_path):
+    session = Session(tmp_path, "--gradient_accumulation_steps", 2, "--logging_steps", 1)
+    assert [epoch for epoch, _ in session.train()] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+    assert session.run.step == 5
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_a_resumed_run_sees_the_rest_of_the_batches(tmp_path, stop, accumulation):
+    options = ["--checkpointing_steps", 1, "--checkpoints_total_limit", 9, "--logging_steps", 1]
+    options += ["--gradient_accumulation_steps", accumulation]
+    whole = Session(tmp_path / "whole", *options)
+    seen = whole.train()
+    Session(tmp_path / "parts", *options, "--max_train_steps", stop).train()
+    resumed = Session(tmp_path / "parts", *options, "--resume_from_checkpoint", "latest")
+    assert resumed.run.step == stop
+    assert resumed.train() == seen[stop * accumulation :]
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+
+
+def test_the_log_has_the_means_of_the_losses_and_the_learning_rate(tmp_path):
+    session = Session(tmp_path, "--logging_steps", 2, "--learning_rate", 0.25)
+    session.train()
+    log = read_log(tmp_path)
+    assert [record["step"] for record in log] == [2, 4, 5]
+    assert all(record.keys() == {"step", "loss", "two", "lr"} for record in log)
+    assert {record["two"] for record in log} == {2.0}
+    assert {record["lr"] for record in log} == {0.25}
+
+
+def test_averages_start_with_the_model_and_end_in_the_copy(tmp_path):
+    session = Session(tmp_path, "--ema_decay", 0.5)
+    session.train()
+    averaged = session.run.averaged_model(session.averaged)
+    assert averaged is session.averaged
+    assert not averaged.training
+    assert torch.equal(averaged.weight, session.run.ema.shadow_params[0])
+    assert not torch.equal(averaged.weight, session.model.weight)
+    assert not any(parameter.requires_grad for parameter in averaged.parameters())
+
+
+@pytest.mark.parametrize(("steps", "due"), [(2, [2, 4, 5]), (5, [5]), (100, [5]), (1, [1, 2, 3, 4, 5])])
+def test_things_are_due_every_so_often_and_at_the_end(tmp_path, steps, due):
+    run = Session(tmp_path).run
+    found = []
+    for run.step in range(1, 6):
+        if run.is_due(steps):
+            found.append(run.step)
+    assert found == due
+
+
+def test_a_loss_that_is_no_number_is_named_with_its_step(tmp_path):
+    run = Session(tmp_path).run
+    run.step = 41
+    run.check_finite({"loss": torch.tensor(1.0), "l1": torch.tensor(0.0)})
+    values = {"loss": torch.tensor(math.nan), "l1": torch.tensor(0.5), "l2": torch.tensor(math.inf)}
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step 42: \{'loss': nan, 'l2': inf\}\. A lower `--learning_rate`"
+    ):
+        run.check_finite(values)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradients_that_are_no_numbers_stop_the_run(tmp_path, value):
+    session = Session(tmp_path)
+    session.model.weight.grad = torch.tensor([[value]])
+    session.model.bias.grad = torch.tensor([1.0])
+    with pytest.raises(FloatingPointError, match=r"The norm of the gradients is (nan|inf) at step 1\."):
+        session.run.clip_gradients(session.model.parameters())
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path):
+    session = Session(tmp_path, "--max_grad_norm", 0.5)
+    session.model.weight.grad, session.model.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
+    session.run.clip_gradients(session.model.parameters())
+    assert [session.model.weight.grad.item(), session.model.bias.grad.item()] == pytest.approx([0.3, 0.4], abs=1e-5)
+
+
+def test_gradients_are_clipped_only_where_a_step_is_due(tmp_path):
+    session = Session(tmp_path, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5)
+    with session.accelerator.accumulate(session.model):
+        session.model.weight.grad = torch.tensor([[3.0]])
+        session.run.clip_gradients(session.model.parameters())
+        assert session.model.weight.grad.item() == 3
+
+
+def test_pictures_are_named_by_their_step(tmp_path):
+    run = Session(tmp_path).run
+    run.step = 7
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    path = run.save_images("samples", pixels)
+    assert path == tmp_path / "samples-000007.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
+
+
+def write_log(folder: Path, *steps: int, torn: str = "") -> Path:
+    path = folder / "train_log.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in steps) + torn)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("steps", "torn", "last_step", "kept"),
+    [
+        ([10, 20, 20, 30], "", 20, [10, 20, 20]),
+        ([10, 20], "", 20, [10, 20]),
+        ([10, 20], '{"step": 30, "lo', 20, [10, 20]),
+        ([10, 20], '{"step": 20, "lo', 20, [10, 20]),
+        ([10, 20], '{"step": 20, "loss": 1.5}', 20, [10, 20]),
+        ([10, 20], "", 0, []),
+        ([], '{"st', 10, []),
+        ([], "", 10, []),
+    ],
+)
+def test_a_log_ends_with_the_checkpoint(tmp_path, steps, torn, last_step, kept):
+    path = write_log(tmp_path, *steps, torn=torn)
+    truncate_log(path, last_step)
+    assert [record["step"] for record in read_log(tmp_path)] == kept
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_there_may_be_no_log_yet(tmp_path):
+    truncate_log(tmp_path / "train_log.jsonl", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_grid_has_rows_under_each_other():
+    rows = [torch.full((3, 3, 2, 4), value) for value in (-1.0, 0.0)]
+    rows[0][1, 0] = 1.0  # the red of the second picture in the first row
+    rows[1][2] = 7.0  # clipped
+    picture = picture_grid(rows)
+    assert picture.shape == (4, 12, 3)
+    assert picture.dtype == np.uint8
+    expected = np.zeros((4, 12, 3), dtype=np.uint8)
+    expected[:2, 4:8, 0] = 255
+    expected[2:] = 128
+    expected[2:, 8:] = 255
+    np.testing.assert_array_equal(picture, expected)
+
+
+def test_a_picture_grid_shows_pixels_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    row = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    np.testing.assert_array_equal(picture_grid([row]), np.concatenate(pixels, axis=1))
+
+
+def test_a_batch_needs_enough_images(tmp_path):
+    args = parse(tmp_path, "--train_batch_size", 5)
+    with pytest.raises(
+        ValueError, match=r"`train_batch_size` must be at most 4, .* images \(9\) over that of processes \(2\), got 5"
+    ):
+        make_loader(args, Numbers(9), num_processes=2)
+    loader = make_loader(args, Numbers(10), num_processes=2)
+    assert [len(batch["number"]) for batch in loader] == [5, 5]
+
+
+def test_the_last_small_batch_is_dropped(tmp_path):
+    loader = make_loader(parse(tmp_path, "--train_batch_size", 4), Numbers(11))
+    assert [len(batch["number"]) for batch in loader] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_processes", "expected"),
+    [
+        ([], 1, 2e-4),
+        ([], 8, 2e-4),
+        (["--scale_lr", "--train_batch_size", 256], 1, 2e-4),
+        (["--scale_lr", "--train_batch_size", 64, "--gradient_accumulation_steps", 3], 8, 12e-4),
+        (["--scale_lr", "--train_batch_size", 32], 1, 0.25e-4),
+    ],
+)
+def test_the_learning_rate_follows_the_images_of_a_step_if_asked_to(tmp_path, arguments, num_processes, expected):
+    args = parse(tmp_path, "--learning_rate", 2e-4, *arguments)
+    assert learning_rate(args, num_processes) == pytest.approx(expected)
+    optimizer, _ = make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], num_processes)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+def test_optimizer_and_schedule_follow_the_arguments(tmp_path):
+    args = parse(
+        tmp_path, "--adam_beta1", 0.5, "--adam_beta2", 0.6, "--adam_weight_decay", 0.7, "--adam_epsilon", 1e-3,
+        "--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--max_train_steps", 6, "--learning_rate", 1.0,
+    )  # fmt: skip
+    optimizer, schedule = make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))])
+    [group] = optimizer.param_groups
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.6), 0.7, 1e-3)
+    rates = []
+    for _ in range(7):
+        rates.append(group["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25, 0])
+
+
+def some_images(num_train: int, num_validation: int | None) -> LabelledImages:
+    def split(start, length):
+        return datasets.Dataset.from_dict({"image": list(range(start, start + length))})
+
+    validation = None if num_validation is None else split(100, num_validation)
+    return LabelledImages(split(0, num_train), validation, "image", None, {})
+
+
+def test_validation_images_are_always_the_same_and_held_out_if_possible():
+    held_out = validation_images(some_images(20, 10), 4)["image"][:]
+    assert len(held_out) == 4
+    assert min(held_out) >= 100
+    assert held_out == validation_images(some_images(30, 10), 4)["image"][:]
+    assert max(validation_images(some_images(20, None), 4)["image"][:]) < 20
+    assert len(validation_images(some_images(20, 3), 4)) == 3
+
+
+def test_settings_reach_the_tracker_without_the_token(tmp_path):
+    args = parse(tmp_path / "run", "--hub_token", "hf_secret", "--data_description", "pears", "--max_train_steps", 3)
+    args.report_to = "tensorboard"
+    accelerator = make_accelerator(args)
+    assert isinstance(accelerator, Accelerator)
+    accelerator.end_training()
+    written = [path for path in (tmp_path / "run" / "logs").rglob("*") if path.is_file()]
+    text = b"".join(path.read_bytes() for path in written)
+    assert b"pears" in text
+    assert b"hf_secret" not in text
+
+
+def test_lists_on_the_command_line(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_training_arguments(parser)
+    add_transformer_arguments(parser)
+    words = ["--output_dir", str(tmp_path), "--scale_loss_weights", "0.5,1,2e-1"]
+    assert parser.parse_args(words).scale_loss_weights == [0.5, 1, 0.2]
+    assert int_list("1,2,16") == [1, 2, 16]
+    assert float_list("3") == [3.0]
+    with pytest.raises(SystemExit):
+        parser.parse_args([*words, "--scale_loss_weights", "1,x"])

@@ -1,0 +1,348 @@
+"""A run that is killed and resumed ends exactly like one that is not."""
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from training.comparing import assert_same_run
+from training.launching import Run, make_image_folder, start
+
+from srdd.training.checkpoints import list_checkpoints
+
+
+pytestmark = pytest.mark.slow
+
+NUM_STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    make_image_folder(folder / "images", images_per_class=14)  # two processes leave a batch over
+    return folder
+
+
+def common(root: Path, output_dir: Path) -> list:
+    return [
+        "--train_data_dir", root / "images", "--cache_dir", root / "datasets", "--output_dir", output_dir,
+        "--train_batch_size", 4, "--max_train_steps", NUM_STEPS, "--checkpointing_steps", 1, "--logging_steps", 1,
+        "--validation_steps", 6, "--num_validation_images", 2, "--lr_warmup_steps", 4, "--random_flip",
+        "--report_to", "none", "--resume_from_checkpoint", "latest",
+    ]  # fmt: skip
+
+
+def start_tokenizer(root: Path, output_dir: Path, *more: str | Path, **options) -> Run:
+    arguments = [
+        *common(root, output_dir), "--resolution", 16, "--scale_sizes", "1,2,4", "--block_out_channels", "32,32",
+        "--codebook_size", 16, "--latent_channels", 4, "--perceptual_weight", 0, "--revive_steps", 4, *more,
+    ]  # fmt: skip
+    return start("train_tokenizer", *arguments, output=output_dir.with_suffix(".txt"), **options)
+
+
+def start_transformer(root: Path, output_dir: Path, *more: str | Path, **options) -> Run:
+    arguments = [
+        *common(root, output_dir), "--pretrained_vqvae_name_or_path", root / "tokenizer", "--token_cache_dir",
+        root / "tokens", "--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 8,
+        "--class_dropout_prob", 0.5, "--drop_path_rate", 0.2, *more,
+    ]  # fmt: skip
+    return start("train_srdd", *arguments, output=output_dir.with_suffix(".txt"), **options)
+
+
+def start_distillation(root: Path, output_dir: Path, *more: str | Path, **options) -> Run:
+    arguments = [
+        *common(root, output_dir), "--max_train_steps", 6, "--teacher", root / "transformer", "--token_cache_dir",
+        root / "tokens", "--scales", "1,2,4", "--scales", "1,4", "--kl_weight", 1.0, *more,
+    ]  # fmt: skip
+    return start("distill_srdd", *arguments, output=output_dir.with_suffix(".txt"), **options)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(root):
+    """An uninterrupted run."""
+    start_tokenizer(root, root / "tokenizer").finish()
+    return root / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def transformer(root, tokenizer):
+    """An uninterrupted run that keeps all of its checkpoints, and makes the token cache."""
+    start_transformer(root, root / "transformer", "--checkpoints_total_limit", NUM_STEPS).finish()
+    return root / "transformer"
+
+
+@pytest.fixture(scope="module")
+def distillation(root, transformer):
+    """An uninterrupted run of two stages."""
+    start_distillation(root, root / "distilled", "--checkpoints_total_limit", NUM_STEPS).finish()
+    return root / "distilled"
+
+
+class Executioner:
+    """
+    Kills runs at random moments.
+
+    Args:
+        folder (`Path`): Where they write checkpoints.
+        seed (`int`): Draws the moments.
+    """
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder = folder
+        self.rng = random.Random(seed)
+        self.moments = []
+        self.kills = 0
+        self.kills_while_writing = 0
+
+    def steps(self) -> tuple[list[int], list[int]]:
+        """Steps of the finished and of the partial checkpoints that are there now."""
+        names = os.listdir(self.folder) if self.folder.exists() else []
+        finished = [int(name[11:]) for name in names if name.startswith("checkpoint-")]
+        return finished, [int(name[8:]) for name in names if name.startswith("partial-")]
+
+    def is_writing(self) -> bool:
+        finished, partial = self.steps()
+        return max(partial, default=0) > max(finished, default=0)
+
+    def is_deleting(self) -> bool:
+        finished, partial = self.steps()
+        return min(partial, default=0) < max(finished, default=0) and len(partial) > 0
+
+    def kill(self, run: Run, moment: str | None = None) -> bool:
+        """
+        Kill a run when it writes a checkpoint or deletes one, a little later, or at any time.
+
+        Returns:
+            `bool`: Whether it was still running.
+        """
+        if not self.moments:
+            self.moments = ["writing", "writing", "writing or later", "writing or later", "deleting", "any"]
+            self.rng.shuffle(self.moments)
+        moment = moment or self.moments.pop()
+        if moment == "any":
+            time.sleep(self.rng.uniform(0, 2))
+        else:
+            condition = self.is_deleting if moment == "deleting" else self.is_writing
+            for _ in range(self.rng.randint(1, 2)):
+                wait_for(lambda: not condition(), run)
+                wait_for(condition, run)
+            if moment == "writing or later":
+                time.sleep(self.rng.uniform(0, 0.15))
+        killed = run.kill()
+        self.kills += killed
+        self.kills_while_writing += killed and self.is_writing()
+        return killed
+
+
+def wait_for(condition: Callable[[], bool], run: Run, timeout: float = 120) -> None:
+    """Wait until a condition is true, or the run has ended."""
+    deadline = time.monotonic() + timeout
+    while not condition() and run.is_running():
+        assert time.monotonic() < deadline, run.output.read_text()
+        time.sleep(2e-4)
+
+
+def assert_kills_change_nothing(
+    start_run: Callable[[], Run], output_dir: Path, reference: Path, executioner: Executioner, kills: int
+) -> None:
+    """Kill a run again and again and resume it; where it ends too soon, go on with another one."""
+    while executioner.kills < kills:
+        run = start_run()
+        if executioner.kill(run):
+            continue
+        run.finish()
+        assert_same_run(output_dir, reference)
+        shutil.rmtree(output_dir)
+    start_run().finish()
+    assert_same_run(output_dir, reference)
+    assert executioner.kills == kills
+    print(f"{kills} kills, {executioner.kills_while_writing} while a checkpoint was written")
+
+
+def test_a_tokenizer_killed_again_and_again_ends_as_if_it_was_not(root):
+    options = [
+        "--codebook_update", "ema", "--adversarial_weight", 0.2, "--adversarial_start_step", 4,
+        "--discriminator_layers", 1, "--scale_dropout_prob", 0.5, "--max_train_steps", 16,
+    ]  # fmt: skip
+    start_tokenizer(root, root / "gan", *options, "--checkpoints_total_limit", NUM_STEPS).finish()
+    output_dir = root / "gan_killed"
+    executioner = Executioner(output_dir, seed=0)
+    assert_kills_change_nothing(
+        lambda: start_tokenizer(root, output_dir, *options), output_dir, root / "gan", executioner, kills=7
+    )
+    assert executioner.kills_while_writing >= 1
+
+
+def test_a_transformer_killed_again_and_again_ends_as_if_it_was_not(root, transformer):
+    output_dir = root / "transformer_killed"
+    executioner = Executioner(output_dir, seed=1)
+    assert_kills_change_nothing(
+        lambda: start_transformer(root, output_dir), output_dir, transformer, executioner, kills=10
+    )
+    assert executioner.kills_while_writing >= 3
+
+
+@pytest.mark.parametrize("start_run", [start_tokenizer, start_transformer])
+def test_two_processes_killed_again_and_again_end_as_if_they_were_not(root, transformer, start_run):
+    reference = root / f"{start_run.__name__}_by_two"
+    options = ["--max_train_steps", 10, "--gradient_accumulation_steps", 2]
+    limit = ["--checkpoints_total_limit", NUM_STEPS]
+    start_run(root, reference, *options, *limit, num_processes=2).finish()
+    assert {path.name for path in list_checkpoints(reference)[-1].glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+    output_dir = root / f"{start_run.__name__}_by_two_killed"
+    executioner = Executioner(output_dir, seed=2)
+    assert_kills_change_nothing(
+        lambda: start_run(root, output_dir, *options, num_processes=2), output_dir, reference, executioner, kills=4
+    )
+    assert executioner.kills_while_writing >= 1
+
+
+def test_a_distillation_killed_in_its_first_stage_and_its_second_ends_as_if_it_was_not(root, distillation):
+    output_dir = root / "distilled_killed"
+    for folder in (output_dir / "stage-1", output_dir):
+        executioner = Executioner(folder, seed=3)
+        for moment in ("writing", "writing or later"):
+            assert executioner.kill(start_distillation(root, output_dir), moment)
+        assert executioner.kills_while_writing >= 1
+    start_distillation(root, output_dir).finish()
+    assert_same_run(output_dir, distillation)
+
+
+def test_a_stage_killed_while_it_is_finished_is_finished_again(root, distillation):
+    output_dir = root / "finished_killed"
+    stage = output_dir / "stage-1"
+    for name in ("transformer/config.json", "model_index.json", "training_curve.png"):
+        run = start_distillation(root, output_dir)
+        wait_for((stage / name).exists, run)
+        assert run.kill()
+        assert not (output_dir / "model_index.json").exists()
+    start_distillation(root, output_dir).finish()
+    assert_same_run(output_dir, distillation)
+    assert (stage / "README.md").exists()
+
+
+def copy_until(reference: Path, output_dir: Path, step: int) -> Path:
+    """The folder of a run that was killed some time after a step; returns that step's checkpoint."""
+    output_dir.mkdir()
+    name = f"checkpoint-{step}"
+    shutil.copytree(reference / name, output_dir / name)
+    for path in reference.iterdir():
+        if path.name == "train_log.jsonl" or path.suffix == ".png" and path.stem[-6:].isdigit():
+            shutil.copyfile(path, output_dir / path.name)
+    return output_dir / name
+
+
+def test_a_half_written_checkpoint_is_never_loaded(root, transformer, tmp_path):
+    for damage in ("missing", "cut off"):
+        output_dir = tmp_path / damage.replace(" ", "_")
+        copy_until(transformer, output_dir, 20)
+        partial = output_dir / "partial-22"
+        shutil.copytree(transformer / "checkpoint-22", partial)
+        for path in sorted(partial.iterdir())[::2]:
+            if damage == "missing":
+                path.unlink()
+            else:
+                os.truncate(path, path.stat().st_size // 2)
+        start_transformer(root, output_dir).finish()
+        assert_same_run(output_dir, transformer)
+
+
+def test_a_half_written_checkpoint_cannot_be_asked_for(root, transformer, tmp_path):
+    output_dir = tmp_path / "output"
+    copy_until(transformer, output_dir, 20).rename(output_dir / "partial-20")
+    run = start_transformer(root, output_dir, "--resume_from_checkpoint", "partial-20")
+    assert run.wait() == [1]
+    assert "`resume_from_checkpoint` must be 'latest' or one of [], got 'partial-20'" in run.output.read_text()
+
+
+def test_a_run_killed_while_it_deletes_a_checkpoint_leaves_no_broken_one(root, transformer, tmp_path):
+    output_dir = tmp_path / "output"
+    oldest = copy_until(transformer, output_dir, 12)
+    executioner = Executioner(output_dir, seed=4)
+    whole = sorted(path.name for path in oldest.iterdir())
+    while executioner.kills < 3:
+        for index in range(2000):  # so that it takes a while
+            (oldest / f"{index}.txt").touch()
+        run = start_transformer(root, output_dir, "--checkpoints_total_limit", 1)
+        wait_for(lambda: not executioner.is_deleting(), run)
+        wait_for(executioner.is_deleting, run)
+        assert run.kill()
+        executioner.kills += 1
+        assert len(list(output_dir.glob("partial-*"))) == 1
+        [oldest] = list_checkpoints(output_dir)
+        assert sorted(path.name for path in oldest.iterdir()) == whole
+    start_transformer(root, output_dir).finish()
+    assert_same_run(output_dir, transformer)
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_repaired(root, transformer, tmp_path):
+    output_dir = tmp_path / "output"
+    copy_until(transformer, output_dir, 20)
+    log = output_dir / "train_log.jsonl"
+    lines = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= 21]
+    log.write_text("".join(lines)[:-20])
+    start_transformer(root, output_dir).finish()
+    assert_same_run(output_dir, transformer)
+
+
+@pytest.mark.parametrize("largest_file", [20_000, 50_000])
+def test_a_full_disk_stops_the_run_and_leaves_the_last_good_checkpoint(root, transformer, tmp_path, largest_file):
+    output_dir = tmp_path / "output"
+    copy_until(transformer, output_dir, 20)
+    run = start_transformer(root, output_dir, largest_file=largest_file)
+    assert run.wait() == [1]
+    message = f"OSError: Could not write '{output_dir / 'checkpoint-21'}' ("
+    assert message in run.output.read_text()
+    assert "); the last good one is 'checkpoint-20'. Is the disk full?" in run.output.read_text()
+    assert not list(output_dir.glob("partial-*"))
+    start_transformer(root, output_dir).finish()
+    assert_same_run(output_dir, transformer)
+
+
+def test_a_disk_that_is_full_from_the_first_checkpoint_on_says_so(root, transformer, tmp_path):
+    run = start_transformer(root, tmp_path / "output", largest_file=20_000)
+    assert run.wait() == [1]
+    assert "); there is no earlier one. Is the disk full?" in run.output.read_text()
+
+
+def test_a_disk_too_full_for_the_token_cache_says_so_and_leaves_no_part_of_it(root, transformer, tmp_path):
+    output_dir, cache = tmp_path / "output", tmp_path / "tokens"
+    options = ["--token_cache_dir", cache, "--random_crops", 20, "--max_train_steps", 1]
+    run = start_transformer(root, output_dir, *options, largest_file=20_000)
+    assert run.wait() == [1]
+    assert f"OSError: Could not write the token cache '{cache}/tokens-" in run.output.read_text()
+    assert "). Is the disk full?" in run.output.read_text()
+    assert list(cache.iterdir()) == []
+    start_transformer(root, output_dir, *options).finish()
+    assert [path.suffix for path in cache.iterdir()] == [".npy", ".npy"]
+
+
+def test_a_run_killed_while_it_tokenises_ends_as_if_it_was_not(root, tokenizer, tmp_path):
+    def start_run(name: str) -> Run:
+        folder = tmp_path / name
+        options = ["--token_cache_dir", folder / "tokens", "--cache_dir", folder / "datasets", "--random_crops", 20]
+        return start_transformer(root, folder / "output", *options, "--max_train_steps", 4)
+
+    for name in ("reference", "killed"):
+        (tmp_path / name).mkdir()
+    start_run("reference").finish()
+
+    tokens, rng = tmp_path / "killed" / "tokens", random.Random(5)
+    for pattern in ("*.partial", "*.partial", "*.npy"):
+        run = start_run("killed")
+        wait_for(lambda: any(tokens.glob(pattern)), run)
+        time.sleep(rng.uniform(0, 0.1) if pattern == "*.partial" else 0)
+        assert run.kill()
+        assert not (tmp_path / "killed" / "output" / "checkpoint-1").exists()
+    start_run("killed").finish()
+    assert_same_run(tmp_path / "killed" / "output", tmp_path / "reference" / "output")
+    caches = [tokens, tmp_path / "reference" / "tokens"]
+    killed, reference = (sorted(path.read_bytes() for path in folder.iterdir()) for folder in caches)
+    assert killed == reference
