@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import threading
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import DistributedType, PartialState
 from PIL import Image
+from tqdm import tqdm
 
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
@@ -121,6 +123,7 @@ def _run(script: str, arguments: list[str], environment: dict, output: Path, lar
     os.dup2(descriptor, 2)
     os.environ.update(environment, ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # one between processes would be left behind by those that are killed
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate turns FSDP on where the processes have an accelerator each, and leaves it out without a word where
         # they have none. PyTorch shards over CPU processes as well.

@@ -162,6 +162,16 @@ def launch(*arguments: str | Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
 
 
+def wait_for(*launched: subprocess.Popen) -> tuple[list[int], str]:
+    """Exit codes of launched runs, and all that they printed."""
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in launched]
+    finally:
+        for process in launched:
+            process.terminate()
+    return [process.returncode for process in launched], "\n".join(printed)
+
+
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configs_of_accelerate_are_complete(config, caplog):
     parser = launch_command_parser()
@@ -223,8 +233,8 @@ def test_two_processes_under_accelerate_launch_write_everything_once(root, token
         "--config_file", CONFIGS / "multi_gpu.yaml", "--num_processes", 2, "--mixed_precision", "no", observed_script,
         *transformer_arguments(root, output_dir),
     )  # fmt: skip
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
+    codes, printed = wait_for(process)
+    assert codes == [0], printed
     assert "were not passed to `accelerate launch`" not in printed
     assert printed.count("step 3: validation loss") == 1
     assert [record["step"] for record in log(output_dir)] == [1, 2, 3, 3]
@@ -242,8 +252,8 @@ def test_an_error_in_one_process_ends_the_whole_run(root, tokenizer, observed_sc
         "--config_file", CONFIGS / "multi_gpu.yaml", "--num_processes", 2, "--mixed_precision", "no", observed_script,
         *transformer_arguments(root, output_dir), "--report_to", "none", BREAK="yes",
     )  # fmt: skip
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
+    codes, printed = wait_for(process)
+    assert codes != [0]
     assert "FloatingPointError: The loss is not finite at step 2: {'loss': nan}" in printed
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-1"]
     assert not (output_dir / "model_index.json").exists()
@@ -259,8 +269,8 @@ def test_two_machines_train_together(root, tokenizer, by_one):
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    printed = [machine.communicate(timeout=300)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], printed
+    codes, printed = wait_for(*machines)
+    assert codes == [0, 0], printed
     assert_same_training(output_dir, by_one)
 
 
@@ -270,8 +280,8 @@ def test_one_process_under_accelerate_launch_trains_as_without(root, tokenizer, 
         "--config_file", CONFIGS / "cpu.yaml", SCRIPTS / "train_srdd.py", *transformer_arguments(root, output_dir),
         "--report_to", "none", ACCELERATE_USE_CPU="",
     )  # fmt: skip
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
+    codes, printed = wait_for(process)
+    assert codes == [0], printed
     assert "Warning" not in printed
     assert "were not passed to `accelerate launch`" not in printed
     assert_same_run(output_dir, by_one)

@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -166,13 +167,13 @@ def assert_kills_change_nothing(
 def test_a_tokenizer_killed_again_and_again_ends_as_if_it_was_not(root):
     options = [
         "--codebook_update", "ema", "--adversarial_weight", 0.2, "--adversarial_start_step", 4,
-        "--discriminator_layers", 1, "--scale_dropout_prob", 0.5, "--max_train_steps", 16,
+        "--discriminator_layers", 1, "--scale_dropout_prob", 0.5, "--max_train_steps", 12,
     ]  # fmt: skip
     start_tokenizer(root, root / "gan", *options, "--checkpoints_total_limit", NUM_STEPS).finish()
     output_dir = root / "gan_killed"
     executioner = Executioner(output_dir, seed=0)
     assert_kills_change_nothing(
-        lambda: start_tokenizer(root, output_dir, *options), output_dir, root / "gan", executioner, kills=7
+        lambda: start_tokenizer(root, output_dir, *options), output_dir, root / "gan", executioner, kills=6
     )
     assert executioner.kills_while_writing >= 1
 
@@ -181,15 +182,15 @@ def test_a_transformer_killed_again_and_again_ends_as_if_it_was_not(root, transf
     output_dir = root / "transformer_killed"
     executioner = Executioner(output_dir, seed=1)
     assert_kills_change_nothing(
-        lambda: start_transformer(root, output_dir), output_dir, transformer, executioner, kills=10
+        lambda: start_transformer(root, output_dir), output_dir, transformer, executioner, kills=12
     )
-    assert executioner.kills_while_writing >= 3
+    assert executioner.kills_while_writing >= 2
 
 
 @pytest.mark.parametrize("start_run", [start_tokenizer, start_transformer])
 def test_two_processes_killed_again_and_again_end_as_if_they_were_not(root, transformer, start_run):
     reference = root / f"{start_run.__name__}_by_two"
-    options = ["--max_train_steps", 10, "--gradient_accumulation_steps", 2]
+    options = ["--max_train_steps", 8, "--gradient_accumulation_steps", 2]
     limit = ["--checkpoints_total_limit", NUM_STEPS]
     start_run(root, reference, *options, *limit, num_processes=2).finish()
     assert {path.name for path in list_checkpoints(reference)[-1].glob("random_states_*")} == {
@@ -199,7 +200,7 @@ def test_two_processes_killed_again_and_again_end_as_if_they_were_not(root, tran
     output_dir = root / f"{start_run.__name__}_by_two_killed"
     executioner = Executioner(output_dir, seed=2)
     assert_kills_change_nothing(
-        lambda: start_run(root, output_dir, *options, num_processes=2), output_dir, reference, executioner, kills=4
+        lambda: start_run(root, output_dir, *options, num_processes=2), output_dir, reference, executioner, kills=6
     )
     assert executioner.kills_while_writing >= 1
 
@@ -208,8 +209,8 @@ def test_a_distillation_killed_in_its_first_stage_and_its_second_ends_as_if_it_w
     output_dir = root / "distilled_killed"
     for folder in (output_dir / "stage-1", output_dir):
         executioner = Executioner(folder, seed=3)
-        for moment in ("writing", "writing or later"):
-            assert executioner.kill(start_distillation(root, output_dir), moment)
+        for _ in range(2):
+            assert executioner.kill(start_distillation(root, output_dir), "writing")
         assert executioner.kills_while_writing >= 1
     start_distillation(root, output_dir).finish()
     assert_same_run(output_dir, distillation)
@@ -327,22 +328,31 @@ def test_a_disk_too_full_for_the_token_cache_says_so_and_leaves_no_part_of_it(ro
 def test_a_run_killed_while_it_tokenises_ends_as_if_it_was_not(root, tokenizer, tmp_path):
     def start_run(name: str) -> Run:
         folder = tmp_path / name
-        options = ["--token_cache_dir", folder / "tokens", "--cache_dir", folder / "datasets", "--random_crops", 20]
-        return start_transformer(root, folder / "output", *options, "--max_train_steps", 4)
+        return start_transformer(
+            root, folder / "output", "--token_cache_dir", folder / "tokens", "--cache_dir", folder / "datasets",
+            "--random_crops", 20, "--max_train_steps", 4, "--checkpointing_steps", 4,
+        )  # fmt: skip
+
+    def times(pattern: str) -> list[int]:
+        with suppress(FileNotFoundError):
+            return [path.stat().st_mtime_ns for path in tokens.glob(pattern)]
+        return []
 
     for name in ("reference", "killed"):
         (tmp_path / name).mkdir()
     start_run("reference").finish()
 
-    tokens, rng = tmp_path / "killed" / "tokens", random.Random(5)
+    tokens, output_dir, rng = tmp_path / "killed" / "tokens", tmp_path / "killed" / "output", random.Random(5)
     for pattern in ("*.partial", "*.partial", "*.npy"):
+        before = times(pattern)
         run = start_run("killed")
-        wait_for(lambda: any(tokens.glob(pattern)), run)
+        wait_for(lambda: times(pattern) != before, run)
         time.sleep(rng.uniform(0, 0.1) if pattern == "*.partial" else 0)
         assert run.kill()
-        assert not (tmp_path / "killed" / "output" / "checkpoint-1").exists()
+        assert not list_checkpoints(output_dir)
     start_run("killed").finish()
-    assert_same_run(tmp_path / "killed" / "output", tmp_path / "reference" / "output")
-    caches = [tokens, tmp_path / "reference" / "tokens"]
-    killed, reference = (sorted(path.read_bytes() for path in folder.iterdir()) for folder in caches)
+    assert_same_run(output_dir, tmp_path / "reference" / "output")
+    killed, reference = (
+        sorted(path.read_bytes() for path in tmp_path.glob(f"{name}/tokens/*")) for name in ("killed", "reference")
+    )
     assert killed == reference
