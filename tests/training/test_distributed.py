@@ -97,10 +97,14 @@ def assert_same_training(left: Path, right: Path, logs: bool = True, atol: float
             weights = [load_file(folder / name / file) for folder in (left, right)]
             torch.testing.assert_close(*weights, rtol=0, atol=atol)
     if logs:
-        for mine, others in zip(log(left), log(right), strict=True):
-            assert mine.keys() == others.keys()
-            for name in mine:
-                torch.testing.assert_close(mine[name], others[name], rtol=atol, atol=atol)
+        assert_same_logs(left, right, atol)
+
+
+def assert_same_logs(left: Path, right: Path, atol: float) -> None:
+    for mine, others in zip(log(left), log(right), strict=True):
+        assert mine.keys() == others.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], others[name], rtol=atol, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -307,12 +311,24 @@ def sharded(root, tokenizer):
     return train_sharded(root, "sharded")
 
 
+def assert_same_results(left: Path, right: Path, atol: float = 1e-5) -> None:
+    """The same log and the same finished weights."""
+    assert_same_logs(left, right, atol)
+    weights = [SRDDPipeline.from_pretrained(folder).transformer.state_dict() for folder in (left, right)]
+    torch.testing.assert_close(*weights, rtol=0, atol=atol)
+
+
 def test_sharded_training_gives_the_same_losses_and_weights(sharded, by_one):
-    for mine, others in zip(log(sharded), log(by_one), strict=True):
-        for name in others:
-            torch.testing.assert_close(mine[name], others[name], rtol=1e-5, atol=1e-5)
-    weights = [SRDDPipeline.from_pretrained(folder).transformer.state_dict() for folder in (sharded, by_one)]
-    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+    assert_same_results(sharded, by_one)
+
+
+def test_an_adapter_of_a_sharded_model_trains_as_on_one_process(root, by_one):
+    options = ["--pretrained_model_name_or_path", by_one / "transformer", "--lora_rank", 2]
+    alone = train("train_srdd", root, "adapter", *options)
+    sharded = train_sharded(root, "sharded_adapter", *options)
+    assert_same_results(sharded, alone)
+    adapters = [load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (sharded, alone)]
+    torch.testing.assert_close(*adapters, rtol=0, atol=1e-5)
 
 
 def test_checkpoints_of_sharded_training_hold_whole_weights(sharded):

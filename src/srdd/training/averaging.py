@@ -19,7 +19,10 @@ class AveragedWeights(EMAModel):
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float):
-        super().__init__(parameters, decay=decay, foreach=True)
+        parameters = list(parameters)
+        # Sharded parameters that are frozen, as a LoRA's are, cannot be copied many at a time.
+        one_by_one = any(isinstance(parameter, DTensor) and not parameter.requires_grad for parameter in parameters)
+        super().__init__(parameters, decay=decay, foreach=not one_by_one)
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "shadow_params": [whole(shadow) for shadow in self.shadow_params]}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,12 @@ LOSS_LOG = "train_log.jsonl"
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """An `Accelerator` set up from the common arguments, with its tracker started."""
+    """
+    An `Accelerator` set up from the common arguments, with its tracker started.
+
+    Raises:
+        ValueError: If several processes were launched that do not know of each other.
+    """
     report_to = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(
         # A step may take batches of two epochs; by default accelerate ends it with the epoch.
@@ -40,6 +46,12 @@ def make_accelerator(args: Namespace) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
+            f" {launched}. Without GPUs, set ACCELERATE_USE_CPU=true."
+        )
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         if report_to is not None:
