@@ -109,8 +109,7 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
         known = (F.interpolate(known, size=self.sample_size, mode="area") > 1 - 1e-4).float()
         latents = self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float()
         num_hints = round((1 - strength) * len(self.scheduler.scales))
-        hint_ids = self.hint_tokens(resize(pixels, self.sample_size), num_hints)
-        return KnownRegion(latents, known, cells, tokens, hint_ids)
+        return KnownRegion(latents, known, cells, tokens, self.hint_tokens(pixels, num_hints))
 
     @torch.no_grad()
     def __call__(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from srdd.pipelines.image_regions import resize
 from srdd.pipelines.known_region import KnownRegion
 from srdd.pipelines.scale_sampling import check_components, label_ids, sample_scales
 from srdd.schedulers.scheduling_scale import MASK_TOKEN_ID
@@ -101,13 +102,13 @@ class ScalePipelineMixin:
         """Pictures of latent states, as `output_type` says."""
         if output_type == "latent":
             return latents
-        sample = self.vqvae.decode(latents, return_dict=False)[0]
-        return self.image_processor.postprocess(sample.float(), output_type=output_type)
+        return self.image_processor.postprocess(self.decode_pixels(latents), output_type=output_type)
 
     def hint_tokens(self, pixels: torch.Tensor, num_scales: int) -> torch.LongTensor | None:
-        """Tokens of the coarsest scales of images of the model's size, in [-1, 1]; `None` for no scale."""
+        """Tokens of the coarsest scales of images of any size, in [-1, 1]; `None` for no scale."""
         if num_scales == 0:
             return None
+        pixels = resize(pixels, self.sample_size)
         latents = self.vqvae.encode(pixels.to(self.vqvae.dtype)).latents
         return self.vqvae.quantize_latents(latents, self.scheduler.scales[:num_scales])
 

@@ -79,7 +79,7 @@ def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) 
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
     with accelerator.main_process_first():
-        images = load_images(args, args.label_column or None)
+        images = load_images(args, args.label_column or None, args.max_train_samples)
     teacher_pipe = SRDDPipeline.from_pretrained(args.teacher).to(accelerator.device)
     vqvae, teacher = teacher_pipe.vqvae.requires_grad_(False), teacher_pipe.transformer.requires_grad_(False).eval()
     if images.id2label and images.id2label != teacher.id2label:

@@ -22,8 +22,8 @@ from srdd import MultiScaleVQModel
 from srdd.evaluation.features import EfficientNetLite0Features
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.training.arguments import add_data_arguments
-from srdd.training.data import load_labelled_images, training_transform
-from srdd.training.loop import picture_grid
+from srdd.training.data import training_transform
+from srdd.training.loop import load_images, picture_grid
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,17 +43,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path).to(args.device)
-    images = load_labelled_images(
-        args.dataset_name,
-        args.train_data_dir,
-        args.dataset_config_name,
-        image_column=args.image_column,
-        label_column=None,
-        cache_dir=args.cache_dir,
-        min_image_size=args.min_image_size,
-        strict=args.strict_data,
-        num_proc=args.preprocessing_num_workers,
-    )
+    images = load_images(args, None)
     split = images.train if args.split == "train" else images.validation
     if split is None:
         raise ValueError(f"`split` must be one the data set has, got {args.split!r}.")

@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed)  # FSDP takes a part of the new weights from every process: they must be the same
     with accelerator.main_process_first():
-        images = load_images(args, args.label_column or None)
+        images = load_images(args, args.label_column or None, args.max_train_samples)
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
     vqvae.requires_grad_(False).eval().to(accelerator.device)
     model = build_model(args, vqvae, images.id2label)

@@ -194,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
     with accelerator.main_process_first():
-        images = load_images(args, None)
+        images = load_images(args, None, args.max_train_samples)
     model = build_model(args).to(memory_format=torch.channels_last)
     resolution = model.config.scale_sizes[-1][0] * model.spatial_compression_ratio
     deepest = (resolution // 3).bit_length() - 1

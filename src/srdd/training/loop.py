@@ -64,8 +64,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
-def load_images(args: Namespace, label_column: str | None) -> LabelledImages:
-    """The data set that the common arguments name; `label_column` is `None` for data without labels."""
+def load_images(args: Namespace, label_column: str | None, max_train_samples: int | None = None) -> LabelledImages:
+    """The data set that the data arguments name; `label_column` is `None` for data without labels."""
     return load_labelled_images(
         dataset_name=args.dataset_name,
         train_data_dir=args.train_data_dir,
@@ -73,7 +73,7 @@ def load_images(args: Namespace, label_column: str | None) -> LabelledImages:
         image_column=args.image_column,
         label_column=label_column,
         cache_dir=args.cache_dir,
-        max_train_samples=args.max_train_samples,
+        max_train_samples=max_train_samples,
         seed=args.seed,
         min_image_size=args.min_image_size,
         strict=args.strict_data,
