@@ -2,11 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
 from srdd.pipelines.known_region import extend_known
+
+
+def check_one_size(name: str, pictures: PipelineImageInput) -> None:
+    """Raise a `ValueError` that names the argument if a list holds pictures of several sizes."""
+    listed = pictures if isinstance(pictures, list) else []
+    sizes = {picture.size for picture in listed if isinstance(picture, PIL.Image.Image)}
+    if len(sizes) > 1:
+        raise ValueError(f"`{name}` must hold pictures of one size, got {sorted(sizes)}.")
 
 
 def resize(pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -1,14 +1,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
 from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
-from srdd.pipelines.image_regions import WindowedCanvas, check_padding, crop_box, paste, resize
+from srdd.pipelines.image_regions import WindowedCanvas, check_one_size, check_padding, crop_box, paste, resize
 from srdd.pipelines.known_region import KNOWN_CELLS, KNOWN_TOKENS, KnownRegion, extend_known
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 from srdd.pipelines.scale_pipeline_mixin import ScalePipelineMixin
@@ -71,15 +70,9 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
             ValueError: If images differ in size, the numbers of images and masks do not match, or masks have values
                 outside [0, 1].
         """
-        for name, pictures in (("image", image), ("mask_image", mask_image)):
-            listed = pictures if isinstance(pictures, list) else []
-            sizes = {picture.size for picture in listed if isinstance(picture, PIL.Image.Image)}
-            if len(sizes) > 1:
-                raise ValueError(f"`{name}` must hold pictures of one size, got {sorted(sizes)}.")
-        pixels = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
+        pixels = self.prepare_pixels(image)
+        check_one_size("mask_image", mask_image)
         mask = self.mask_processor.preprocess(mask_image).to(self._execution_device, torch.float32)
-        if pixels.shape[1] != 3:
-            raise ValueError(f"`image` must have 3 channels, got {pixels.shape[1]}.")
         if mask.min() < 0 or mask.max() > 1:
             raise ValueError(
                 f"`mask_image` must have values in [0, 1], got [{mask.min().item():.3g}, {mask.max().item():.3g}]."
@@ -249,7 +242,7 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
         check_region_inputs(1.0, None, feather, known_cells, known_tokens)
         if output_type == "latent":
             raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in outpainting, got 'latent'.")
-        pixels = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
+        pixels = self.prepare_pixels(image)
         border = (left, right, top, bottom)
         mask = F.pad(torch.zeros_like(pixels[:, :1]), border, value=1.0)
         class_ids, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, F.pad(pixels, border), mask)

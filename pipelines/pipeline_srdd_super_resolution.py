@@ -122,7 +122,7 @@ class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
             num_known_scales = self.num_determined_scales(scale_factor)
         if not isinstance(num_known_scales, int) or not 0 <= num_known_scales <= num_scales:
             raise ValueError(f"`num_known_scales` must lie in [0, {num_scales}], got {num_known_scales!r}.")
-        small = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
+        small = self.prepare_pixels(image)
         class_ids, small = self.prepare_batch(class_labels, num_images_per_prompt, small)
         size = [side * scale_factor for side in small.shape[-2:]]
         smooth = resize(small, size)

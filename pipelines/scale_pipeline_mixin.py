@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.image_processor import PipelineImageInput
 
-from srdd.pipelines.image_regions import resize
+from srdd.pipelines.image_regions import check_one_size, resize
 from srdd.pipelines.known_region import KnownRegion
 from srdd.pipelines.scale_sampling import check_components, label_ids, sample_scales
 from srdd.schedulers.scheduling_scale import MASK_TOKEN_ID
@@ -69,6 +70,19 @@ class ScalePipelineMixin:
         ids = [self.transformer.config.num_classes] if class_labels is None else self.get_label_ids(class_labels)
         ids = torch.tensor(ids, dtype=torch.long, device=self._execution_device)
         return ids.repeat_interleave(num_images_per_prompt)
+
+    def prepare_pixels(self, image: PipelineImageInput) -> torch.Tensor:
+        """
+        Images as one batch of pixels in [-1, 1], float32 of shape `(batch, 3, height, width)`.
+
+        Raises:
+            ValueError: If images differ in size or have other than 3 channels.
+        """
+        check_one_size("image", image)
+        pixels = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
+        if pixels.shape[1] != 3:
+            raise ValueError(f"`image` must have 3 channels, got {pixels.shape[1]}.")
+        return pixels
 
     def prepare_batch(
         self, class_labels: Any, num_images_per_prompt: int, *images: torch.Tensor

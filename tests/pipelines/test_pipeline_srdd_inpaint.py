@@ -310,6 +310,12 @@ def test_bad_inputs_are_refused(changes, message):
         make_pipeline()(**inputs)
 
 
+def test_outpainting_refuses_images_of_several_sizes():
+    images = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]
+    with pytest.raises(ValueError, match="`image` must hold pictures of one size"):
+        make_pipeline().outpaint(images, 2)
+
+
 def test_outpainting_has_no_latents():
     with pytest.raises(ValueError, match="`output_type` must be 'pil', 'np' or 'pt' in outpainting, got 'latent'"):
         make_pipeline().outpaint(random_image(), 2, output_type="latent")

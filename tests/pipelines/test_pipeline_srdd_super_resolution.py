@@ -95,3 +95,11 @@ def test_at_least_one_scale_is_drawn():
 def test_bad_inputs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         draw(make_pipeline(), small_image(), **changes)
+
+
+def test_images_of_several_sizes_are_refused():
+    images = [Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))]
+    with pytest.raises(ValueError, match=r"`image` must hold pictures of one size, got \[\(4, 4\), \(5, 4\)\]"):
+        draw(make_pipeline(), images)
+    with pytest.raises(ValueError, match="`image` must have 3 channels, got 2"):
+        draw(make_pipeline(), torch.zeros(1, 2, 4, 4))
