@@ -10,8 +10,8 @@ from srdd.models import MultiScaleVQModel
 from srdd.schedulers.scheduling_scale import MASK_TOKEN_ID
 
 
-# A token cell counts as known if this share of its pixels is.
-KNOWN_CELLS = {"all": 1.0, "majority": 0.5, "any": 0.0}
+# A token cell counts as known if more than this share of it is; see `KnownRegion.known_mask`.
+KNOWN_CELLS = {"spread": 0.5, "all": 1.0, "majority": 0.5, "any": 0.0}
 
 KNOWN_TOKENS = ("adaptive", "original")
 
@@ -25,8 +25,10 @@ class KnownRegion:
         latents (`torch.Tensor` of shape `(batch, channels, height, width)`): The tokenizer's latent map of the images,
             their unknown part filled by [`extend_known`]. Nothing in it comes from unknown pixels.
         known (`torch.Tensor` of shape `(batch, 1, image_height, image_width)`): 1 where a pixel is known, 0 elsewhere.
-        cells (`str`, defaults to `"any"`): A token cell is known if `"all"`, the `"majority"` or `"any"` of its pixels
-            are.
+        cells (`str`, defaults to `"spread"`): A token cell is known if `"all"`, the `"majority"` or `"any"` of its
+            pixels are. `"spread"`: a cell of the finest scale is if a quarter of its pixels is, a cell of a coarser
+            scale if the majority of it lies in known cells of the finest. Scattered known pixels, which say what is
+            between them, then count for all of it, and a small known part does not speak for a coarse cell.
         tokens (`str`, defaults to `"adaptive"`): `"original"` forces the tokens of the latent map itself, as VAR's
             notebook does. `"adaptive"` takes at each scale the codes nearest to what is still missing from the latent
             map, averaged over known positions: what a coarse token got wrong, finer ones then repair.
@@ -36,13 +38,19 @@ class KnownRegion:
 
     latents: torch.Tensor
     known: torch.Tensor
-    cells: str = "any"
+    cells: str = "spread"
     tokens: str = "adaptive"
     hint_ids: torch.LongTensor | None = None
 
     def known_mask(self, scale_size: Sequence[int]) -> torch.BoolTensor:
         """Which cells of a scale are known, `(batch, height, width)`: the one rule for all scales and tasks."""
-        share = F.interpolate(self.known, size=tuple(scale_size), mode="area").squeeze(1)
+        known = self.known
+        if self.cells == "spread":
+            grid_size = tuple(self.latents.shape[-2:])
+            known = (F.interpolate(known, size=grid_size, mode="area") > 0.25 - 1e-4).to(known.dtype)
+            if tuple(scale_size) == grid_size:
+                return known.bool().squeeze(1)
+        share = F.interpolate(known, size=tuple(scale_size), mode="area").squeeze(1)
         # Area means of ones may miss 1 by rounding.
         return share > 1 - 1e-4 if self.cells == "all" else share > KNOWN_CELLS[self.cells] + 1e-4
 

@@ -4,7 +4,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel, TokenCritic
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 from srdd.pipelines.scale_pipeline_mixin import ScalePipelineMixin
 from srdd.schedulers import ScaleScheduler
@@ -21,6 +21,8 @@ class SRDDPipeline(DiffusionPipeline, ScalePipelineMixin):
         vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
         transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
         scheduler ([`ScaleScheduler`]): The scale schedule.
+        token_critic ([`TokenCritic`], *optional*): Tells right tokens from wrong ones, for the resampling policy
+            "learned".
 
     Example:
 
@@ -34,12 +36,19 @@ class SRDDPipeline(DiffusionPipeline, ScalePipelineMixin):
     """
 
     model_cpu_offload_seq = "transformer"
-    # The tokenizer is needed after every scale, so the whole of it stays on the device while sampling.
-    _exclude_from_cpu_offload = ["vqvae"]
+    # The tokenizer is needed after every scale and the critic in every pass, so they stay on the device.
+    _exclude_from_cpu_offload = ["vqvae", "token_critic"]
+    _optional_components = ["token_critic"]
 
-    def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
+    def __init__(
+        self,
+        vqvae: MultiScaleVQModel,
+        transformer: ScaleTransformer2DModel,
+        scheduler: ScaleScheduler,
+        token_critic: TokenCritic | None = None,
+    ):
         super().__init__()
-        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
+        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler, token_critic=token_critic)
         self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 

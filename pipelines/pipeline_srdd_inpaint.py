@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel, TokenCritic
 from srdd.pipelines.image_regions import WindowedCanvas, check_one_size, check_padding, crop_box, paste, resize
 from srdd.pipelines.known_region import KNOWN_CELLS, KNOWN_TOKENS, KnownRegion, extend_known
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
@@ -25,6 +25,8 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
         vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
         transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
         scheduler ([`ScaleScheduler`]): The scale schedule.
+        token_critic ([`TokenCritic`], *optional*): Tells right tokens from wrong ones, for the resampling policy
+            "learned".
 
     Example:
 
@@ -42,12 +44,19 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
     """
 
     model_cpu_offload_seq = "transformer"
-    # The tokenizer is needed after every scale, so the whole of it stays on the device while sampling.
-    _exclude_from_cpu_offload = ["vqvae"]
+    # The tokenizer is needed after every scale and the critic in every pass, so they stay on the device.
+    _exclude_from_cpu_offload = ["vqvae", "token_critic"]
+    _optional_components = ["token_critic"]
 
-    def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
+    def __init__(
+        self,
+        vqvae: MultiScaleVQModel,
+        transformer: ScaleTransformer2DModel,
+        scheduler: ScaleScheduler,
+        token_critic: TokenCritic | None = None,
+    ):
         super().__init__()
-        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
+        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler, token_critic=token_critic)
         self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
@@ -117,7 +126,7 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         paste_known: bool = True,
         feather: int = 2,
-        known_cells: str = "any",
+        known_cells: str = "spread",
         known_tokens: str = "adaptive",
         output_type: str = "pil",
         return_dict: bool = True,
@@ -148,8 +157,8 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
             paste_known (`bool`, defaults to `True`): Lay the known pixels over the result, so that they come back
                 exactly; `False` gives the plain decoding.
             feather (`int`, defaults to 2): Pixels over which the result fades in inside a hard mask.
-            known_cells (`str`, defaults to `"any"`): A token cell is known if "all", the "majority" or "any" of its
-                pixels are.
+            known_cells (`str`, defaults to `"spread"`): Which token cells are known: those with "all", the "majority"
+                or "any" of their pixels known, or a mixture that suits all masks, "spread" ([`KnownRegion`]).
             known_tokens (`str`, defaults to `"adaptive"`): Force the "original" tokens of the image, or at every scale
                 those that best repair the state so far ("adaptive").
             output_type (`str`, defaults to `"pil"`): "pil", "np", "pt" (both in [0, 1], all of the image's size) or
@@ -205,7 +214,7 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         feather: int = 2,
-        known_cells: str = "any",
+        known_cells: str = "spread",
         known_tokens: str = "adaptive",
         output_type: str = "pil",
         return_dict: bool = True,
@@ -225,7 +234,7 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
             num_images_per_prompt (`int`, defaults to 1): Results for each pair of image and label.
             generator (`torch.Generator` or a list, *optional*): The only source of randomness.
             feather (`int`, defaults to 2): As in the call.
-            known_cells (`str`, defaults to `"any"`): As in the call.
+            known_cells (`str`, defaults to `"spread"`): As in the call.
             known_tokens (`str`, defaults to `"adaptive"`): As in the call.
             output_type (`str`, defaults to `"pil"`): "pil", "np" or "pt".
             return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel, TokenCritic
 from srdd.pipelines.image_regions import WindowedCanvas, project_to_low_resolution, resize
 from srdd.pipelines.known_region import KnownRegion
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
@@ -23,6 +23,8 @@ class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
         vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
         transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
         scheduler ([`ScaleScheduler`]): The scale schedule.
+        token_critic ([`TokenCritic`], *optional*): Tells right tokens from wrong ones, for the resampling policy
+            "learned".
 
     Example:
 
@@ -38,12 +40,19 @@ class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
     """
 
     model_cpu_offload_seq = "transformer"
-    # The tokenizer is needed after every scale, so the whole of it stays on the device while sampling.
-    _exclude_from_cpu_offload = ["vqvae"]
+    # The tokenizer is needed after every scale and the critic in every pass, so they stay on the device.
+    _exclude_from_cpu_offload = ["vqvae", "token_critic"]
+    _optional_components = ["token_critic"]
 
-    def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
+    def __init__(
+        self,
+        vqvae: MultiScaleVQModel,
+        transformer: ScaleTransformer2DModel,
+        scheduler: ScaleScheduler,
+        token_critic: TokenCritic | None = None,
+    ):
         super().__init__()
-        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
+        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler, token_critic=token_critic)
         self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
@@ -51,14 +60,14 @@ class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
 
     def num_determined_scales(self, scale_factor: int) -> int:
         """
-        How many scales an image that is `scale_factor` times smaller determines: those that its own latent grid, the
-        model's grid over the factor, can hold; at least one is left to be drawn.
+        How many scales an image that is `scale_factor` times smaller determines: those whose tokens cover 2 x 2 of its
+        pixels each, or more; at least one is left to be drawn.
         """
-        height, width = self.vqvae.config.scale_sizes[-1]
+        height, width = self.sample_size
         fitting = [
             size
             for size in self.scheduler.scales
-            if size[0] <= height / scale_factor and size[1] <= width / scale_factor
+            if 2 * size[0] <= height / scale_factor and 2 * size[1] <= width / scale_factor
         ]
         return min(max(len(fitting), 1), len(self.scheduler.scales) - 1)
 
@@ -91,7 +100,7 @@ class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
             class_labels (`int`, `str`, a list of both, or `torch.LongTensor`, *optional*): Classes, one for all images
                 or one each. `None` draws without a class.
             num_known_scales (`int`, *optional*): How many scales the small image determines, coarse to fine; by
-                default those that fit into its own latent grid ([`num_determined_scales`]).
+                default those whose tokens cover 2 x 2 of its pixels or more ([`num_determined_scales`]).
             consistent (`bool`, defaults to `True`): Change the result as little as possible so that, made small again
                 (bicubic, antialiased), it is the given image.
             guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].

@@ -30,6 +30,11 @@ class ScalePipelineMixin:
         return self._guidance_scale
 
     @property
+    def default_guidance_scale(self) -> float:
+        """The guidance of calls that name none."""
+        return 1.0 if self.transformer.config.guidance_distilled else 2.5
+
+    @property
     def num_timesteps(self) -> int:
         return self._num_timesteps
 
@@ -53,7 +58,7 @@ class ScalePipelineMixin:
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
     ) -> None:
-        check_components(self.vqvae, self.transformer, self.scheduler)
+        check_components(self.vqvae, self.transformer, self.scheduler, self.token_critic)
         if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be a positive integer, got {num_images_per_prompt!r}.")
         if output_type not in OUTPUT_TYPES:
@@ -153,7 +158,7 @@ class ScalePipelineMixin:
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
         if guidance_scale is None:
-            guidance_scale = 1.0 if self.transformer.config.guidance_distilled else 2.5
+            guidance_scale = self.default_guidance_scale
         conditional = bool((class_ids != self.transformer.config.num_classes).any())
         self._guidance_scale = guidance_scale if conditional else 1.0
         self.scheduler.set_timesteps(device=self._execution_device)
@@ -174,6 +179,7 @@ class ScalePipelineMixin:
                 vqvae=self.vqvae,
                 transformer=self.transformer,
                 scheduler=self.scheduler,
+                token_critic=self.token_critic,
                 class_labels=class_ids,
                 guidance_scale=self.guidance_scale,
                 token_ids=token_ids,

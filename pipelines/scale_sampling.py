@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel
+from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel, TokenCritic
 from srdd.pipelines.known_region import KnownRegion
 from srdd.schedulers import ScaleScheduler
 from srdd.schedulers.scheduling_scale import MASK_TOKEN_ID
@@ -18,14 +18,18 @@ StepCallback = Callable[[int, int, dict[str, Any]], dict[str, Any]]
 
 
 def check_components(
-    vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler
+    vqvae: MultiScaleVQModel,
+    transformer: ScaleTransformer2DModel,
+    scheduler: ScaleScheduler,
+    token_critic: TokenCritic | None = None,
 ) -> None:
     """
-    Make sure that tokenizer, transformer and schedule belong together.
+    Make sure that tokenizer, transformer, schedule and critic belong together.
 
     Raises:
-        ValueError: If the scheduler is of another kind, its scales are not the transformer's, or tokenizer and
-            transformer differ in latent grid, codebook size or channels.
+        ValueError: If the scheduler is of another kind, its scales are not the transformer's, tokenizer and
+            transformer differ in latent grid, codebook size or channels, the critic reads another width than the
+            transformer's, or the schedule needs one and there is none.
     """
     if not isinstance(scheduler, ScaleScheduler):
         raise ValueError(f"`scheduler` must be a ScaleScheduler, got {type(scheduler).__name__}.")
@@ -43,6 +47,13 @@ def check_components(
     for name, ours, theirs in facts:
         if ours != theirs:
             raise ValueError(f"`vqvae` and `transformer` must have the same {name}, got {ours} and {theirs}.")
+    if token_critic is not None and token_critic.config.dim != transformer.dim:
+        raise ValueError(
+            f"`token_critic` must read hidden states of the transformer's width, {transformer.dim}, got"
+            f" {token_critic.config.dim}."
+        )
+    if token_critic is None and scheduler.config.resampling_policy == "learned":
+        raise ValueError("`token_critic` must be a TokenCritic with the resampling policy 'learned', got None.")
 
 
 def label_ids(class_labels, num_classes: int, id2label: dict[int, str]) -> list[int]:
@@ -96,7 +107,8 @@ def guided_logits(
     guidance_weight: float,
     kv_cache: ScaleKVCache | None = None,
     keep_unconditional: bool = False,
-) -> torch.Tensor:
+    return_hidden_states: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """
     Logits under classifier-free guidance, `cond + w (cond - uncond)` (paper Section 3.3 a).
 
@@ -110,22 +122,26 @@ def guided_logits(
         kv_cache ([`ScaleKVCache`], *optional*): Cache for patterns that look back.
         keep_unconditional (`bool`, defaults to `False`): Compute the unconditional half even at weight 0, because
             later scales will look back at it.
+        return_hidden_states (`bool`, defaults to `False`): Also return the last hidden states of the conditional half.
 
     Returns:
-        `torch.Tensor` of shape `(batch, num_tokens, codebook_size)`.
+        `torch.Tensor` of shape `(batch, num_tokens, codebook_size)`, or a pair with the hidden states, of shape
+        `(batch, num_tokens, dim)`.
     """
-    if guidance_weight == 0 and not keep_unconditional:
-        return transformer(hidden_states, timestep, class_labels, kv_cache=kv_cache, return_dict=False)[0]
-    null_labels = torch.full_like(class_labels, transformer.config.num_classes)
-    logits = transformer(
-        torch.cat([hidden_states, hidden_states]),
-        timestep,
-        torch.cat([class_labels, null_labels]),
-        kv_cache=kv_cache,
-        return_dict=False,
-    )[0]
-    conditional, unconditional = logits.chunk(2)
-    return torch.lerp(unconditional, conditional, 1.0 + guidance_weight)
+    two_halves = guidance_weight != 0 or keep_unconditional
+    if two_halves:
+        hidden_states = torch.cat([hidden_states, hidden_states])
+        null_labels = torch.full_like(class_labels, transformer.config.num_classes)
+        class_labels = torch.cat([class_labels, null_labels])
+    output = transformer(
+        hidden_states, timestep, class_labels, kv_cache=kv_cache, return_hidden_states=return_hidden_states
+    )
+    logits, last_hidden_states = output.sample, output.hidden_states
+    if two_halves:
+        conditional, unconditional = logits.chunk(2)
+        logits = torch.lerp(unconditional, conditional, 1.0 + guidance_weight)
+        last_hidden_states = last_hidden_states.chunk(2)[0] if return_hidden_states else None
+    return (logits, last_hidden_states) if return_hidden_states else logits
 
 
 def sample_scales(
@@ -139,6 +155,7 @@ def sample_scales(
     generator: torch.Generator | list[torch.Generator] | None = None,
     known: KnownRegion | None = None,
     on_step_end: StepCallback | None = None,
+    token_critic: TokenCritic | None = None,
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """
     Run the reverse process over the scheduler's timesteps.
@@ -154,6 +171,8 @@ def sample_scales(
         generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.
         known ([`KnownRegion`], *optional*): What is known of the images; tokens that follow from it are not drawn.
         on_step_end (`StepCallback`, *optional*): Called after every pass.
+        token_critic ([`TokenCritic`], *optional*): Judges the tokens of the pass before, for the resampling policy
+            "learned".
 
     Returns:
         `tuple[torch.Tensor, torch.LongTensor]`: The last latent state and the drawn pyramid.
@@ -163,6 +182,7 @@ def sample_scales(
     kv_cache = ScaleKVCache() if transformer.needs_kv_cache else None
     keep_unconditional = kv_cache is not None and guidance_scale > 1
     time_travel = scheduler.config.resampling_feedback == "time_travel"
+    learned = scheduler.config.resampling_policy == "learned" and token_critic is not None
     start, state_before, model_state, resample_mask = latents, latents, latents, None
     known_ids = torch.full_like(token_ids, MASK_TOKEN_ID)
     for index, timestep in enumerate(timesteps):
@@ -202,11 +222,22 @@ def sample_scales(
         known_mask = known_ids[:, tokens] >= 0 if known is not None else None
         hidden_states = scheduler.scale_model_input(model_state, timestep).to(transformer.dtype)
         weight = scheduler.guidance_weight(timestep, guidance_scale)
-        logits = guided_logits(
-            transformer, hidden_states, timestep, class_labels, weight, pass_cache, keep_unconditional
-        )
+        inputs = (transformer, hidden_states, timestep, class_labels, weight, pass_cache, keep_unconditional)
+        confidence = None
+        if learned and resample_mask is not None:
+            # What the transformer made of the tokens fed back tells which of them are wrong.
+            logits, last_hidden_states = guided_logits(*inputs, return_hidden_states=True)
+            confidence = token_critic(last_hidden_states.to(token_critic.dtype)).logits.float().sigmoid()
+        else:
+            logits = guided_logits(*inputs)
         output = scheduler.step(
-            logits, timestep, token_ids, resample_mask=resample_mask, known_mask=known_mask, generator=generator
+            logits,
+            timestep,
+            token_ids,
+            resample_mask=resample_mask,
+            known_mask=known_mask,
+            confidence=confidence,
+            generator=generator,
         )
         token_ids, resample_mask = output.prev_sample, output.resample_mask
         token_map = token_ids[:, tokens].unflatten(1, size)

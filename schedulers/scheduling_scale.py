@@ -13,7 +13,7 @@ from srdd.schedulers.token_sampling import Generators, sample_tokens
 
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
-RESAMPLING_POLICIES = ("none", "simple", "masked")
+RESAMPLING_POLICIES = ("none", "simple", "masked", "learned")
 RESAMPLING_FEEDBACKS = ("full", "kept", "time_travel", "redraw")
 
 # A token that is not drawn yet: the absorbing state of the discrete diffusion.
@@ -32,7 +32,8 @@ class ScaleSchedulerOutput(BaseOutput):
             Probability of every token of the scale under the model's own distribution (float32 softmax of the guided
             logits, before temperature, top-k and top-p).
         resample_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`):
-            Tokens that a further pass at this timestep draws again.
+            Tokens that a further pass at this timestep draws again; with the policy "learned" those that it may draw
+            again, as the critic has yet to judge them.
         feedback_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`, *optional*):
             Tokens that the further pass sees; `None` if it sees all.
     """
@@ -63,8 +64,11 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         top_p (`float`, defaults to 1.0): Draw among the most probable tokens with this total probability; 1 is off.
         resampling_policy (`str`, defaults to `"none"`): `"none"` (SDD); `"simple"` (SR) draws all tokens of a scale
             again in each further pass; `"masked"` (MR) those whose probability is below the threshold (paper Section
-            4.2).
-        resampling_threshold (`float`, defaults to 0.01): The threshold of `"masked"`.
+            4.2). `"learned"`, not in the paper: those whose probability of being right, as a token critic judges it
+            from the pass that they are fed back to, is below the threshold. It makes no further pass at the coarsest
+            scale, whose input the transformer does not read, and needs the feedback `"full"`.
+        resampling_threshold (`float`, defaults to 0.01): The threshold of `"masked"` and of `"learned"`. A critic's
+            probabilities lie higher than a token's own: 0.01 is far too low for them.
         num_resampling_passes (`int` or `list[int]`, defaults to 5): Most further passes at a scale; a list gives one
             number for each of `scale_sizes`.
         resampling_feedback (`str`, defaults to `"full"`): What a further pass is fed, which the paper leaves open.
@@ -111,6 +115,11 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 "`resampling_feedback` must be 'full' or 'time_travel' with the policy 'simple', which keeps no token,"
                 f" got {resampling_feedback!r}."
+            )
+        if resampling_policy == "learned" and resampling_feedback != "full":
+            raise ValueError(
+                "`resampling_feedback` must be 'full' with the policy 'learned', which judges all tokens that are fed"
+                f" back, got {resampling_feedback!r}."
             )
         passes = [num_resampling_passes] if isinstance(num_resampling_passes, int) else list(num_resampling_passes)
         if any(not isinstance(count, int) or count < 0 for count in passes) or (
@@ -173,7 +182,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         return 1 if self.config.resampling_feedback == "redraw" else 1 + self._num_further_passes(timestep)
 
     def _num_further_passes(self, timestep: int | torch.Tensor) -> int:
-        if self.config.resampling_policy == "none":
+        coarsest = self._check_timestep(timestep) == self.num_train_timesteps - 1
+        if self.config.resampling_policy == "none" or (self.config.resampling_policy == "learned" and coarsest):
             return 0
         passes = self.config.num_resampling_passes
         return passes if isinstance(passes, int) else passes[-1 - self._check_timestep(timestep)]
@@ -255,6 +265,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.LongTensor,
         resample_mask: torch.BoolTensor | None = None,
         known_mask: torch.BoolTensor | None = None,
+        confidence: torch.Tensor | None = None,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> ScaleSchedulerOutput | tuple:
@@ -269,6 +280,9 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 from the output of the pass before; all by default.
             known_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`, *optional*): Tokens that stay as they
                 are in `sample`, in every pass (inpainting); none by default.
+            confidence (`torch.Tensor` of shape `(batch, num_scale_tokens)`, *optional*): Probabilities that the tokens
+                of the scale in `sample` are right. The policy `"learned"` needs them in every pass with a
+                `resample_mask`; nothing else reads them.
             generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.
             return_dict (`bool`, defaults to `True`): Whether to return a [`ScaleSchedulerOutput`].
 
@@ -276,8 +290,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             [`ScaleSchedulerOutput`] or the tuple of its fields.
 
         Raises:
-            ValueError: If shapes do not fit the schedule, the number of generators is not the batch size, or the
-                logits are not finite.
+            ValueError: If shapes do not fit the schedule, the number of generators is not the batch size, the logits
+                are not finite, or the policy `"learned"` gets no probabilities as `confidence`.
         """
         tokens = self.token_slice(timestep)
         batch_size, num_scale_tokens = sample.shape[0], tokens.stop - tokens.start
@@ -298,6 +312,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             )
 
         token_ids = sample[:, tokens]
+        if self.config.resampling_policy == "learned" and resample_mask is not None:
+            resample_mask = resample_mask & self._is_distrusted(confidence, token_ids.shape)
         if known_mask is not None:
             resample_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
         redraws = self._num_further_passes(timestep) if self.config.resampling_feedback == "redraw" else 0
@@ -321,16 +337,30 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
     def _draw(self, logits, token_ids, resample_mask, generator) -> torch.LongTensor:
         rows = None if resample_mask is None else resample_mask.any(dim=1)
+        if rows is not None and not rows.any():
+            return token_ids
         drawn = sample_tokens(
             logits, self.config.temperature, self.config.top_k, self.config.top_p, generator=generator, rows=rows
         )
         return drawn if resample_mask is None else torch.where(resample_mask, drawn, token_ids)
 
     def _resample_mask(self, probabilities: torch.Tensor) -> torch.BoolTensor:
-        """Tokens that the policy wants to draw again."""
+        """Tokens that the policy wants to draw again, or to have judged before that."""
         if self.config.resampling_policy == "masked":
             return probabilities < self.config.resampling_threshold
-        return torch.full_like(probabilities, self.config.resampling_policy == "simple", dtype=torch.bool)
+        return torch.full_like(probabilities, self.config.resampling_policy != "none", dtype=torch.bool)
+
+    def _is_distrusted(self, confidence: torch.Tensor | None, shape: torch.Size) -> torch.BoolTensor:
+        """Tokens that the critic takes for wrong."""
+        if confidence is None or confidence.shape != shape:
+            raise ValueError(
+                f"`confidence` must have shape {tuple(shape)} in further passes of the policy 'learned', got"
+                f" {None if confidence is None else tuple(confidence.shape)}."
+            )
+        if not ((confidence >= 0) & (confidence <= 1)).all():
+            low, high = (bound.item() for bound in confidence.aminmax())
+            raise ValueError(f"`confidence` must hold probabilities in [0, 1], got [{low:.3g}, {high:.3g}].")
+        return confidence < self.config.resampling_threshold
 
     def add_noise(
         self,

@@ -32,7 +32,7 @@ from srdd.training.transformer import (
     cross_entropy,
     guided_distribution,
     inference_scales,
-    load_tokens,
+    load_tokens_of,
     train_transformer,
 )
 
@@ -82,11 +82,6 @@ def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) 
         images = load_images(args, args.label_column or None, args.max_train_samples)
     teacher_pipe = SRDDPipeline.from_pretrained(args.teacher).to(accelerator.device)
     vqvae, teacher = teacher_pipe.vqvae.requires_grad_(False), teacher_pipe.transformer.requires_grad_(False).eval()
-    if images.id2label and images.id2label != teacher.id2label:
-        raise ValueError(
-            f"`teacher` must know the classes of the data, {sorted(images.id2label.values())}, got"
-            f" {sorted(teacher.id2label.values())}."
-        )
     guided = args.guidance_scale > 1
     # Labels are dropped below, for teacher and student alike.
     model = ScaleTransformer2DModel.from_pretrained(
@@ -94,10 +89,7 @@ def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) 
     )
     null_class = teacher.config.num_classes
     dropout = 0.0 if guided else teacher.config.class_dropout_prob
-    tokens = load_tokens(args, accelerator, vqvae, images, inference_scales(scheduler))
-    if not images.id2label:
-        for part in (tokens.train, tokens.validation):
-            part.labels[:] = null_class
+    tokens = load_tokens_of(args, accelerator, "teacher", teacher_pipe, images, inference_scales(scheduler))
     loss = cross_entropy(args, vqvae, scheduler)
 
     def compute_loss(model, batch):

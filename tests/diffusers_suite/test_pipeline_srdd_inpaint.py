@@ -22,7 +22,12 @@ PARAMS = pipeline_params.IMAGE_INPAINTING_PARAMS - {"height", "width"}
 
 
 def dummy_components() -> dict[str, Any]:
-    return {"vqvae": tiny_vqvae(), "transformer": tiny_transformer(), "scheduler": tiny_scheduler()}
+    return {
+        "vqvae": tiny_vqvae(),
+        "transformer": tiny_transformer(),
+        "scheduler": tiny_scheduler(),
+        "token_critic": None,
+    }
 
 
 def dummy_inputs(generator: torch.Generator, output_type: str) -> dict[str, Any]:

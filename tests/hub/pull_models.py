@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
 
 
 def draw(pipe: SRDDPipeline) -> torch.Tensor:
@@ -54,6 +54,14 @@ def vqvae() -> dict:
     return MultiScaleVQModel.from_pretrained("me/tiny", subfolder="vqvae").state_dict()
 
 
+def critic() -> dict:
+    return TokenCritic.from_pretrained("me/critical", subfolder="token_critic").state_dict()
+
+
+def pipeline_with_a_critic() -> dict:
+    return {"images": draw(SRDDPipeline.from_pretrained("me/critical"))}
+
+
 def scheduler() -> dict:
     return dict(ScaleScheduler.from_pretrained("me/tiny", subfolder="scheduler").config)
 
@@ -85,6 +93,8 @@ LOADS: list[Callable[[], dict]] = [
     sharded_model,
     transformer,
     vqvae,
+    critic,
+    pipeline_with_a_critic,
     scheduler,
     scheduler_repository,
     preset,

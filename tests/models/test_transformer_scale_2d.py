@@ -272,6 +272,25 @@ def test_weights_fit_all_patterns():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_hidden_states_are_what_the_logits_are_made_of(pattern, shared_adaln):
+    model = make_transformer(pattern, shared_adaln=shared_adaln)
+    inputs, labels, passes = random_inputs(), torch.tensor([0, 3]), []
+    model.blocks[0].register_forward_hook(lambda *args: passes.append(args))
+    output = model(inputs, class_labels=labels, return_hidden_states=True)
+    assert len(passes) == 1
+    assert output.hidden_states.shape == (2, NUM_TOKENS, model.dim)
+    assert torch.equal(model.proj_out(output.hidden_states), output.sample)
+    logits, hidden_states = model(inputs, class_labels=labels, return_hidden_states=True, return_dict=False)
+    assert torch.equal(hidden_states, output.hidden_states)
+    plain = model(inputs, class_labels=labels)
+    assert torch.equal(plain.sample, logits)
+    assert plain.hidden_states is None
+    assert len(plain.to_tuple()) == len(model(inputs, return_dict=False)) == 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("timestep", [1, [1], (1,), torch.tensor(1), torch.tensor([1])])
 def test_a_timestep_may_be_a_number_a_list_or_a_tensor(timestep):
     model, x = make_transformer(), random_inputs()[:, TOKENS[2]]

@@ -71,8 +71,28 @@ def test_a_cell_is_known_by_the_share_of_its_pixels(cells):
                 assert torch.equal(region.known_mask((side, side))[:, row, column], expected)
 
 
+def test_scattered_pixels_speak_for_what_is_between_them_and_small_parts_not_for_coarse_cells():
+    scattered = torch.zeros(1, 1, 8, 8)
+    scattered[..., ::2, ::2] = 1
+    corner = torch.zeros(1, 1, 8, 8)
+    corner[..., :2, :4] = 1
+    region = KnownRegion(torch.zeros(1, 8, 4, 4), torch.cat([scattered, corner]))
+    for side in SCALE_SIZES:
+        everywhere, somewhere = region.known_mask((side, side))
+        assert everywhere.all()
+        expected = torch.zeros(side, side, dtype=torch.bool)
+        if side == 4:
+            expected[0, :2] = True
+        assert torch.equal(somewhere, expected)
+    # One of four pixels of the latent cells of the left half, and another pixel.
+    scattered[..., 4:] = 0
+    scattered[..., 0, 4] = 1
+    left = KnownRegion(torch.zeros(1, 8, 4, 4), scattered).known_mask((2, 2))
+    assert left.tolist() == [[[True, False], [True, False]]]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("cells", ["all", "majority", "any"])
+@pytest.mark.parametrize("cells", ["spread", "all", "majority", "any"])
 @pytest.mark.parametrize("seed", range(5))
 def test_original_tokens_are_those_of_the_image(cells, seed):
     vqvae = tiny_vqvae()

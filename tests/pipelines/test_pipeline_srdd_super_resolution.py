@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -5,6 +7,9 @@ from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vq
 
 from srdd import SRDDSuperResolutionPipeline
 from srdd.pipelines.image_regions import resize
+
+
+BUNDLED = Path(__file__).parents[2] / "model_cards" / "srdd-fruits64"
 
 
 def make_pipeline(attention_pattern="markov", **scheduler) -> SRDDSuperResolutionPipeline:
@@ -31,7 +36,7 @@ def test_coarse_tokens_are_those_of_the_enlarged_image(pattern, num_known):
     assert output.images.shape == (1, 3, 8, 8)
     with torch.no_grad():
         tokens = pipe.vqvae.tokenize(resize(image * 2 - 1, (8, 8)))
-    # Half of the latent grid of 4 holds the scales 1 and 2.
+    # Of an image of 4 x 4 pixels, the tokens of the scales 1 and 2 cover 2 x 2 or more.
     count = [0, 1, 5, 21][2 if num_known is None else num_known]
     assert torch.equal(output.token_ids[:, :count], tokens[:, :count])
     if count < 21:
@@ -79,6 +84,9 @@ def test_at_least_one_scale_is_drawn():
     assert [pipe.num_determined_scales(factor) for factor in (1, 2, 4, 8)] == [2, 2, 1, 1]
     pipe.scheduler = tiny_scheduler(scales=[1, 4])
     assert pipe.num_determined_scales(2) == 1
+    pipe = SRDDSuperResolutionPipeline.from_pretrained(BUNDLED)
+    # Scales 1 2 3 4 5 6 8 for 64 pixels; measured in benchmarks/EDITING.md.
+    assert [pipe.num_determined_scales(factor) for factor in (2, 4, 8, 16)] == [6, 6, 4, 2]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,9 @@ def generators(*seeds: int) -> list[torch.Generator]:
         ({"resampling_policy": "masked", "num_resampling_passes": [0, 3, 1]}, [2, 1, 1, 1, 1, 0, 0]),
         ({"resampling_policy": "masked", "num_resampling_passes": 5, "resampling_feedback": "redraw"}, [2, 1, 0]),
         ({"resampling_policy": "none", "num_resampling_passes": 5}, [2, 1, 0]),
+        ({"resampling_policy": "learned", "num_resampling_passes": 2}, [2, 1, 1, 1, 0, 0, 0]),
+        ({"resampling_policy": "learned", "num_resampling_passes": [4, 0, 1]}, [2, 1, 0, 0]),
+        ({"resampling_policy": "learned", "num_resampling_passes": 1, "scales": [1, 4]}, [2, 0, 0]),
         ({"scales": [1, 4]}, [2, 0]),
         (
             {"scales": [1, 4], "resampling_policy": "simple", "num_resampling_passes": [2, 9, 1]},
@@ -320,6 +323,136 @@ def test_redraw_feedback_is_a_loop_over_the_same_logits(passes):
     assert output.resample_mask.any() == (passes < 3)
 
 
+def learned_scheduler(**overrides) -> ScaleScheduler:
+    return tiny_scheduler(**{"resampling_policy": "learned", "resampling_threshold": 0.3, **overrides})
+
+
+def random_confidence(batch_size: int = 2, num_tokens: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch_size, num_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+def test_learned_policy_draws_all_tokens_first_and_may_draw_each_again():
+    logits, sample = random_logits(16), random_token_ids()
+    plain = tiny_scheduler().step(logits, 0, sample, generator=generators(0, 1))
+    output = learned_scheduler().step(logits, 0, sample, generator=generators(0, 1))
+    assert torch.equal(output.prev_sample, plain.prev_sample)
+    assert torch.equal(output.token_probabilities, plain.token_probabilities)
+    assert output.resample_mask.all()
+    assert output.feedback_mask is None
+
+
+def test_learned_policy_draws_the_distrusted_tokens_from_the_new_logits():
+    scheduler, sample, confidence = learned_scheduler(), random_token_ids(), random_confidence()
+    confidence[0, :2] = torch.tensor([0.2999, 0.3])
+    logits, mask = random_logits(16, seed=1), torch.ones(2, 16, dtype=torch.bool)
+    output = scheduler.step(logits, 0, sample, resample_mask=mask, confidence=confidence, generator=generators(5, 6))
+    drawn = tiny_scheduler().step(logits, 0, sample, generator=generators(5, 6)).prev_sample
+    low = confidence < 0.3
+    assert low[0, 0]
+    assert not low[0, 1]
+    expected = torch.where(low, drawn[:, TOKENS[0]], sample[:, TOKENS[0]])
+    assert torch.equal(output.prev_sample[:, TOKENS[0]], expected)
+    assert torch.equal(output.prev_sample[:, : TOKENS[0].start], sample[:, : TOKENS[0].start])
+    chosen = logits.softmax(dim=-1).gather(-1, expected.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(output.token_probabilities, chosen, atol=1e-6, rtol=0)
+    # A token that is trusted now may be distrusted next to the new ones.
+    assert output.resample_mask.all()
+
+
+def test_learned_policy_is_done_with_an_image_whose_tokens_are_all_trusted():
+    scheduler, sample, random = learned_scheduler(), random_token_ids(), generators(0, 1)
+    confidence = random_confidence()
+    confidence[0] = 0.3
+    states = [generator.get_state() for generator in random]
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    output = scheduler.step(random_logits(16), 0, sample, resample_mask=mask, confidence=confidence, generator=random)
+    assert torch.equal(output.prev_sample[0], sample[0])
+    assert not torch.equal(output.prev_sample[1], sample[1])
+    assert output.resample_mask.any(dim=1).tolist() == [False, True]
+    assert torch.equal(random[0].get_state(), states[0])
+    assert not torch.equal(random[1].get_state(), states[1])
+    # It stays done, whatever a later pass would say.
+    again = scheduler.step(
+        random_logits(16, seed=1),
+        0,
+        output.prev_sample,
+        resample_mask=output.resample_mask,
+        confidence=torch.zeros(2, 16),
+        generator=random,
+    )
+    assert torch.equal(again.prev_sample[0], sample[0])
+    assert again.resample_mask.any(dim=1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_learned_policy_at_the_ends_of_its_threshold(threshold):
+    scheduler, sample = learned_scheduler(resampling_threshold=threshold), random_token_ids()
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    output = scheduler.step(
+        random_logits(16), 0, sample, resample_mask=mask, confidence=random_confidence(), generator=generators(0, 1)
+    )
+    assert output.resample_mask.all() == (threshold == 1)
+    assert output.resample_mask.any() == (threshold == 1)
+    assert torch.equal(output.prev_sample, sample) == (threshold == 0)
+
+
+def test_learned_policy_leaves_known_tokens_alone():
+    scheduler, sample, random = learned_scheduler(), random_token_ids(3), generators(0, 1, 2)
+    known = torch.rand(3, 16, generator=torch.Generator().manual_seed(3)) < 0.5
+    known[2] = True
+    first = scheduler.step(random_logits(16, 3), 0, sample, known_mask=known, generator=random)
+    assert torch.equal(first.resample_mask, ~known)
+    second = scheduler.step(
+        random_logits(16, 3, seed=1),
+        0,
+        first.prev_sample,
+        resample_mask=first.resample_mask,
+        known_mask=known,
+        confidence=torch.where(known, 0.0, random_confidence(3)),
+        generator=random,
+    )
+    for output in (first, second):
+        assert torch.equal(output.prev_sample[:, TOKENS[0]][known], sample[:, TOKENS[0]][known])
+    low = ~known & (random_confidence(3) < 0.3)
+    changed = first.prev_sample[:, TOKENS[0]] != second.prev_sample[:, TOKENS[0]]
+    assert changed.any()
+    assert not changed[~low].any()
+    assert torch.equal(second.resample_mask, ~known & low.any(dim=1, keepdim=True))
+    assert not second.resample_mask[2].any()
+
+
+@pytest.mark.parametrize(
+    ("confidence", "message"),
+    [
+        (None, r"`confidence` must have shape \(2, 4\) in further passes of the policy 'learned', got None"),
+        (torch.zeros(2, 5), r"`confidence` must have shape \(2, 4\) .* got \(2, 5\)"),
+        (torch.zeros(1, 4), r"`confidence` must have shape \(2, 4\) .* got \(1, 4\)"),
+        (
+            torch.tensor([[-0.5] * 4, [0.5] * 4]),
+            r"`confidence` must hold probabilities in \[0, 1\], got \[-0.5, 0.5\]",
+        ),
+        (torch.full((2, 4), 1.5), r"`confidence` must hold probabilities in \[0, 1\], got \[1.5, 1.5\]"),
+        (torch.full((2, 4), math.nan), r"`confidence` must hold probabilities in \[0, 1\], got \[nan, nan\]"),
+    ],
+)
+def test_learned_policy_refuses_what_is_no_confidence(confidence, message):
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        learned_scheduler().step(random_logits(4), 1, random_token_ids(), resample_mask=mask, confidence=confidence)
+
+
+@pytest.mark.parametrize("policy", ["none", "simple", "masked"])
+def test_other_policies_read_no_confidence(policy):
+    scheduler = tiny_scheduler(resampling_policy=policy, resampling_threshold=0.05)
+    logits, sample, mask = random_logits(16), random_token_ids(), torch.ones(2, 16, dtype=torch.bool)
+    with_and_without = [
+        scheduler.step(logits, 0, sample, resample_mask=mask, generator=generators(0, 1), confidence=confidence)
+        for confidence in (None, torch.ones(2, 16))
+    ]
+    assert torch.equal(with_and_without[0].prev_sample, with_and_without[1].prev_sample)
+    assert torch.equal(with_and_without[0].resample_mask, with_and_without[1].resample_mask)
+
+
 @pytest.mark.parametrize("policy", ["none", "simple", "masked"])
 def test_an_image_with_its_own_generator_does_not_depend_on_the_batch(policy):
     scheduler = tiny_scheduler(resampling_policy=policy, resampling_threshold=0.05, num_resampling_passes=2)
@@ -397,7 +530,7 @@ def test_forward_process_refuses_other_shapes(shape):
             {"guidance_schedule": "cosine"},
             r"`guidance_schedule` must be one of \('linear', 'constant'\), got 'cosine'",
         ),
-        ({"resampling_policy": "MR"}, r"`resampling_policy` must be one of \('none', 'simple', 'masked'\), got 'MR'"),
+        ({"resampling_policy": "MR"}, r"`resampling_policy` must be one of \('none', .*'learned'\), got 'MR'"),
         ({"resampling_feedback": None}, r"`resampling_feedback` must be one of \('full', .*'redraw'\), got None"),
         (
             {"resampling_policy": "simple", "resampling_feedback": "kept"},
@@ -406,6 +539,18 @@ def test_forward_process_refuses_other_shapes(shape):
         (
             {"resampling_policy": "simple", "resampling_feedback": "redraw"},
             "`resampling_feedback` must be 'full' or 'time_travel' with the policy 'simple'.*got 'redraw'",
+        ),
+        (
+            {"resampling_policy": "learned", "resampling_feedback": "kept"},
+            "`resampling_feedback` must be 'full' with the policy 'learned'.*got 'kept'",
+        ),
+        (
+            {"resampling_policy": "learned", "resampling_feedback": "time_travel"},
+            "`resampling_feedback` must be 'full' with the policy 'learned'.*got 'time_travel'",
+        ),
+        (
+            {"resampling_policy": "learned", "resampling_feedback": "redraw"},
+            "`resampling_feedback` must be 'full' with the policy 'learned'.*got 'redraw'",
         ),
         ({"num_resampling_passes": -1}, "`num_resampling_passes` must be a non-negative integer.*got -1"),
         ({"num_resampling_passes": [1, 2]}, r"`num_resampling_passes` must be .* list of 3 of them, got \[1, 2\]"),

@@ -62,6 +62,14 @@ def start_distillation(root: Path, output_dir: Path, *more: str | Path, **option
     return start("distill_srdd", *arguments, output=output_dir.with_suffix(".txt"), **options)
 
 
+def start_critic(root: Path, output_dir: Path, *more: str | Path, **options) -> Run:
+    arguments = [
+        *common(root, output_dir), "--max_train_steps", 12, "--pretrained_model_name_or_path", root / "transformer",
+        "--token_cache_dir", root / "tokens", "--hidden_dim", 8, *more,
+    ]  # fmt: skip
+    return start("train_token_critic", *arguments, output=output_dir.with_suffix(".txt"), **options)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(root):
     """An uninterrupted run."""
@@ -214,6 +222,16 @@ def test_a_distillation_killed_in_its_first_stage_and_its_second_ends_as_if_it_w
     assert sum(executioner.kills_while_writing for executioner in executioners) >= 1
     start_distillation(root, output_dir).finish()
     assert_same_run(output_dir, distillation)
+
+
+def test_a_critic_killed_again_and_again_ends_as_if_it_was_not(root, transformer):
+    start_critic(root, root / "critic", "--checkpoints_total_limit", NUM_STEPS).finish()
+    output_dir = root / "critic_killed"
+    executioner = Executioner(output_dir, seed=6)
+    assert_kills_change_nothing(
+        lambda: start_critic(root, output_dir), output_dir, root / "critic", executioner, kills=4
+    )
+    assert executioner.kills_while_writing >= 1
 
 
 def test_a_stage_killed_while_it_is_finished_is_finished_again(root, distillation):

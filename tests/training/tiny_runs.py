@@ -54,6 +54,14 @@ def distill(image_folder: Path, teacher: Path, output_dir: Path, *more: str | Pa
     run_script("distill_srdd", *common(image_folder, output_dir), "--teacher", teacher, *more)
 
 
+def train_critic(image_folder: Path, model: Path, output_dir: Path, *more: str | Path) -> None:
+    """Width 8."""
+    run_script(
+        "train_token_critic", *common(image_folder, output_dir), "--pretrained_model_name_or_path", model,
+        "--hidden_dim", 8, *more,
+    )  # fmt: skip
+
+
 def read_log(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
 

@@ -27,6 +27,21 @@ Timesteps = int | Sequence[int] | torch.Tensor
 
 
 @dataclass
+class ScaleTransformer2DModelOutput(Transformer2DModelOutput):
+    """
+    Output of [`ScaleTransformer2DModel.forward`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, num_tokens, codebook_size)`): Logits.
+        hidden_states (`torch.Tensor` of shape `(batch, num_tokens, dim)`, *optional*):
+            What the logits are a linear map of: the last hidden states, normed and modulated. Only where asked for.
+    """
+
+    sample: torch.Tensor
+    hidden_states: torch.Tensor | None = None
+
+
+@dataclass
 class ScaleKVCache:
     """
     Keys and values of the scales already drawn, for the attention patterns that look back.
@@ -383,6 +398,11 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         return {int(index): name for index, name in self.config.id2label.items()}
 
     @property
+    def dim(self) -> int:
+        """Width of the hidden states."""
+        return self.config.num_attention_heads * self.config.attention_head_dim
+
+    @property
     def needs_kv_cache(self) -> bool:
         """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
         return self.config.attention_pattern != "markov"
@@ -434,8 +454,9 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         timestep: Timesteps | None = None,
         class_labels: torch.LongTensor | None = None,
         kv_cache: ScaleKVCache | None = None,
+        return_hidden_states: bool = False,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+    ) -> ScaleTransformer2DModelOutput | tuple[torch.Tensor, ...]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, num_tokens, latent_channels)`):
@@ -448,10 +469,12 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             kv_cache ([`ScaleKVCache`], *optional*):
                 Gives the patterns "causal" and "banded" the scales that are not in `hidden_states`, and receives those
                 that are.
-            return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
+            return_hidden_states (`bool`, defaults to `False`): Whether to return the last hidden states, too.
+            return_dict (`bool`, defaults to `True`): Whether to return a [`ScaleTransformer2DModelOutput`].
 
         Returns:
-            `Transformer2DModelOutput` or `(sample,)`: Logits of shape `(batch, num_tokens, codebook_size)`.
+            [`ScaleTransformer2DModelOutput`] or the tuple of its fields: Logits of shape `(batch, num_tokens,
+            codebook_size)` and, if asked for, the hidden states.
 
         Raises:
             ValueError: If `timestep` is not falling or out of range, `hidden_states` does not hold those scales, or
@@ -488,5 +511,9 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             else:
                 hidden_states = block(hidden_states, conditioning, segments, kv_cache)
         scale, shift = self.adaln_out(condition).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
-        logits = self.proj_out(modulate(self.norm_out, hidden_states, scale, shift))  # (B, N, V)
-        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
+        hidden_states = modulate(self.norm_out, hidden_states, scale, shift)
+        output = ScaleTransformer2DModelOutput(
+            sample=self.proj_out(hidden_states),  # (B, N, V)
+            hidden_states=hidden_states if return_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()

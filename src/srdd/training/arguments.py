@@ -92,14 +92,19 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--hub_token", help="Default: the token of `hf auth login`.")
 
 
-def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
-    """What training and distilling a transformer have in common."""
+def add_token_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where token pyramids come from."""
     tokens = parser.add_argument_group("tokens and labels")
     tokens.add_argument(
         "--label_column", default="auto", help="Column of the labels; 'auto' is 'label' if there is one, '' is none."
     )
     tokens.add_argument("--random_crops", type=int, default=0, help="Tokenise so many random crops, not the centre.")
     tokens.add_argument("--token_cache_dir", help="Where the pyramids are kept; default: `output_dir/tokens`.")
+
+
+def add_transformer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What training and distilling a transformer have in common."""
+    add_token_arguments(parser)
     loss = parser.add_argument_group("loss")
     loss.add_argument("--label_smoothing", type=float, default=0.0)
     loss.add_argument("--scale_loss_weights", type=float_list, help="What a token of each scale counts; default: 1.")

@@ -24,6 +24,7 @@ SAVED_CONFIGS = [
     "config.json",
     "vqvae/config.json",
     "transformer/config.json",
+    "token_critic/config.json",
     "scheduler/scheduler_config.json",
 ]
 
@@ -38,6 +39,13 @@ PIPELINE_SNIPPET = """from srdd import SRDDPipeline
 pipe = SRDDPipeline.from_pretrained("{name}")
 image = pipe({labels}{guidance}).images[0]"""
 
+CRITIC_SNIPPET = """from srdd import ScaleScheduler, SRDDPipeline
+
+pipe = SRDDPipeline.from_pretrained("{name}")
+policy = {"resampling_policy": "learned", "resampling_threshold": {threshold}, "resampling_feedback": "full"}
+pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, **policy)
+image = pipe({labels}{guidance}).images[0]"""
+
 
 def finish_tokenizer(args: Namespace, model: MultiScaleVQModel, images: LabelledImages) -> None:
     """Save a trained tokenizer with its card in `output_dir`, and upload it if asked to."""
@@ -48,13 +56,17 @@ def finish_tokenizer(args: Namespace, model: MultiScaleVQModel, images: Labelled
 
 def finish_pipeline(args: Namespace, pipe: SRDDPipeline, images: LabelledImages) -> None:
     """Save a trained pipeline with its card in `output_dir`, and upload it if asked to."""
-    _cast(pipe.vqvae, args.save_dtype)
-    _cast(pipe.transformer, args.save_dtype)
+    models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}
+    snippet = PIPELINE_SNIPPET
+    if pipe.token_critic is not None:
+        models["token_critic"] = pipe.token_critic
+        snippet = CRITIC_SNIPPET.replace("{threshold}", str(args.validation_threshold))
+    for model in models.values():
+        _cast(model, args.save_dtype)
     pipe.save_pretrained(args.output_dir)
-    snippet = PIPELINE_SNIPPET.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
+    snippet = snippet.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
     distilled = pipe.transformer.config.guidance_distilled
     guidance = "" if distilled or not pipe.id2label else f", guidance_scale={args.validation_guidance_scale}"
-    models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}
     _publish(args, images, models, snippet.replace("{guidance}", guidance), "samples")
 
 
@@ -156,6 +168,7 @@ def model_card(
     description = args.data_description or images.train.info.description or f"`{Path(source).name}`"
     classes = f", {len(images.id2label)} classes" if images.id2label else ", without labels"
     validation = f", {len(images.validation):,} for validation" if images.validation is not None else ""
+    part = ", of the token critic alone" if "token_critic" in models else ""
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {Path(args.output_dir).name}\n",
@@ -168,8 +181,8 @@ def model_card(
         f" {args.license or 'not stated'}.\n",
         "## Training\n",
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, srdd {__version__}, seed {args.seed},"
-        f" {args.max_train_steps:,} steps of {args.train_batch_size} images per process. The weights are averages"
-        f" over the steps (EMA {args.ema_decay}), stored as {args.save_dtype}.\n",
+        f" {args.max_train_steps:,} steps of {args.train_batch_size} images per process{part}. The weights are"
+        f" averages over the steps (EMA {args.ema_decay}), stored as {args.save_dtype}.\n",
         f"```sh\n{_command(args)}\n```\n",
         "![Training curve](training_curve.png)\n",
         "## Validation\n",
@@ -204,9 +217,11 @@ def _model_table(models: dict) -> str:
             for key, value in model.config.items()
             if not key.startswith("_") and key not in ("id2label", "scale_sizes", "up_block_types", "down_block_types")
         }
-        scales = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in model.config.scale_sizes)
         text = ", ".join(f"{key} {value}" for key, value in facts.items())
-        rows.append(f"| `{name}` | {count:.1f} M | scales {scales}; {text} |")
+        if "scale_sizes" in model.config:
+            scales = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in model.config.scale_sizes)
+            text = f"scales {scales}; {text}"
+        rows.append(f"| `{name}` | {count:.1f} M | {text} |")
     return "\n".join(rows) + "\n"
 
 

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
+from srdd.models import ScaleKVCache
 from srdd.scale_sizes import num_tokens_per_scale
 from srdd.training.data import LabelledImages
 from srdd.training.loop import (
@@ -26,6 +27,15 @@ from srdd.training.token_cache import TokenDataset, cached_tokens
 # Called with the transformer and a batch of `"token_ids"` and `"labels"`; returns terms by name, `"loss"` being their
 # sum, and the cross-entropy's statistics.
 ComputeLoss = Callable[[torch.nn.Module, dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], TokenLoss]]
+
+# The same for any model: the losses, which must be finite, and what else is logged of the step.
+ComputeValues = Callable[
+    [torch.nn.Module, dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+]
+
+# Called with the averaged model and batches of held-out pyramids; returns metrics, a `"loss"` among them, and rows of
+# pictures in [-1, 1].
+Evaluate = Callable[[torch.nn.Module, DataLoader], tuple[dict, list[torch.Tensor]]]
 
 
 @dataclass
@@ -60,6 +70,34 @@ def load_tokens(
         **options,
     )
     return TokenData(train, cached_tokens(vqvae, images, validation_images(images, 1024), **options))
+
+
+def load_tokens_of(
+    args: Namespace,
+    accelerator: Accelerator,
+    name: str,
+    pipe: SRDDPipeline,
+    images: LabelledImages,
+    scale_sizes: list[list[int]],
+) -> TokenData:
+    """
+    [`load_tokens`] for a pipeline that is trained already and knows its classes. Images without labels are of the null
+    class.
+
+    Raises:
+        ValueError: If the images have other classes; names the argument `name`.
+    """
+    id2label = pipe.transformer.id2label
+    if images.id2label and images.id2label != id2label:
+        raise ValueError(
+            f"`{name}` must know the classes of the data, {sorted(images.id2label.values())}, got"
+            f" {sorted(id2label.values())}."
+        )
+    tokens = load_tokens(args, accelerator, pipe.vqvae, images, scale_sizes)
+    if not images.id2label:
+        for part in (tokens.train, tokens.validation):
+            part.labels[:] = pipe.transformer.config.num_classes
+    return tokens
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -101,7 +139,48 @@ def train_transformer(
         FloatingPointError: If loss or gradients are not finite; names the step and the scales.
     """
     scale_sizes = inference_scales(scheduler)
-    names = [f"{height}x{width}" for height, width in scale_sizes]
+
+    def compute_values(model: torch.nn.Module, batch: dict[str, torch.Tensor]):
+        losses, statistics = compute_loss(model, batch)
+        losses = {**losses, **by_scale("loss", scale_sizes, statistics.per_scale)}
+        return losses, by_scale("accuracy", scale_sizes, statistics.accuracy)
+
+    def evaluate(averaged: torch.nn.Module, loader: DataLoader):
+        return validate(averaged, vqvae, loader, scheduler), draw(args, averaged, vqvae, scheduler)
+
+    return train_on_tokens(args, accelerator, model, tokens, compute_values, evaluate)
+
+
+def by_scale(name: str, scale_sizes: list[list[int]], values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One value for each scale, named as in the loss log."""
+    return {f"{name}/{height}x{width}": value for (height, width), value in zip(scale_sizes, values)}
+
+
+def train_on_tokens(
+    args: Namespace,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    tokens: TokenData,
+    compute_values: ComputeValues,
+    evaluate: Evaluate,
+) -> torch.nn.Module:
+    """
+    The loop of [`train_transformer`], for any model that learns from cached pyramids.
+
+    Args:
+        args (`Namespace`): The common arguments.
+        accelerator (`Accelerator`): Nothing prepared yet.
+        model (`torch.nn.Module`): The model.
+        tokens ([`TokenData`]): The pyramids.
+        compute_values (`ComputeValues`): The loss of a batch.
+        evaluate (`Evaluate`): Validation.
+
+    Returns:
+        `torch.nn.Module`: A copy with the averaged weights.
+
+    Raises:
+        FloatingPointError: If loss or gradients are not finite; names the step and the losses.
+    """
     loader = make_loader(args, tokens.train, accelerator.num_processes)
     validation_loader = DataLoader(tokens.validation, batch_size=args.train_batch_size)
     if args.gradient_checkpointing:
@@ -114,9 +193,8 @@ def train_transformer(
     num_tokens = 0
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
-            losses, statistics = compute_loss(model, batch)
-            per_scale = dict(zip((f"loss/{name}" for name in names), statistics.per_scale))
-            run.check_finite({**losses, **per_scale})
+            losses, statistics = compute_values(model, batch)
+            run.check_finite(losses)
             accelerator.backward(losses["loss"])
             run.clip_gradients(model.parameters())
             optimizer.step()
@@ -124,15 +202,14 @@ def train_transformer(
         num_tokens += batch["token_ids"].numel()
         if not accelerator.sync_gradients:
             continue
-        accuracies = dict(zip((f"accuracy/{name}" for name in names), statistics.accuracy))
-        run.finish_step({**losses, **per_scale, **accuracies}, num_tokens, "tok")
+        run.finish_step({**losses, **statistics}, num_tokens, "tok")
         num_tokens = 0
         if run.is_due(args.validation_steps):
             run.averaged_model(averaged)
             if accelerator.is_main_process:
-                metrics = validate(averaged, vqvae, validation_loader, scheduler)
+                metrics, pictures = evaluate(averaged, validation_loader)
                 run.record({f"val_{name}": value for name, value in metrics.items()})
-                run.save_images("samples", picture_grid(draw(args, averaged, vqvae, scheduler)))
+                run.save_images("samples", picture_grid(pictures))
                 run.progress.write(f"step {run.step}: validation loss {metrics['loss']:.4f}")
         run.checkpoint()
     run.averaged_model(averaged)
@@ -189,10 +266,14 @@ def validate(
 
 
 def draw(
-    args: Namespace, model: ScaleTransformer2DModel, vqvae: MultiScaleVQModel, scheduler: ScaleScheduler
+    args: Namespace,
+    model: ScaleTransformer2DModel,
+    vqvae: MultiScaleVQModel,
+    scheduler: ScaleScheduler,
+    token_critic: TokenCritic | None = None,
 ) -> list[torch.Tensor]:
     """Pictures of classes spread over all from fixed seeds, in rows of up to eight, pixels in [-1, 1]."""
-    pipe = SRDDPipeline(vqvae, model, scheduler)
+    pipe = SRDDPipeline(vqvae, model, scheduler, token_critic)
     pipe.set_progress_bar_config(disable=True)
     num_classes, count = model.config.num_classes, args.num_validation_images
     labels = [index * num_classes // count % num_classes for index in range(count)] if num_classes else None
@@ -212,6 +293,7 @@ def guided_distribution(
     class_labels: torch.LongTensor,
     scheduler: ScaleScheduler,
     guidance_scale: float,
+    kv_cache: ScaleKVCache | None = None,
 ) -> torch.Tensor:
     """
     Log-probabilities of a teacher under guidance (paper, Section 3.3 a), for all scales of a schedule at once.
@@ -222,12 +304,13 @@ def guided_distribution(
         class_labels (`torch.LongTensor` of shape `(batch,)`): Class ids; the null class gets no guidance.
         scheduler ([`ScaleScheduler`]): Its scales and its guidance ramp.
         guidance_scale (`float`): diffusers' `g`; 1 and below is off.
+        kv_cache ([`ScaleKVCache`], *optional*): Receives the scales as the conditional half has seen them.
 
     Returns:
         `torch.Tensor` of shape `(batch, num_tokens, codebook_size)`, float32.
     """
     timesteps = scheduler.scale_timesteps()
-    logits = teacher(inputs, timestep=timesteps, class_labels=class_labels).sample.float()
+    logits = teacher(inputs, timestep=timesteps, class_labels=class_labels, kv_cache=kv_cache).sample.float()
     if guidance_scale > 1:
         unconditional = teacher(inputs, timestep=timesteps).sample.float()
         weights = torch.tensor([scheduler.guidance_weight(t, guidance_scale) for t in timesteps])
