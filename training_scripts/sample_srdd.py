@@ -8,10 +8,10 @@ Draw a labelled grid of pictures with a trained pipeline: one row for each class
 import argparse
 
 import torch
-from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from srdd import ScaleScheduler, SRDDPipeline
+from srdd.evaluation.pictures import labelled_grid
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -26,19 +26,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="sample.png")
     return parser.parse_args(arguments)
-
-
-def labelled_grid(images: list[Image.Image], names: list[str], columns: int) -> Image.Image:
-    """Rows of `columns` pictures, with the name of each row on its left."""
-    grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-    font = ImageFont.load_default(size=14)
-    margin = 12 + max(round(font.getlength(name)) for name in names)
-    canvas = Image.new("RGB", (margin + grid.width, grid.height), "white")
-    canvas.paste(grid, (margin, 0))
-    draw = ImageDraw.Draw(canvas)
-    for row, name in enumerate(names):
-        draw.text((6, round((row + 0.5) * images[0].height)), name, fill="black", font=font, anchor="lm")
-    return canvas
 
 
 def main(args: argparse.Namespace) -> None:

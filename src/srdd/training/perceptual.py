@@ -38,16 +38,24 @@ class EfficientNetPerceptualLoss(nn.Module):
                 features.append(nn.functional.normalize(hidden_states, dim=1, eps=1e-6))
         return features
 
-    def forward(self, sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
         """
         Args:
             sample (`torch.Tensor` of shape `(batch, 3, height, width)`): Pixels around [-1, 1].
             target (`torch.Tensor` of the same shape): Pixels in [-1, 1].
+            reduction (`str`, defaults to `"mean"`): `"mean"` over images, or `"none"` for one value for each.
 
         Returns:
-            `torch.Tensor`: A scalar.
+            `torch.Tensor`: A scalar, or of shape `(batch,)`.
+
+        Raises:
+            ValueError: If `reduction` is unknown.
         """
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"`reduction` must be 'mean' or 'none', got {reduction!r}.")
         with torch.no_grad():
             wanted = self.features(target)
-        pairs = zip(self.features(sample), wanted)
-        return torch.stack([(a - b).square().sum(dim=1).mean() for a, b in pairs]).sum()
+        errors = [(a - b).square().sum(dim=1) for a, b in zip(self.features(sample), wanted)]  # (B, h, w) each
+        if reduction == "none":
+            return torch.stack([error.mean(dim=(1, 2)) for error in errors]).sum(dim=0)
+        return torch.stack([error.mean() for error in errors]).sum()

@@ -1,0 +1,321 @@
+"""
+Distances between sets of images, on features of them: pure functions of tensors.
+
+All of it is computed in float64: the Fréchet distance is a small difference of large traces.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torchmetrics.image.kid import poly_mmd
+from tqdm.auto import tqdm
+
+
+# Rows of a distance matrix that are computed at once.
+CHUNK = 1024
+
+# Share of the variance that rounding can leave of the distance between equal sets.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStatistics:
+    """
+    What the Fréchet distance knows of a set of images: mean and covariance of their features.
+
+    Args:
+        mean (`torch.Tensor` of shape `(num_features,)`): float64.
+        factor (`torch.Tensor` of shape `(num_rows, num_features)`): float64; `factor^T factor` is the covariance. It
+            has no more rows than features.
+        count (`int`): Number of images.
+        extractor (`str`, defaults to `""`): Name of what made the features.
+    """
+
+    mean: torch.Tensor
+    factor: torch.Tensor
+    count: int
+    extractor: str = ""
+
+    @classmethod
+    def from_features(cls, features: torch.Tensor, extractor: str = "") -> "FeatureStatistics":
+        """
+        Statistics of features; the covariance is the unbiased one.
+
+        Args:
+            features (`torch.Tensor` of shape `(num_images, num_features)`): At least 2 rows, finite.
+            extractor (`str`, defaults to `""`): Name of what made them.
+
+        Raises:
+            ValueError: If the features are not finite, or too few.
+        """
+        features = _check_features("features", features)
+        mean = features.mean(dim=0)
+        rows = (features - mean) / (len(features) - 1) ** 0.5
+        if len(rows) > rows.shape[1]:
+            rows = torch.linalg.qr(rows, mode="r").R
+        return cls(mean, rows, len(features), extractor)
+
+    @classmethod
+    def from_moments(
+        cls, mean: torch.Tensor, covariance: torch.Tensor, count: int, extractor: str = ""
+    ) -> "FeatureStatistics":
+        """
+        Statistics that others have published, such as `mu` and `sigma` of a reference set.
+
+        Args:
+            mean (`torch.Tensor` of shape `(num_features,)`): Mean of the features.
+            covariance (`torch.Tensor` of shape `(num_features, num_features)`): Their covariance.
+            count (`int`): Number of images.
+            extractor (`str`, defaults to `""`): Name of what made the features.
+
+        Raises:
+            ValueError: If shapes do not fit.
+        """
+        if covariance.ndim != 2 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"`covariance` must have shape {(len(mean),) * 2}, got {tuple(covariance.shape)}.")
+        values, vectors = torch.linalg.eigh(covariance.double())
+        # What rounding left of directions without variance must not count: its square root is not small.
+        kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+        return cls(mean.double(), (vectors[:, kept] * values[kept].sqrt()).T, count, extractor)
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """The covariance, of shape `(num_features, num_features)`."""
+        return self.factor.T @ self.factor
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        tensors = {"mean": self.mean.contiguous(), "factor": self.factor.contiguous()}
+        save_file(tensors, path, metadata={"count": str(self.count), "extractor": self.extractor})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FeatureStatistics":
+        """Read what [`~FeatureStatistics.save`] wrote."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in ("mean", "factor")}
+        return cls(**tensors, count=int(metadata["count"]), extractor=metadata["extractor"])
+
+
+def frechet_distance(reference: FeatureStatistics | torch.Tensor, drawn: FeatureStatistics | torch.Tensor) -> float:
+    r"""
+    Fréchet distance between two sets of images (Heusel et al. 2017, Section 3), each described by the Gaussian with
+    the mean and the covariance of its features: `|m - n|^2 + tr(S + T - 2 (S T)^(1/2))`. It is an FID on Inception's
+    features only.
+
+    With factors `S = F^T F` and `T = G^T G`, the trace of the root is the sum of the singular values of `F G^T`: real,
+    no matter whether the covariances are singular, and without the digits that a square root of rounding errors costs.
+
+    Args:
+        reference ([`FeatureStatistics`] or `torch.Tensor` of shape `(num_images, num_features)`): One set.
+        drawn ([`FeatureStatistics`] or `torch.Tensor` of shape `(num_images, num_features)`): The other one.
+
+    Returns:
+        `float`: At least 0, and 0 for equal sets.
+
+    Raises:
+        ValueError: If features are not finite, too few, or not of the same kind.
+    """
+    reference, drawn = (
+        each if isinstance(each, FeatureStatistics) else FeatureStatistics.from_features(each)
+        for each in (reference, drawn)
+    )
+    if reference.mean.shape != drawn.mean.shape:
+        raise ValueError(
+            f"`drawn` must have as many features as `reference`, {len(reference.mean)}, got {len(drawn.mean)}."
+        )
+    if reference.extractor and drawn.extractor and reference.extractor != drawn.extractor:
+        raise ValueError(
+            f"`drawn` must hold features of {reference.extractor!r}, as `reference` does, got {drawn.extractor!r}."
+        )
+    root_trace = torch.linalg.svdvals(reference.factor @ drawn.factor.T).sum()
+    total = reference.factor.square().sum() + drawn.factor.square().sum()
+    spread = total - 2 * root_trace
+    if spread < ROUNDING * total:
+        spread = torch.zeros_like(spread)
+    return ((reference.mean - drawn.mean).square().sum() + spread).item()
+
+
+def kernel_distance(
+    reference: torch.Tensor,
+    drawn: torch.Tensor,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """
+    Squared maximum mean discrepancy with a polynomial kernel of degree 3 (Bińkowski et al. 2018), as torchmetrics'
+    `KernelInceptionDistance`, in float64 and with the choice of subsets fixed by a seed. It is a KID on Inception's
+    features only. The estimate has no bias: for sets that are alike it lies around 0, on either side.
+
+    Args:
+        reference (`torch.Tensor` of shape `(num_images, num_features)`): Features of one set.
+        drawn (`torch.Tensor` of shape `(num_images, num_features)`): Features of the other one.
+        num_subsets (`int`, defaults to 100): How many random subsets the mean is taken over.
+        subset_size (`int`, defaults to 1000): Images in a subset; no more than the smaller set has.
+        seed (`int`, defaults to 0): Seed of the choice.
+
+    Returns:
+        `tuple[float, float]`: Mean and standard deviation over subsets.
+
+    Raises:
+        ValueError: If features are not finite, too few, or not of the same number.
+    """
+    reference, drawn = _check_pair(reference, drawn)
+    subset_size = min(subset_size, len(reference), len(drawn))
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(num_subsets):
+        subsets = [each[torch.randperm(len(each), generator=generator)[:subset_size]] for each in (reference, drawn)]
+        values.append(poly_mmd(*subsets))
+    values = torch.stack(values)
+    return values.mean().item(), values.std(unbiased=False).item()
+
+
+def inception_score(logits: torch.Tensor, num_splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """
+    Exponential of the mean divergence between the class distribution of one image and that of all (Salimans et al.
+    2016). It is an IS with Inception's logits only.
+
+    Args:
+        logits (`torch.Tensor` of shape `(num_images, num_classes)`): Of drawn images.
+        num_splits (`int`, defaults to 10): Parts, shuffled, that are scored alone; 10 is what papers use.
+        seed (`int`, defaults to 0): Seed of the shuffling.
+
+    Returns:
+        `tuple[float, float]`: Mean and standard deviation over the parts, from 1 to the number of classes.
+
+    Raises:
+        ValueError: If the logits are not finite or fewer than parts.
+    """
+    logits = _check_features("logits", logits)
+    if not 1 <= num_splits <= len(logits):
+        raise ValueError(f"`num_splits` must lie in [1, {len(logits)}], the number of images, got {num_splits}.")
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
+    scores = []
+    for part in logits[order].log_softmax(dim=1).chunk(num_splits):
+        mean = part.logsumexp(dim=0) - torch.tensor(len(part), dtype=part.dtype).log()
+        scores.append((part.exp() * (part - mean)).sum(dim=1).mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(unbiased=False).item()
+
+
+def precision_recall_density_coverage(reference: torch.Tensor, drawn: torch.Tensor, k: int = 5) -> dict[str, float]:
+    """
+    How far two sets overlap, each image standing for a ball that reaches to its k-th nearest neighbour in its own set.
+
+    Args:
+        reference (`torch.Tensor` of shape `(num_images, num_features)`): Features of real images.
+        drawn (`torch.Tensor` of shape `(num_images, num_features)`): Features of drawn images.
+        k (`int`, defaults to 5): The neighbour that a ball reaches to.
+
+    Returns:
+        `dict[str, float]`: `"precision"`, the share of drawn images in some ball of real ones, and `"recall"`, the
+        share of real images in some ball of drawn ones (Kynkäänniemi et al. 2019); `"density"`, the mean number of
+        balls of real images that a drawn one is in, over k, and `"coverage"`, the share of real images with a drawn
+        one in their ball (Naeem et al. 2020). All depend on the sizes of both sets.
+
+    Raises:
+        ValueError: If features are not finite, not of the same number, or a set has no k-th neighbours.
+    """
+    reference, drawn = _check_pair(reference, drawn)
+    smallest = min(len(reference), len(drawn))
+    if not 1 <= k < smallest:
+        raise ValueError(f"`k` must lie in [1, {smallest - 1}] for sets of {smallest} images or more, got {k}.")
+    centre = reference.mean(dim=0)
+    reference, drawn = reference - centre, drawn - centre
+    # Far below what tells two images apart, far above rounding errors: equal distances must compare as equal.
+    tolerance = 1e-10 * max(each.square().sum(dim=1).mean() for each in (reference, drawn))
+    radii, drawn_radii = (_neighbour_distances(each, k) + tolerance for each in (reference, drawn))
+    hits = torch.zeros(len(drawn), dtype=torch.long, device=drawn.device)  # balls of real images a drawn one is in
+    covered, recalled = [], []
+    for rows, row_radii in zip(reference.split(CHUNK), radii.split(CHUNK)):
+        distances = _squared_distances(rows, drawn)
+        inside = distances <= row_radii[:, None]
+        hits += inside.sum(dim=0)
+        covered.append(inside.any(dim=1))
+        recalled.append((distances <= drawn_radii).any(dim=1))
+    return {
+        "precision": (hits > 0).double().mean().item(),
+        "recall": torch.cat(recalled).double().mean().item(),
+        "density": hits.double().mean().item() / k,
+        "coverage": torch.cat(covered).double().mean().item(),
+    }
+
+
+def bootstrap_interval(
+    statistic: Callable[[torch.Tensor], float],
+    drawn: torch.Tensor,
+    num_replicates: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> tuple[float, float]:
+    """
+    Confidence interval of a statistic of drawn images: where its value would lie for as many other images of the same
+    model.
+
+    Replicates are random halves (Shao and Wu 1989): for a mean their spread is that of the whole set. Draws with
+    replacement repeat images, which inflates Fréchet distances. The value of half as many images is biased as well,
+    so the quantiles are moved: the mean of the replicates goes to the value of all images.
+
+    Args:
+        statistic (`Callable`): Takes features like `drawn`, returns a number.
+        drawn (`torch.Tensor` of shape `(num_images, num_features)`): What is drawn from.
+        num_replicates (`int`, defaults to 200): How often.
+        level (`float`, defaults to 0.95): Probability of the interval.
+        seed (`int`, defaults to 0): Seed of the draws.
+        show_progress (`bool`, defaults to `False`): Show a progress bar.
+
+    Returns:
+        `tuple[float, float]`: Both ends.
+
+    Raises:
+        ValueError: If `num_replicates` or `level` is out of range.
+    """
+    if num_replicates < 1:
+        raise ValueError(f"`num_replicates` must be at least 1, got {num_replicates}.")
+    if not 0 < level < 1:
+        raise ValueError(f"`level` must lie in (0, 1), got {level}.")
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in tqdm(range(num_replicates), desc="Bootstrap", disable=not show_progress):
+        rows = torch.randperm(len(drawn), generator=generator)[: len(drawn) // 2]
+        values.append(statistic(drawn[rows]))
+    values = torch.tensor(values, dtype=torch.float64)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = (statistic(drawn) + (values - values.mean()).quantile(tails)).tolist()
+    return low, high
+
+
+def _check_features(name: str, features: torch.Tensor) -> torch.Tensor:
+    """The features in float64."""
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"`{name}` must have shape (2 or more, num_features), got {tuple(features.shape)}.")
+    if not features.isfinite().all():
+        bad = (~features.isfinite()).any(dim=1).sum().item()
+        raise ValueError(f"`{name}` must be finite, got NaN or infinite features for {bad} of {len(features)} images.")
+    return features.double()
+
+
+def _check_pair(reference: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    reference, drawn = _check_features("reference", reference), _check_features("drawn", drawn)
+    if reference.shape[1] != drawn.shape[1]:
+        raise ValueError(
+            f"`drawn` must have as many features as `reference`, {reference.shape[1]}, got {drawn.shape[1]}."
+        )
+    return reference, drawn
+
+
+def _squared_distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return left.square().sum(dim=1)[:, None] + right.square().sum(dim=1) - 2 * left @ right.T
+
+
+def _neighbour_distances(features: torch.Tensor, k: int) -> torch.Tensor:
+    """Squared distance of each row to its k-th nearest among the others."""
+    nearest = [_squared_distances(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(CHUNK)]
+    return torch.cat(nearest)

@@ -1,0 +1,162 @@
+"""Where images to be measured come from: a pipeline, a data set, a folder. All give uint8 by index."""
+
+import random
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from srdd import SRDDPipeline
+from srdd.evaluation.features import weights_hash
+from srdd.training.data import LabelledImages, image_to_tensor
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+# Random numbers of two seeds of an evaluation have nothing in common below so many images.
+SEED_STRIDE = 1_000_000
+
+
+class PipelineImages:
+    """
+    Images that a pipeline draws, of all classes alike: image i has the class `i % num_classes` and a generator of its
+    own, seeded with `1_000_000 * seed + i`, so that it depends neither on its batch nor on the process that draws it.
+
+    Args:
+        pipe ([`SRDDPipeline`]): Draws them.
+        count (`int`): Number of images.
+        guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
+        seed (`int`, defaults to 0): Seed of the images.
+
+    Raises:
+        ValueError: If the pipeline draws images that are not square.
+    """
+
+    def __init__(self, pipe: SRDDPipeline, count: int, guidance_scale: float | None = None, seed: int = 0):
+        height, width = pipe.sample_size
+        if height != width:
+            raise ValueError(f"`pipe` must draw square images, got {height}x{width}.")
+        self.pipe, self.count, self.resolution, self.seed = pipe, count, height, seed
+        self.num_classes = pipe.transformer.config.num_classes
+        self.guidance_scale = pipe.default_guidance_scale if guidance_scale is None else guidance_scale
+        if self.num_classes == 0:
+            self.guidance_scale = 1.0
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """What the pixels depend on."""
+        models = [model for model in self.pipe.components.values() if isinstance(model, torch.nn.Module)]
+        return {
+            "weights": weights_hash(*models),
+            "configs": [_public(model.config) for model in models],
+            "scheduler": _public(self.pipe.scheduler.config),
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            "device": self.pipe.device.type,
+        }
+
+    def read(self, indices: range) -> torch.Tensor:
+        """uint8 images of shape `(len(indices), 3, height, width)`."""
+        images = self.pipe(
+            [index % self.num_classes for index in indices] if self.num_classes else None,
+            guidance_scale=self.guidance_scale,
+            num_images_per_prompt=1 if self.num_classes else len(indices),
+            generator=[torch.Generator().manual_seed(SEED_STRIDE * self.seed + index) for index in indices],
+            output_type="pt",
+        ).images
+        return images.mul(255).round().to(torch.uint8).cpu()
+
+
+class DataSetImages:
+    """
+    Images of a data set, the first `count` in an order that is random but always the same.
+
+    Args:
+        images ([`LabelledImages`]): The data set.
+        split (`str`): `"train"` or `"validation"`.
+        count (`int`): At most so many images.
+        resolution (`int`): Side that images are scaled and cropped to, as in training.
+
+    Raises:
+        ValueError: If the data set has no such split.
+    """
+
+    def __init__(self, images: LabelledImages, split: str, count: int, resolution: int):
+        data = {"train": images.train, "validation": images.validation}.get(split)
+        if data is None:
+            raise ValueError(f"`split` must be one the data set has, got {split!r}.")
+        self.count, self.resolution = min(count, len(data)), resolution
+        self.data, self.column = data.shuffle(seed=0), images.image_column
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the pixels depend on."""
+        return {"data": self.data._fingerprint, "resolution": self.resolution, "column": self.column}
+
+    def read(self, indices: range) -> torch.Tensor:
+        """uint8 images of shape `(len(indices), 3, resolution, resolution)`."""
+        images = self.data[indices.start : indices.stop][self.column]
+        return torch.stack([_to_bytes(image, self.resolution) for image in images])
+
+
+class FolderImages:
+    """
+    Square pictures of one size in a folder and its subfolders, by name.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        count (`int`, *optional*): At most so many pictures, a choice that is always the same; all by default.
+        resolution (`int`, *optional*): Side that they must have; that of the first one by default.
+
+    Raises:
+        ValueError: If there are no pictures, or one does not have the side, here or when it is read.
+    """
+
+    def __init__(self, folder: str | Path, count: int | None = None, resolution: int | None = None):
+        self.folder = Path(folder)
+        self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not self.paths:
+            raise ValueError(f"`folder` must hold pictures ({', '.join(SUFFIXES)}), got none in {folder}.")
+        if count is not None and count < len(self.paths):
+            self.paths = sorted(random.Random(0).sample(self.paths, count))
+        self.count = len(self.paths)
+        with Image.open(self.paths[0]) as image:
+            self.resolution = resolution or image.height
+        self._read(self.paths[0])
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the pixels depend on."""
+        return {"files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]}
+
+    def names(self) -> list[str]:
+        """Names of the pictures, without their ending."""
+        return [path.relative_to(self.folder).with_suffix("").as_posix() for path in self.paths]
+
+    def read(self, indices: range) -> torch.Tensor:
+        """uint8 images of shape `(len(indices), 3, resolution, resolution)`."""
+        return torch.stack([self._read(self.paths[index]) for index in indices])
+
+    def _read(self, path: Path) -> torch.Tensor:
+        with Image.open(path) as image:
+            if image.size != (self.resolution, self.resolution):
+                raise ValueError(
+                    f"`folder` must hold pictures of {self.resolution}x{self.resolution} pixels, got"
+                    f" {image.width}x{image.height} in {path}."
+                )
+            return _to_bytes(image, self.resolution)
+
+
+ImageSource = PipelineImages | DataSetImages | FolderImages
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without where it came from."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _to_bytes(image: Image.Image, resolution: int) -> torch.Tensor:
+    return image_to_tensor(image, resolution).add(1).mul(127.5).round().to(torch.uint8)

@@ -1,0 +1,58 @@
+"""Pictures of results: labelled grids and curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageFont
+
+
+def labelled_grid(images: list[Image.Image], names: list[str], columns: int) -> Image.Image:
+    """Rows of `columns` pictures, with the name of each row on its left."""
+    grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
+    font = ImageFont.load_default(size=14)
+    margin = 12 + max(round(font.getlength(name)) for name in names)
+    canvas = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    canvas.paste(grid, (margin, 0))
+    draw = ImageDraw.Draw(canvas)
+    for row, name in enumerate(names):
+        draw.text((6, round((row + 0.5) * images[0].height)), name, fill="black", font=font, anchor="lm")
+    return canvas
+
+
+def save_curves(
+    path: str | Path,
+    curves: dict[str, tuple[Sequence, Sequence[float], Sequence[tuple[float, float] | None]]],
+    x_label: str,
+    y_label: str,
+) -> None:
+    """
+    Draw curves into a PNG file.
+
+    Args:
+        path (`str` or `Path`): The file.
+        curves (`dict`): By name, positions, values and the intervals of the values, `None` where there is none.
+        x_label (`str`): Of the positions; numbers that span more than a factor of 50 get a logarithmic axis, other
+            things than numbers are spread evenly.
+        y_label (`str`): Of the values.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    positions = [position for xs, _, _ in curves.values() for position in xs]
+    numeric = all(isinstance(position, (int, float)) for position in positions)
+    if numeric and min(positions) > 0 and max(positions) > 50 * min(positions):
+        axes.set_xscale("log")
+    for name, (xs, ys, intervals) in curves.items():
+        places = list(xs) if numeric else [str(x) for x in xs]
+        (line,) = axes.plot(places, ys, marker="o", label=name)
+        shown = [(place, interval) for place, interval in zip(places, intervals) if interval is not None]
+        if shown:
+            places, bounds = zip(*shown)
+            axes.fill_between(places, *zip(*bounds), alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)

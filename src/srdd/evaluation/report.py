@@ -1,0 +1,181 @@
+"""Numbers of an evaluation, with all that one must know to compare them with others."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from srdd.evaluation.collecting import CollectedImages
+from srdd.evaluation.distances import (
+    FeatureStatistics,
+    bootstrap_interval,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall_density_coverage,
+)
+from srdd.evaluation.features import FeatureExtractor
+from srdd.evaluation.image_sources import FolderImages
+from srdd.evaluation.pairs import pair_metrics
+
+
+# At most: sets of fewer images have fewer parts and smaller subsets.
+NUM_NEIGHBOURS, NUM_SPLITS, NUM_SUBSETS, SUBSET_SIZE = 5, 10, 100, 1000
+
+METRIC_SETTINGS = {
+    "neighbours": NUM_NEIGHBOURS,
+    "score_splits": NUM_SPLITS,
+    "kernel_subsets": NUM_SUBSETS,
+    "kernel_subset_size": SUBSET_SIZE,
+}
+
+
+def compare(
+    reference: CollectedImages,
+    drawn: CollectedImages,
+    extractors: Sequence[FeatureExtractor],
+    num_bootstrap: int = 200,
+    show_progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """
+    All metrics of drawn images under every extractor, by names that carry the extractor's.
+
+    Args:
+        reference ([`CollectedImages`]): Real images.
+        drawn ([`CollectedImages`]): Drawn ones.
+        extractors (`Sequence[FeatureExtractor]`): What looked at both.
+        num_bootstrap (`int`, defaults to 200): Replicates of the interval of the Fréchet distance; 0 gives none.
+        show_progress (`bool`, defaults to `False`): Show a progress bar.
+
+    Returns:
+        `dict[str, dict]`: `"value"` of each metric, and `"interval"` (95 %) or `"std"` (over subsets or parts).
+
+    Raises:
+        ValueError: If there are fewer than 6 images of either kind.
+    """
+    metrics: dict[str, dict[str, Any]] = {}
+    for extractor in extractors:
+        real, fake = reference.features[extractor.name], drawn.features[extractor.name]
+        statistics = FeatureStatistics.from_features(real, extractor.name)
+        distance = {"value": frechet_distance(statistics, fake)}
+        if num_bootstrap:
+            low, high = bootstrap_interval(
+                lambda features, statistics=statistics: frechet_distance(statistics, features),
+                fake,
+                num_bootstrap,
+                show_progress=show_progress,
+            )
+            distance["interval"] = [max(0.0, low), high]
+        metrics[extractor.distance_name] = distance
+        mean, std = kernel_distance(real, fake, NUM_SUBSETS, SUBSET_SIZE)
+        metrics[extractor.kernel_distance_name] = {"value": mean, "std": std}
+        if extractor.has_logits:
+            logits = drawn.logits[extractor.name]
+            mean, std = inception_score(logits, min(NUM_SPLITS, len(logits)))
+            metrics[extractor.score_name] = {"value": mean, "std": std}
+        overlap = precision_recall_density_coverage(real, fake, NUM_NEIGHBOURS)
+        metrics |= {f"{name} ({extractor.name})": {"value": value} for name, value in overlap.items()}
+    return metrics
+
+
+def check_pairs(images: FolderImages, references: FolderImages) -> None:
+    """
+    Raises:
+        ValueError: If two folders do not hold pictures of the same names.
+    """
+    unpaired = sorted(set(images.names()) ^ set(references.names()))
+    if unpaired:
+        raise ValueError(f"`references` must hold pictures of the same names, got {unpaired[:3]} in one folder only.")
+
+
+def compare_pairs(
+    images: FolderImages,
+    references: FolderImages,
+    lpips: torch.nn.Module | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    num_bootstrap: int = 200,
+    show_progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """
+    Means of the metrics of pairs, of pictures with equal names in two folders.
+
+    Args:
+        images ([`FolderImages`]): The pictures to be measured.
+        references ([`FolderImages`]): What they should be.
+        lpips (`torch.nn.Module`, *optional*): What [`~srdd.evaluation.pairs.load_lpips`] returns.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where they are compared.
+        batch_size (`int`, defaults to 64): Pairs at once.
+        num_bootstrap (`int`, defaults to 200): Replicates of the intervals; 0 gives none.
+        show_progress (`bool`, defaults to `False`): Show a progress bar.
+
+    Returns:
+        `dict[str, dict]`: `"value"` of each metric and `"interval"` (95 %).
+
+    Raises:
+        ValueError: If the folders do not hold pictures of the same names.
+    """
+    check_pairs(images, references)
+    starts = tqdm(range(0, images.count, batch_size), desc="Pairs", disable=not show_progress)
+    parts = []
+    for start in starts:
+        batch = range(start, min(start + batch_size, images.count))
+        pixels, wanted = (each.read(batch).to(device) / 255 for each in (images, references))
+        parts.append(pair_metrics(pixels, wanted, lpips))
+    names = {"psnr": "PSNR", "ssim": "SSIM", "perceptual_distance": "perceptual distance (efficientnet-lite0)"}
+    metrics = {}
+    for key in parts[0]:
+        values = torch.cat([part[key] for part in parts]).double().cpu()
+        metric = {"value": values.mean().item()}
+        if num_bootstrap and values.isfinite().all() and len(values) > 1:
+            interval = bootstrap_interval(lambda part: part.mean().item(), values, num_bootstrap)
+            metric["interval"] = list(interval)
+        metrics[names.get(key, "LPIPS")] = metric
+    return metrics
+
+
+def markdown_table(report: dict[str, Any]) -> str:
+    """
+    A report as two Markdown tables.
+
+    Args:
+        report (`dict`): `"settings"` by name, and `"metrics"` as [`compare`] returns them.
+
+    Returns:
+        `str`: Ends with a newline.
+    """
+    lines = ["| metric | value | |", "|---|---|---|"]
+    for name, metric in report["metrics"].items():
+        spread = ""
+        if "interval" in metric:
+            spread = "95 %: " + " to ".join(_readable(end) for end in metric["interval"])
+        elif "std" in metric:
+            spread = f"± {_readable(metric['std'])}"
+        lines.append(f"| {name} | {_readable(metric['value'])} | {spread} |")
+    lines += ["", "| setting | value |", "|---|---|"]
+    lines += [f"| {name} | {_readable(value)} |" for name, value in _flat(report["settings"])]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name} ")
+        else:
+            rows.append((prefix + name.replace("_", " "), value))
+    return rows
+
+
+def _readable(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, (list, tuple)):
+        if all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value):  # scale sizes
+            return " ".join(str(height) if height == width else f"{height}x{width}" for height, width in value)
+        return ", ".join(_readable(item) for item in value)
+    return str(value)

@@ -1,0 +1,100 @@
+import json
+
+import pytest
+from PIL import Image
+from training.tiny_runs import run_script
+
+
+# The model is all but untrained: what it draws hardly depends on guidance.
+MASKED = {"model": "SDD", "scheduler": {"resampling_policy": "masked", "resampling_threshold": 0.1}}
+SWEEP = {"axis": "temperature", "values": [0, 2.0], "curves": {"SDD": {"model": "SDD"}}}
+TABLES = [
+    {
+        "name": "policies",
+        "title": "P",
+        "kind": "samples",
+        "seeds": [0, 1],
+        "rows": {"SDD": {"model": "SDD"}, "MR": MASKED},
+    },
+    {"name": "temperature", "title": "G", "kind": "samples", "sweep": SWEEP},
+    {
+        "name": "editing",
+        "title": "E",
+        "kind": "editing",
+        "tasks": ["thick", "2x"],
+        "rows": {"filled": {"model": "none", "options": {"filling": "smooth"}}, "SDD": {"model": "SDD"}},
+    },
+    {"name": "bits", "title": "B", "kind": "likelihood", "rows": {"SDD": {"model": "SDD"}}},
+    {"name": "signal", "title": "S", "kind": "signal_to_noise", "rows": {"SDD": {"model": "SDD"}}},
+]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps({"defaults": {"num_images": 8}, "tables": TABLES}))
+    return path
+
+
+def ablate(image_folder, config, trained, output_dir, *more):
+    run_script(
+        "ablate_srdd", "--config", config, "--train_data_dir", image_folder, "--cache_dir",
+        image_folder.parent / "datasets", "--model", f"SDD={trained / 'model'}", "--output_dir", output_dir,
+        "--num_reference_images", 12, "--batch_size", 5, "--num_bootstrap", 2, *more,
+    )  # fmt: skip
+
+
+def test_tables_figures_and_pictures_are_made_and_not_made_again(image_folder, trained, config, tmp_path, capsys):
+    ablate(image_folder, config, trained, tmp_path)
+    first = capsys.readouterr().out
+    found = json.loads((tmp_path / "ablations.json").read_text())
+    cells = found["cells"]
+    assert {name: {row: len(columns) for row, columns in rows.items()} for name, rows in cells.items()} == {
+        "policies": {"SDD": 2, "MR": 2},
+        "temperature": {"SDD, temperature 0": 1, "SDD, temperature 2.0": 1},
+        "editing": {"filled": 2, "SDD": 2},
+        "bits": {"SDD": 1},
+        "signal": {"SDD": 1},
+    }
+    # Another seed, policy or temperature draws other pictures.
+    distances = [cell["metrics"]["frechet_distance"] for row in cells["policies"].values() for cell in row.values()]
+    distances += [row["seed 0"]["metrics"]["frechet_distance"] for row in cells["temperature"].values()]
+    assert len(set(distances)) == len(distances)
+    assert all(distance > 0 for distance in distances)
+    assert 0 < cells["bits"]["SDD"]["all"]["metrics"]["all"] < 8
+    drawn = {f"{name}.{kind}" for name in ("policies", "temperature", "editing") for kind in ("md", "png")}
+    assert {path.name for path in tmp_path.iterdir()} == {"ablations.json", "bits.md", "signal.md", *drawn}
+    # Two images for each task, each as original, as given and as two rows.
+    assert Image.open(tmp_path / "editing.png").size == (2 * 4 * 16, 2 * 16)
+    assert Image.open(tmp_path / "policies.png").size == (10 * 16, 2 * 16)
+
+    cells["policies"]["MR"]["seed 1"]["metrics"]["frechet_distance"] = -1.0
+    (tmp_path / "ablations.json").write_text(json.dumps(found))
+    ablate(image_folder, config, trained, tmp_path)
+    assert json.loads((tmp_path / "ablations.json").read_text()) == found
+    second = capsys.readouterr().out
+    assert second != first
+    assert second.split("## G")[1] == first.split("## G")[1]
+
+
+def test_tables_can_be_chosen(image_folder, trained, config, tmp_path, capsys):
+    ablate(image_folder, config, trained, tmp_path, "--table", "bits")
+    assert (tmp_path / "bits.md").exists()
+    assert not (tmp_path / "signal.md").exists()
+    with pytest.raises(ValueError, match="`table` must be among"):
+        ablate(image_folder, config, trained, tmp_path, "--table", "bytes")
+
+
+def test_models_must_be_named(image_folder, config, tmp_path):
+    with pytest.raises(ValueError, match="`model` must say where"):
+        run_script(
+            "ablate_srdd",
+            "--config",
+            config,
+            "--train_data_dir",
+            image_folder,
+            "--output_dir",
+            tmp_path,
+            "--model",
+            "x=y",
+        )

@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""
+Measure many settings of one or several models and write tables, figures and pictures: the paper's ablations on your
+data.
+
+    python training_scripts/ablate_srdd.py --config benchmarks/ablations.json --dataset_name fruits64 \
+        --model VAR=runs/causal --model SDD=runs/markov --output_dir runs/ablations
+
+The configuration names tables, rows and models (`srdd.evaluation.ablations.read_tables`); `--model` says where the
+models lie. What is measured goes to `ablations.json` at once; a second call goes on where the first was stopped and
+measures again only rows that were changed. Fréchet distances and perceptual distances are on EfficientNet-Lite0
+features: neither FID nor LPIPS.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from srdd import SRDDPipeline
+from srdd.evaluation.ablation_cells import AblationCells
+from srdd.evaluation.ablation_report import markdown, save_sweep
+from srdd.evaluation.ablations import NO_MODEL, AblationTable, Measurements, read_tables
+from srdd.evaluation.features import load_features
+from srdd.training.arguments import add_data_arguments
+from srdd.training.data import image_to_tensor
+from srdd.training.loop import load_images, picture_grid, validation_images
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="JSON file of the tables.")
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="Where a model of the configuration lies, a folder or Hub id; repeat it for all.",
+    )
+    parser.add_argument("--table", action="append", help="Measure these tables only.")
+    add_data_arguments(parser)
+    parser.add_argument("--label_column", default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of images.")
+    parser.add_argument("--num_reference_images", type=int, default=2048, help="Held-out images to compare with.")
+    parser.add_argument("--batch_size", type=int, default=49)
+    parser.add_argument("--num_bootstrap", type=int, default=50, help="Replicates of the confidence intervals.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output_dir", required=True)
+    return parser.parse_args(arguments)
+
+
+def load_pipelines(args: argparse.Namespace, tables: list[AblationTable]) -> dict[str, SRDDPipeline]:
+    """The models that the tables name."""
+    folders = dict(model.partition("=")[::2] for model in args.model)
+    wanted = {row.model for table in tables for row in table.rows} - {NO_MODEL}
+    if not wanted or wanted - set(folders):
+        raise ValueError(f"`model` must say where {sorted(wanted)} lie, as NAME=FOLDER, got {args.model}.")
+    pipelines = {name: SRDDPipeline.from_pretrained(folders[name]).to(args.device) for name in sorted(wanted)}
+    sizes = sorted({pipe.sample_size for pipe in pipelines.values()})
+    if len(sizes) > 1:
+        raise ValueError(f"`model` must name models of one image size, got {sizes}.")
+    return pipelines
+
+
+def main(args: argparse.Namespace) -> None:
+    tables = read_tables(args.config)
+    if args.table:
+        unknown = sorted(set(args.table) - {table.name for table in tables})
+        if unknown:
+            raise ValueError(f"`table` must be among {[table.name for table in tables]}, got {unknown}.")
+        tables = [table for table in tables if table.name in args.table]
+    pipelines = load_pipelines(args, tables)
+    data = load_images(args, args.label_column)
+    num_held_out = max([table.num_images for table in tables if table.kind != "samples"], default=0)
+    split = validation_images(data, max(args.num_reference_images, num_held_out))
+    side = next(iter(pipelines.values())).sample_size[0]
+    images = torch.stack([image_to_tensor(image, side) for image in split[data.image_column]]).add(1).div(2)
+    settings = {
+        "data": Path(args.dataset_name or args.train_data_dir).name,
+        "num_reference_images": min(args.num_reference_images, len(split)),
+        "features": "efficientnet-lite0",
+        "num_bootstrap": args.num_bootstrap,
+        "torch": torch.__version__,
+    }
+    output = Path(args.output_dir)
+    measurements = Measurements(output / "ablations.json", settings)
+    cells = AblationCells(
+        pipelines,
+        images,
+        labels=list(split[data.label_column]) if data.label_column is not None else None,
+        extractor=load_features("efficientnet-lite0").to(args.device),
+        num_reference_images=args.num_reference_images,
+        batch_size=args.batch_size,
+        num_bootstrap=args.num_bootstrap,
+    )
+    for table in tables:
+        found = {
+            row.name: {
+                column: measurements.cell(
+                    table, row, column, lambda row=row, column=column: cells.measure(table, row, column)
+                )
+                for column in cells.columns(table)
+            }
+            for row in table.rows
+        }
+        text = markdown(table, found)
+        (output / f"{table.name}.md").write_text(text)
+        sys.stdout.write(text + "\n")
+        if table.axis is not None:
+            save_sweep(output / f"{table.name}.png", table, found)
+        elif table.kind in ("samples", "editing"):
+            rows = [row * 2 - 1 for row in cells.pictures(table)]
+            Image.fromarray(picture_grid(rows)).save(output / f"{table.name}.png")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,220 @@
+#!/usr/bin/env python
+"""
+Measure what a pipeline draws, or any folder of pictures: Fréchet distance, KID, IS, precision, recall, density and
+coverage, and for pairs of pictures PSNR, SSIM, perceptual distance and LPIPS.
+
+    python training_scripts/evaluate_srdd.py --pretrained_model_name_or_path model_cards/srdd-fruits64 \
+        --dataset_name fruits64 --num_samples 490 --output_dir evaluation
+
+Writes evaluation.json, evaluation.md and samples.png. Numbers carry the name of the network that looked at the images:
+only Inception's are called FID, KID and IS. Features are kept in the output folder, so that the same command goes on
+where it was interrupted. `accelerate launch` shares the work between processes, with the same result.
+benchmarks/WHY_YOUR_NUMBER_DIFFERS.md tells what to compare.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import srdd
+from srdd import ScaleScheduler, SRDDPipeline
+from srdd.evaluation.collecting import collect
+from srdd.evaluation.features import load_features
+from srdd.evaluation.image_sources import DataSetImages, FolderImages, ImageSource, PipelineImages
+from srdd.evaluation.pairs import load_lpips
+from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, markdown_table
+from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_FEEDBACKS, RESAMPLING_POLICIES
+from srdd.training.arguments import add_data_arguments, int_list, positive_int
+from srdd.training.loop import load_images, picture_grid
+
+
+SCHEDULER_OPTIONS = {
+    "scales": {"type": int_list, "help": "Scales to visit, such as 1,2,4,8."},
+    "guidance_schedule": {"choices": GUIDANCE_SCHEDULES},
+    "temperature": {"type": float},
+    "top_k": {"type": int},
+    "top_p": {"type": float},
+    "resampling_policy": {"choices": RESAMPLING_POLICIES},
+    "resampling_feedback": {"choices": RESAMPLING_FEEDBACKS},
+    "resampling_threshold": {"type": float},
+    "num_resampling_passes": {"type": int},
+}
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    samples = parser.add_argument_group("samples")
+    samples.add_argument("--pretrained_model_name_or_path", help="Folder or Hub id of a pipeline.")
+    samples.add_argument("--samples_dir", help="Folder of square pictures, drawn by whatever, to measure instead.")
+    samples.add_argument(
+        "--num_samples", type=positive_int, help="Default: 5000, or all pictures of the folder. Papers take 50000."
+    )
+    samples.add_argument("--guidance_scale", type=float, help="Default: the pipeline's own, 2.5 or none at all.")
+    samples.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    samples.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
+    samples.add_argument("--batch_size", type=positive_int, default=64, help="Images at once, per process.")
+    scheduler = parser.add_argument_group("scheduler", "What is not given stays as the pipeline has it.")
+    scheduler.add_argument("--scheduler", help="Folder or Hub id of another scheduler, for example a preset.")
+    for name, options in SCHEDULER_OPTIONS.items():
+        scheduler.add_argument(f"--{name}", **options)
+    add_data_arguments(parser)
+    reference = parser.add_argument_group("reference")
+    reference.add_argument("--split", choices=["train", "validation"], default="validation")
+    reference.add_argument("--reference_dir", help="Folder of square pictures, instead of a data set.")
+    reference.add_argument("--num_reference_images", type=positive_int, default=10_000, help="At most; 10000.")
+    metrics = parser.add_argument_group("metrics")
+    metrics.add_argument(
+        "--features",
+        nargs="+",
+        default=["efficientnet-lite0"],
+        help="efficientnet-lite0 (default), inception, or vision models of transformers like facebook/dinov2-large.",
+    )
+    metrics.add_argument("--features_weights", help="File with Inception's weights, for use without a network.")
+    metrics.add_argument("--paired", action="store_true", help="Compare pictures of equal names in both folders.")
+    metrics.add_argument("--lpips", action="store_true", help="With --paired: LPIPS as well; needs torchvision.")
+    metrics.add_argument("--num_bootstrap", type=int, default=200, help="Replicates of the intervals; 0 for none.")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--feature_cache_dir", help="Features are kept here; default: `output_dir/features`.")
+    args = parser.parse_args(arguments)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    if (args.pretrained_model_name_or_path is None) == (args.samples_dir is None):
+        raise ValueError(
+            "Give either `pretrained_model_name_or_path` or `samples_dir`, got"
+            f" {args.pretrained_model_name_or_path!r} and {args.samples_dir!r}."
+        )
+    sources = {name: getattr(args, name) for name in ("dataset_name", "train_data_dir", "reference_dir")}
+    if sum(value is not None for value in sources.values()) != 1:
+        raise ValueError(f"Give one of `dataset_name`, `train_data_dir` and `reference_dir`, got {sources}.")
+    if args.paired and (args.samples_dir is None or args.reference_dir is None):
+        raise ValueError("`paired` must come with `samples_dir` and `reference_dir`, got no such folders.")
+    if args.lpips and not args.paired:
+        raise ValueError("`lpips` must come with `paired`: it compares a picture with what it should be.")
+    if args.features_weights is not None and "inception" not in args.features:
+        raise ValueError(f"`features_weights` must come with `features` inception, got {args.features}.")
+    if args.num_bootstrap < 0:
+        raise ValueError(f"`num_bootstrap` must be at least 0, got {args.num_bootstrap}.")
+    if args.samples_dir is not None:
+        given = [
+            name for name in ("scheduler", "guidance_scale", *SCHEDULER_OPTIONS) if getattr(args, name) is not None
+        ]
+        if given:
+            raise ValueError(f"`{given[0]}` must come with a pipeline: pictures of a folder are drawn already.")
+
+
+def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageSource, dict[str, Any]]:
+    """The images to be measured, and what the report says of them."""
+    if args.samples_dir is not None:
+        source = FolderImages(args.samples_dir, args.num_samples)
+        if source.count < (args.num_samples or 1):
+            raise ValueError(
+                f"`num_samples` must be at most {source.count}, the number of pictures, got {args.num_samples}."
+            )
+        return source, {"folder": args.samples_dir}
+    dtype = getattr(torch, args.dtype)
+    pipe = SRDDPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype).to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    scheduler = pipe.scheduler if args.scheduler is None else ScaleScheduler.from_pretrained(args.scheduler)
+    options = {name: getattr(args, name) for name in SCHEDULER_OPTIONS if getattr(args, name) is not None}
+    pipe.scheduler = ScaleScheduler.from_config(scheduler.config, **options)
+    source = PipelineImages(pipe, args.num_samples or 5000, args.guidance_scale, args.seed)
+    key = source.key
+    settings = {
+        "model": args.pretrained_model_name_or_path,
+        "weights_sha256": key["weights"],
+        "num_classes": source.num_classes,
+        "guidance_scale": source.guidance_scale,
+        **{name: value for name, value in key["scheduler"].items() if name != "scale_sizes"},
+        "scales": pipe.scheduler.scales,
+        "seed": args.seed,
+        "dtype": args.dtype,
+    }
+    return source, settings
+
+
+def load_reference(args: argparse.Namespace, resolution: int) -> tuple[ImageSource, dict[str, Any]]:
+    """The images to compare with, and what the report says of them."""
+    if args.reference_dir is not None:
+        count = None if args.paired else args.num_reference_images
+        source = FolderImages(args.reference_dir, count, resolution)
+        return source, {"folder": args.reference_dir}
+    source = DataSetImages(load_images(args, None), args.split, args.num_reference_images, resolution)
+    return source, {"data_set": args.dataset_name or args.train_data_dir, "split": args.split}
+
+
+def check_images(args: argparse.Namespace, samples: ImageSource, reference: ImageSource) -> None:
+    for name, source in (("num_samples", samples), ("num_reference_images", reference)):
+        if source.count <= NUM_NEIGHBOURS:
+            raise ValueError(f"`{name}` must be at least {NUM_NEIGHBOURS + 1}, got {source.count} images.")
+    if args.paired:
+        check_pairs(samples, reference)
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = Accelerator()
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
+            f" {os.environ['WORLD_SIZE']}. Without GPUs, set ACCELERATE_USE_CPU=true."
+        )
+    lpips = load_lpips() if args.lpips else None
+    extractors = [
+        load_features(name, args.features_weights if name == "inception" else None) for name in args.features
+    ]
+    extractors = [extractor.to(accelerator.device) for extractor in extractors]
+    samples, sample_settings = load_samples(args, accelerator)
+    with accelerator.main_process_first():
+        reference, reference_settings = load_reference(args, samples.resolution)
+    check_images(args, samples, reference)
+    cache = args.feature_cache_dir or Path(args.output_dir, "features")
+    real = collect(reference, extractors, cache, accelerator, args.batch_size, "Reference")
+    drawn = collect(samples, extractors, cache, accelerator, args.batch_size, "Samples")
+    if not accelerator.is_main_process:
+        return
+    metrics = {}
+    if args.paired:
+        metrics = compare_pairs(
+            samples, reference, lpips, accelerator.device, args.batch_size, args.num_bootstrap, show_progress=True
+        )
+    metrics |= compare(real, drawn, extractors, args.num_bootstrap, show_progress=True)
+    report = {
+        "metrics": {name: {key: _json(value) for key, value in metric.items()} for name, metric in metrics.items()},
+        "settings": {
+            "samples": {"count": samples.count, "sha256": drawn.image_hash, **sample_settings},
+            "reference": {"count": reference.count, "sha256": real.image_hash, **reference_settings},
+            "resolution": samples.resolution,
+            "extractors": {extractor.name: extractor.weights_hash() for extractor in extractors},
+            "metrics": METRIC_SETTINGS,
+            "versions": {module.__name__: module.__version__ for module in (torch, diffusers, srdd)},
+        },
+    }
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    table = markdown_table(report)
+    (output / "evaluation.md").write_text(table, encoding="utf-8")
+    columns = min(8, len(drawn.pictures))
+    rows = drawn.pictures[: len(drawn.pictures) // columns * columns].split(columns)
+    Image.fromarray(picture_grid([row / 127.5 - 1 for row in rows])).save(output / "samples.png")
+    sys.stdout.write(table)
+
+
+def _json(value: Any) -> Any:
+    """Infinite numbers, which JSON has not, as words."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    main(parse_args())
