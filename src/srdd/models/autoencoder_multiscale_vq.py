@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from srdd.models.decoding import decoding_path, lighten, set_fast
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
 from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
 
@@ -90,7 +92,7 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _skip_layerwise_casting_patterns = ["quantize"]
-    _no_split_modules = ["MultiScaleQuantizer", "ResnetBlock2D", "Attention"]
+    _no_split_modules = ["MultiScaleQuantizer", "ResnetBlock2D", "LeanResnetBlock2D", "Attention"]
 
     @register_to_config
     def __init__(
@@ -160,7 +162,9 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             act_fn=act_fn,
             mid_block_add_attention=mid_block_add_attention,
         )
+        lighten(self.decoder)
         self.use_slicing = False
+        self.use_fast_decoding = True
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         ratio = self.spatial_compression_ratio
@@ -186,17 +190,46 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if low < 0 or high >= self.config.codebook_size:
             raise ValueError(f"`token_ids` must lie in [0, {self.config.codebook_size - 1}], got [{low}, {high}].")
 
-    def _in_slices(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-        if self.use_slicing and batch.shape[0] > 1:
-            return torch.cat([function(image) for image in batch.split(1)])
-        return function(batch)
+    def _in_slices(
+        self,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        batch: torch.Tensor,
+        images_per_slice: int | None = None,
+    ) -> torch.Tensor:
+        if self.use_slicing:
+            images_per_slice = 1
+        if images_per_slice is None or batch.shape[0] <= images_per_slice:
+            return function(batch)
+        return torch.cat([function(images) for images in batch.split(images_per_slice)])
 
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
         return self.quant_conv(self.encoder(F.pixel_unshuffle(sample, self.config.patch_size)))
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.post_quant_conv(latents.to(self.dtype))
-        return F.pixel_shuffle(self.decoder(hidden_states), self.config.patch_size)
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(latents)), self.config.patch_size)
+
+    def _images_per_slice(self, latents: torch.Tensor, bytes_per_slice: int | None) -> int | None:
+        """How many images to decode at once; `None` for all."""
+        if bytes_per_slice is None:
+            return None
+        # The last up-sampling writes the channels of the last block but one.
+        channels, levels = max(self.config.block_out_channels[:2]), len(self.config.block_out_channels)
+        pixels = math.prod(latents.shape[-2:]) * 4 ** (levels - 1)
+        return max(1, bytes_per_slice // (channels * pixels * latents.element_size()))
+
+    def enable_fast_decoding(self) -> None:
+        """
+        Let `decode` go other ways than diffusers' decoder where no gradient is asked for, as it does by default: in
+        place, in slices of a few images, and on a CPU in float32 with channels innermost and up-sampling merged into
+        the convolutions. Pixels agree to about 1e-5.
+        """
+        self.use_fast_decoding = True
+        set_fast(self.decoder, True)
+
+    def disable_fast_decoding(self) -> None:
+        """Decode with diffusers' own code, the whole batch at once unless `enable_slicing` was called."""
+        self.use_fast_decoding = False
+        set_fast(self.decoder, False)
 
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> MultiScaleVQEncoderOutput | tuple:
@@ -220,7 +253,8 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     @apply_forward_hook
     def decode(self, latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
         """
-        Decode a latent state into pixels.
+        Decode a latent state into pixels. Without gradients this happens in slices of the batch, so that memory does
+        not grow with it, and in another way than with them ([`~MultiScaleVQModel.enable_fast_decoding`]).
 
         Args:
             latents (`torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`): A latent state.
@@ -230,7 +264,13 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             `DecoderOutput` or `(sample,)`: Pixels of shape `(batch, out_channels, height, width)`, around [-1, 1], not
             clamped.
         """
-        sample = self._in_slices(self._decode, latents)
+        latents = latents.to(self.dtype)
+        path = decoding_path(latents, self.training, self.use_fast_decoding)
+        if path.channels_last:
+            latents = latents.contiguous(memory_format=torch.channels_last)
+        sample = self._in_slices(self._decode, latents, self._images_per_slice(latents, path.bytes_per_slice))
+        if path.channels_last:
+            sample = sample.contiguous()
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook

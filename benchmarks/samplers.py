@@ -1,0 +1,328 @@
+"""What `speed.py` and `memory.py` run: our pipeline under several settings, and a reference with the same weights."""
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from srdd import MultiScaleVQModel, ScaleKVCache, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd.conversion import convert_checkpoints
+from srdd.pipelines.scale_sampling import guided_logits
+from srdd.scale_sizes import default_scale_sizes, split_scales
+
+
+# VAR's published settings; its `cfg` is `guidance_scale - 1`.
+GUIDANCE_SCALE, TOP_K, TOP_P = 2.5, 900, 0.96
+
+REFERENCE = "reference"
+PARTS = ("transformer", "sampling", "quantizer", "decoder")
+
+# A method or function to be timed: its owner, its name, and the part of the work that it does.
+TimedCall = tuple[Any, str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting of our pipeline; `kept` are the scales it visits, by index among ten, all by default."""
+
+    attention_pattern: str
+    kept: tuple[int, ...] | None = None
+    guidance_scale: float = GUIDANCE_SCALE
+
+
+ROWS = {
+    "causal": Row("causal"),
+    "sdd": Row("markov"),
+    "sdd-6": Row("markov", (0, 2, 4, 6, 8, 9)),
+    "sdd-5": Row("markov", (0, 4, 6, 8, 9)),
+    # What a student of the guided distribution costs.
+    "sdd-6-unguided": Row("markov", (0, 2, 4, 6, 8, 9), guidance_scale=1.0),
+}
+
+
+class Sampler(Protocol):
+    """Draws images `(batch, 3, height, width)` in [0, 1]."""
+
+    def __call__(self, labels: torch.LongTensor, greedy: bool = False) -> torch.Tensor: ...
+
+    def timed_calls(self) -> list[TimedCall]: ...
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reference", type=Path, help="A checkout of the official VAR code, for the reference.")
+    parser.add_argument("--depth", type=int, default=16, help="Width is 64 times this, 64 per head, as in VAR.")
+    parser.add_argument("--image_size", type=int, default=256)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["causal", "sdd", "sdd-6"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--vae_channels", type=int, default=160, help="Channels at the full resolution.")
+    parser.add_argument("--codebook_size", type=int, default=4096)
+    parser.add_argument("--output", type=Path, help="JSON file for all that was measured.")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+@contextlib.contextmanager
+def part_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds spent in every part, while the context is open; a call inside another counts for the outer one."""
+    seconds: dict[str, float] = defaultdict(float)
+    running: list[str] = []
+
+    def timed(function: Callable, part: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if running:
+                return function(*args, **kwargs)
+            synchronize(device)
+            running.append(part)
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronize(device)
+                seconds[part] += time.perf_counter() - started
+                running.pop()
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in calls:
+            own = name in vars(owner)
+            function = getattr(owner, name)
+            setattr(owner, name, timed(function, part))
+            stack.callback(setattr, owner, name, function) if own else stack.callback(delattr, owner, name)
+        yield seconds
+
+
+class PipelineSampler:
+    """Our pipeline under one of `ROWS`."""
+
+    def __init__(self, pipe: SRDDPipeline, row: Row):
+        self.pipe, self.row = pipe, row
+        sizes = pipe.transformer.config.scale_sizes
+        if row.kept is not None and len(sizes) != 10:
+            raise ValueError(f"`--rows` with fewer scales need ten to choose from, got {len(sizes)}.")
+        scales = None if row.kept is None else [sizes[index] for index in row.kept]
+        self.schedulers = {
+            greedy: ScaleScheduler(scale_sizes=sizes, scales=scales, top_k=top_k, top_p=top_p)
+            for greedy, top_k, top_p in ((False, TOP_K, TOP_P), (True, 1, 1.0))
+        }
+        self.token_ids: torch.LongTensor | None = None
+
+    def __call__(self, labels: torch.LongTensor, greedy: bool = False) -> torch.Tensor:
+        self.pipe.transformer.register_to_config(attention_pattern=self.row.attention_pattern)
+        self.pipe.scheduler = self.schedulers[greedy]
+        output = self.pipe(labels, guidance_scale=self.row.guidance_scale, output_type="pt")
+        self.token_ids = output.token_ids
+        return output.images
+
+    def timed_calls(self) -> list[TimedCall]:
+        scheduler, vqvae = self.schedulers[False], self.pipe.vqvae
+        return [
+            (self.pipe.transformer, "forward", "transformer"),
+            (scheduler, "step", "sampling"),
+            (scheduler, "scale_model_input", "quantizer"),
+            (vqvae, "residual_map", "quantizer"),
+            (vqvae, "decode", "decoder"),
+        ]
+
+
+class RecipeSampler:
+    """
+    VAR's recipe in our modules, for want of its code: a cache of all scales, both halves of the guidance everywhere,
+    top-p by sorting the whole vocabulary, the whole batch decoded at once by diffusers' own code.
+    """
+
+    def __init__(self, pipe: SRDDPipeline):
+        self.pipe = pipe
+        self.scheduler = ScaleScheduler(scale_sizes=pipe.transformer.config.scale_sizes)
+
+    @torch.no_grad()
+    def __call__(self, labels: torch.LongTensor, greedy: bool = False) -> torch.Tensor:
+        vqvae, transformer = self.pipe.vqvae, self.pipe.transformer
+        transformer.register_to_config(attention_pattern="causal")
+        cache, state, token_ids = ScaleKVCache(), self.pipe.prepare_latents(len(labels)), []
+        for timestep in self.scheduler.timesteps.tolist():
+            hidden_states = self.scheduler.scale_model_input(state, timestep).to(transformer.dtype)
+            weight = self.scheduler.guidance_weight(timestep, GUIDANCE_SCALE)
+            logits = guided_logits(transformer, hidden_states, timestep, labels, weight, cache, True)
+            drawn = self.draw(logits.float(), 1 if greedy else TOP_K, 0.0 if greedy else TOP_P)
+            token_ids.append(drawn)
+            token_map = drawn.unflatten(1, self.scheduler.scale_size(timestep))
+            state = state + vqvae.residual_map(token_map).float()
+        self.token_ids = torch.cat(token_ids, dim=1)
+        vqvae.disable_fast_decoding()
+        pixels = vqvae.decode(state).sample.float()
+        vqvae.enable_fast_decoding()
+        return pixels.clamp(-1, 1) / 2 + 0.5
+
+    @staticmethod
+    def draw(logits: torch.Tensor, top_k: int, top_p: float) -> torch.LongTensor:
+        """Tokens among the `top_k` best, of which the worst that make up `1 - top_p` are left out."""
+        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        if top_p:
+            ascending, order = logits.sort(dim=-1)
+            unlikely = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+            logits = logits.masked_fill(torch.zeros_like(unlikely).scatter(-1, order, unlikely), -torch.inf)
+        return logits.softmax(dim=-1).flatten(0, 1).multinomial(1).view(logits.shape[:2])
+
+    def timed_calls(self) -> list[TimedCall]:
+        return [
+            (self.pipe.transformer, "forward", "transformer"),
+            (self, "draw", "sampling"),
+            (self.scheduler, "scale_model_input", "quantizer"),
+            (self.pipe.vqvae, "residual_map", "quantizer"),
+            (self.pipe.vqvae, "decode", "decoder"),
+        ]
+
+
+@contextlib.contextmanager
+def torch_restored() -> Iterator[None]:
+    """The official code switches off the initialisation of torch's layers, and reports to stdout."""
+    layers = [value for value in vars(torch.nn).values() if isinstance(value, type)]
+    own = {layer: vars(layer)["reset_parameters"] for layer in layers if "reset_parameters" in vars(layer)}
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for layer in layers:
+            if layer in own:
+                layer.reset_parameters = own[layer]
+            elif "reset_parameters" in vars(layer):
+                del layer.reset_parameters
+
+
+class OfficialSampler:
+    """The official code, as it is in a checkout; in half precision under autocast, as its demo does."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.device, self.dtype = torch.device(args.device), getattr(torch, args.dtype)
+        torch.manual_seed(0)
+        sys.path.insert(0, str(args.reference))
+        with torch_restored():
+            from models import build_vae_var
+            from models import var as var_module
+
+            self.vae, self.var = build_vae_var(
+                device=args.device,
+                patch_nums=tuple(height for height, _ in default_scale_sizes(args.image_size // 16)),
+                V=args.codebook_size,
+                ch=args.vae_channels,
+                depth=args.depth,
+            )
+        sys.path.remove(str(args.reference))
+        self.module = var_module
+        for layer in self.vae.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        for model in (self.vae, self.var):
+            draw_weights(model.eval())
+
+    @torch.no_grad()
+    def __call__(self, labels: torch.LongTensor, greedy: bool = False) -> torch.Tensor:
+        looked_up = []
+        handle = self.vae.quantize.embedding.register_forward_hook(lambda _, args, __: looked_up.append(args[0]))
+        try:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                images = self.var.autoregressive_infer_cfg(
+                    len(labels),
+                    labels,
+                    cfg=GUIDANCE_SCALE - 1,
+                    top_k=1 if greedy else TOP_K,
+                    top_p=0.0 if greedy else TOP_P,
+                )
+        finally:
+            handle.remove()
+        self.token_ids = torch.cat(looked_up, dim=1)
+        return images
+
+    @torch.no_grad()
+    def markov_logits(self, token_ids: torch.LongTensor, labels: torch.LongTensor) -> torch.Tensor:
+        """Guided logits of whole pyramids, in one forward under a block-diagonal mask."""
+        sizes = [(side, side) for side in self.var.patch_nums]
+        inputs = self.vae.quantize.idxBl_to_var_input([ids.flatten(1) for ids in split_scales(token_ids, sizes)])
+        scales = self.var.lvl_1L[0]
+        mask, dropout = self.var.attn_bias_for_masking, self.var.cond_drop_rate
+        self.var.attn_bias_for_masking = torch.where(scales[:, None] == scales, 0.0, -torch.inf)[None, None]
+        self.var.cond_drop_rate = 0.0
+        try:
+            conditional = self.var(labels, inputs)
+            unconditional = self.var(torch.full_like(labels, self.var.num_classes), inputs)
+        finally:
+            self.var.attn_bias_for_masking, self.var.cond_drop_rate = mask, dropout
+        weight = (GUIDANCE_SCALE - 1) * scales / (len(sizes) - 1)
+        return conditional + weight[None, :, None] * (conditional - unconditional)
+
+    def timed_calls(self) -> list[TimedCall]:
+        return [
+            *((block, "forward", "transformer") for block in self.var.blocks),
+            (self.var, "get_logits", "transformer"),
+            (self.module, "sample_with_top_k_top_p_", "sampling"),
+            (self.vae.quantize, "get_next_autoregressive_input", "quantizer"),
+            (self.vae, "fhat_to_img", "decoder"),
+        ]
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, seed: int = 0) -> None:
+    """Move all weights away from an initialisation that leaves biases and whole branches without effect."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for parameter in model.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
+        noise = torch.empty_like(parameter).normal_(std=0.5 * fan_in**-0.5, generator=generator)
+        parameter.add_(noise)
+
+
+def our_pipeline(args: argparse.Namespace) -> SRDDPipeline:
+    """A pipeline of VAR's shape with random weights."""
+    scale_sizes = default_scale_sizes(args.image_size // 16)
+    channels = [args.vae_channels * factor for factor in (1, 1, 2, 2, 4)]
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        vqvae = MultiScaleVQModel(
+            block_out_channels=channels,
+            codebook_size=args.codebook_size,
+            scale_sizes=scale_sizes,
+            sample_size=args.image_size,
+        )
+        transformer = ScaleTransformer2DModel(
+            codebook_size=args.codebook_size,
+            scale_sizes=scale_sizes,
+            num_layers=args.depth,
+            num_attention_heads=args.depth,
+            attention_head_dim=64,
+        )
+    for model in (vqvae, transformer):
+        draw_weights(model.eval())
+    pipe = SRDDPipeline(vqvae=vqvae, transformer=transformer, scheduler=ScaleScheduler(scale_sizes=scale_sizes))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def convert(official: OfficialSampler) -> SRDDPipeline:
+    """Our pipeline with the official models' weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ("vae.pth", "var.pth")]
+        for model, path in zip((official.vae, official.var), paths):
+            torch.save(model.state_dict(), path)
+        pipe = convert_checkpoints(*paths)
+        for model in (pipe.vqvae, pipe.transformer):
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()  # out of the file
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(official.device)

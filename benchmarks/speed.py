@@ -1,0 +1,207 @@
+#!/usr/bin/env python
+"""
+What an image costs: our pipeline against VAR's official code, from a label to pixels.
+
+    python benchmarks/speed.py --depth 16 --image_size 256 --batch_size 1 --reference /path/to/VAR
+
+`--reference` is a checkout of github.com/FoundationVision/VAR, which is imported as it is. Its random weights are
+converted into ours; before anything is timed, greedy tokens are made sure to be those of the official code. Without a
+checkout the reference is VAR's recipe in our modules.
+
+Reference and rows run in turn, round by round, in one process. Prints, as Markdown, medians, and the ratios' median
+and range over the rounds; the arithmetic, and its share of what a matrix product reaches on the machine; and, from one
+more run of each, where the time goes. `--output` takes JSON. `sdd-6` and `sdd-5` visit 6 and 5 of ten scales, as
+distilled models do; `sdd-6-unguided` has no unconditional half, as a student of the guided distribution.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import torch
+from samplers import (
+    GUIDANCE_SCALE,
+    PARTS,
+    REFERENCE,
+    ROWS,
+    OfficialSampler,
+    PipelineSampler,
+    RecipeSampler,
+    Row,
+    Sampler,
+    add_model_arguments,
+    convert,
+    device_name,
+    our_pipeline,
+    part_times,
+    synchronize,
+)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm.auto import tqdm
+
+from srdd import SRDDPipeline
+
+
+MATRIX_SIDES = {"cpu": 2048, "cuda": 8192}
+
+# Attention on a CPU is an operator of its own, which torch does not count.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    )
+}
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--num_rounds", type=int, default=5)
+    return parser.parse_args(arguments)
+
+
+def check_equal(pipe: SRDDPipeline, reference: Sampler, labels: torch.LongTensor) -> dict[str, float]:
+    """
+    Make sure, in float32, that both draw the same tokens and pixels.
+
+    Returns:
+        `dict[str, float]`: The largest difference of pixels, and by how much a token of SDD lies behind the official
+        code's choice, in logits.
+
+    Raises:
+        RuntimeError: If they do not.
+    """
+    causal = PipelineSampler(pipe, ROWS["causal"])
+    ours, theirs = causal(labels, greedy=True), reference(labels, greedy=True)
+    if not torch.equal(causal.token_ids, reference.token_ids):
+        share = (causal.token_ids != reference.token_ids).float().mean().item()
+        raise RuntimeError(f"{share:.2%} of the causal tokens differ from the reference's: nothing was timed.")
+    found = {"pixels": (ours - theirs).abs().max().item()}
+    if found["pixels"] > 1e-3:
+        raise RuntimeError(f"Pixels differ from the reference's by {found['pixels']:.1e}: nothing was timed.")
+    if isinstance(reference, OfficialSampler):
+        markov = PipelineSampler(pipe, Row("markov"))
+        markov(labels, greedy=True)
+        logits = reference.markov_logits(markov.token_ids, labels)
+        chosen = logits.gather(-1, markov.token_ids.unsqueeze(-1)).squeeze(-1)
+        found["SDD logits"] = (logits.amax(dim=-1) - chosen).max().item()
+        if found["SDD logits"] > 1e-4 * logits.std().item():
+            raise RuntimeError(f"SDD's tokens lie {found['SDD logits']:.1e} behind the best: nothing was timed.")
+    return found
+
+
+def matrix_product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP per second of a large matrix product."""
+    side = MATRIX_SIDES[device.type]
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(4):
+        synchronize(device)
+        started = time.perf_counter()
+        left @ right
+        synchronize(device)
+        best = max(best, 2e-9 * side**3 / (time.perf_counter() - started))
+    return best
+
+
+def seconds_of(sampler: Sampler, labels: torch.LongTensor) -> float:
+    synchronize(labels.device)
+    started = time.perf_counter()
+    sampler(labels)
+    synchronize(labels.device)
+    return time.perf_counter() - started
+
+
+def run(args: argparse.Namespace) -> dict:
+    """All that is measured."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    if args.reference is None:
+        pipe = our_pipeline(args)
+        reference = RecipeSampler(pipe)
+    else:
+        reference = OfficialSampler(args)
+        pipe = convert(reference)
+    labels = torch.arange(args.batch_size, device=device) % pipe.transformer.config.num_classes
+    if isinstance(reference, OfficialSampler):
+        reference.dtype = torch.float32
+    agreement = check_equal(pipe, reference, labels)
+    if isinstance(reference, OfficialSampler):
+        reference.dtype = dtype
+    if dtype != torch.float32:
+        pipe.to(dtype)
+
+    samplers = {REFERENCE: reference, **{name: PipelineSampler(pipe, ROWS[name]) for name in args.rows}}
+    gigaflops, peaks = {}, [matrix_product_speed(device, dtype)]
+    for name, sampler in samplers.items():
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:  # warms up as well
+            sampler(labels)
+        gigaflops[name] = counter.get_total_flops() / 1e9
+    seconds = {name: [] for name in samplers}
+    for _ in tqdm(range(args.num_rounds)):
+        for name, sampler in samplers.items():
+            seconds[name].append(seconds_of(sampler, labels))
+        peaks.append(matrix_product_speed(device, dtype))
+    parts, mebibytes = {}, {}
+    for name, sampler in samplers.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        with part_times(sampler.timed_calls(), device) as spent:
+            total = seconds_of(sampler, labels)
+        parts[name] = {**spent, "other": total - sum(spent.values())}
+        if device.type == "cuda":
+            mebibytes[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return {
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "num_tokens": pipe.transformer.token_slices[-1].stop,
+        "agreement": agreement,
+        "gflop_per_second_of_matrix_products": max(peaks),
+        "gflop": gigaflops,
+        "seconds": seconds,
+        "seconds_by_part": parts,
+        "peak_mebibytes_beyond_weights": mebibytes,
+    }
+
+
+def report(args: argparse.Namespace, found: dict) -> str:
+    """Markdown."""
+    seconds, peak = found["seconds"], found["gflop_per_second_of_matrix_products"]
+    on_cuda = torch.device(args.device).type == "cuda"
+    what = "VAR's recipe in our modules" if args.reference is None else "the official VAR code"
+    differences = ", ".join(f"{name} to {value:.0e}" for name, value in found["agreement"].items())
+    lines = [
+        f"Depth {args.depth}, {args.image_size}px ({found['num_tokens']} tokens), batch {args.batch_size}, guidance"
+        f" {GUIDANCE_SCALE}, {found['device']}, torch {found['torch']}, {args.dtype}, {args.num_rounds} rounds. The"
+        f" reference is {what}; greedy tokens agree ({differences}). A matrix product reaches {peak:.0f} GFLOP/s.",
+        "",
+        "| row | median s | speed, reference = 1 (min–max) | GFLOP | of the matrix product's speed | peak MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, times in seconds.items():
+        ratios = sorted(theirs / ours for ours, theirs in zip(times, seconds[REFERENCE]))
+        median, work = statistics.median(times), found["gflop"][name]
+        memory = format(found["peak_mebibytes_beyond_weights"][name], ".0f") if on_cuda else ""
+        lines.append(
+            f"| {name} | {median:.3f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) |"
+            f" {work:.0f} | {work / median / peak:.0%} | {memory} |"
+        )
+    names = (*PARTS, "other")
+    lines += ["", f"| seconds by part | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for name, parts in found["seconds_by_part"].items():
+        lines.append(f"| {name} | {' | '.join(f'{parts.get(part, 0.0):.3f}' for part in names)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(args: argparse.Namespace) -> None:
+    found = run(args)
+    sys.stdout.write(report(args, found))
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(parse_args())

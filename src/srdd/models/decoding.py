@@ -1,0 +1,170 @@
+"""
+Decoding without gradients: the arithmetic of diffusers' decoder in less time and memory.
+
+[`lighten`] puts the classes below into a decoder in the place of diffusers'. They hold the same parameters under the
+same names and run diffusers' code while training and wherever a gradient may be asked for. What they do otherwise is
+decided in one place, [`decoding_path`].
+
+Shape legend: B batch, O and I output and input channels, H W height and width of the input.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+MIB = 2**20
+
+# Where the three taps of a kernel fall after nearest-neighbour up-sampling by 2. At even positions that is the pixel
+# before (tap 0) and the pixel itself (taps 1 and 2), at odd ones the pixel itself (taps 0 and 1) and the next (tap 2).
+TAPS = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+@dataclass(frozen=True)
+class DecodingPath:
+    """
+    How a decoder runs.
+
+    Args:
+        in_place (`bool`, defaults to `False`): Activations and residual sums overwrite what nobody else reads.
+        channels_last (`bool`, defaults to `False`): Feature maps keep their channels innermost.
+        merged_kernels (`bool`, defaults to `False`): Up-sampling and the convolution after it are one step with 4/9 of
+            the multiplications.
+        bytes_per_slice (`int`, *optional*): A batch is decoded so many images at a time that their largest feature map
+            stays below this, and at least one. The decoder needs about four times as much.
+    """
+
+    in_place: bool = False
+    channels_last: bool = False
+    merged_kernels: bool = False
+    bytes_per_slice: int | None = None
+
+
+PLAIN = DecodingPath()
+FLOAT32_ON_CPU = DecodingPath(in_place=True, channels_last=True, merged_kernels=True, bytes_per_slice=8 * MIB)
+HALF_ON_CPU = DecodingPath(in_place=True, bytes_per_slice=8 * MIB)
+ACCELERATOR = DecodingPath(in_place=True, bytes_per_slice=256 * MIB)
+
+
+def decoding_path(hidden_states: torch.Tensor, training: bool, fast: bool = True) -> DecodingPath:
+    """
+    The path for an input: diffusers' own while training, under autocast, and wherever a gradient may be asked for.
+
+    Float32 on a CPU was measured (`benchmarks/SPEED.md`). Accelerators were not: there, only what saves memory is on.
+    Channels stay outermost, as CUDA's group norm would copy maps that have them innermost.
+
+    Args:
+        hidden_states (`torch.Tensor`): The input.
+        training (`bool`): Whether the module is in training mode.
+        fast (`bool`, defaults to `True`): Whether another path than diffusers' own is welcome.
+
+    Returns:
+        [`DecodingPath`]
+    """
+    device_type = hidden_states.device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if not fast or training or autocast or torch.is_grad_enabled():
+        return PLAIN
+    if device_type != "cpu":
+        return ACCELERATOR
+    return FLOAT32_ON_CPU if hidden_states.dtype == torch.float32 else HALF_ON_CPU
+
+
+class InPlaceSiLU(nn.SiLU):
+    """The activation after a norm, whose output nobody else reads."""
+
+    fast = True
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.silu(hidden_states, inplace=decoding_path(hidden_states, self.training, self.fast).in_place)
+
+
+class LeanResnetBlock2D(ResnetBlock2D):
+    """A residual block without time embedding that adds in place, and does not divide by 1."""
+
+    fast = True
+
+    def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+        if not decoding_path(input_tensor, self.training, self.fast).in_place:
+            return super().forward(input_tensor, temb)
+        hidden_states = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        hidden_states = self.conv2(self.nonlinearity(self.norm2(hidden_states)))
+        return hidden_states.add_(input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+
+
+class MergedUpsample2D(Upsample2D):
+    """Nearest-neighbour up-sampling by 2 that leaves both steps to its convolution where these are one."""
+
+    fast = True
+
+    def forward(self, hidden_states: torch.Tensor, output_size: int | None = None) -> torch.Tensor:
+        merged = decoding_path(hidden_states, self.training, self.fast).merged_kernels and output_size is None
+        # An adapter around the convolution wants to see the up-sampled map.
+        if merged and type(self.conv) is UpsamplingConv2d:
+            return self.conv(hidden_states, upsample=True)
+        return super().forward(hidden_states, output_size)
+
+
+class UpsamplingConv2d(nn.Conv2d):
+    """
+    A 3 x 3 convolution that can up-sample its input by 2 (nearest neighbour) at the same time.
+
+    Every second pixel of every second row of such an output sees the same 2 x 2 pixels of the input, so that four
+    convolutions by 2 x 2 kernels give it. Their kernels are sums of this one's taps, made anew in every call: that
+    costs little and can never be out of date.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, upsample: bool = False) -> torch.Tensor:
+        if not upsample:
+            return super().forward(hidden_states)
+        taps = self.weight.new_tensor(TAPS)
+        kernels = self.weight.flatten(2) @ torch.kron(taps, taps).T  # (O, I, 16)
+        kernels = kernels.unflatten(-1, (2, 2, 2, 2))  # (O, I, row phase, row, column phase, column)
+        height, width = hidden_states.shape[-2:]
+        output = torch.empty(
+            (len(hidden_states), self.out_channels, 2 * height, 2 * width),
+            dtype=hidden_states.dtype,
+            device=hidden_states.device,
+            memory_format=torch.channels_last,
+        )  # (B, O, 2H, 2W)
+        for row in range(2):
+            for column in range(2):
+                phase = F.conv2d(hidden_states, kernels[:, :, row, :, column], self.bias, padding=1)
+                output[..., row::2, column::2] = phase[..., row : row + height, column : column + width]
+        return output
+
+
+def recast(module: nn.Module, cls: type[Module]) -> Module:
+    """A module under another class, with the same parameters, children and settings."""
+    again = cls.__new__(cls)
+    vars(again).update(vars(module))
+    return again
+
+
+def lighten(decoder: Decoder) -> None:
+    """Exchange those modules of a decoder that can do with less. Parameters and their names stay as they are."""
+    decoder.conv_act = recast(decoder.conv_act, InPlaceSiLU)
+    for parent in list(decoder.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is ResnetBlock2D and child.upsample is child.downsample is child.time_emb_proj is None:
+                if type(child.nonlinearity) is nn.SiLU:
+                    child.nonlinearity = recast(child.nonlinearity, InPlaceSiLU)
+                setattr(parent, name, recast(child, LeanResnetBlock2D))
+            elif type(child) is Upsample2D and child.use_conv and child.conv.kernel_size == (3, 3):
+                child.conv = recast(child.conv, UpsamplingConv2d)
+                setattr(parent, name, recast(child, MergedUpsample2D))
+
+
+def set_fast(decoder: Decoder, fast: bool) -> None:
+    """Whether the modules of a lightened decoder may take another path than diffusers' own."""
+    for module in decoder.modules():
+        if isinstance(module, (InPlaceSiLU, LeanResnetBlock2D, MergedUpsample2D)):
+            module.fast = fast

@@ -1,0 +1,239 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import cpu_offload, init_empty_weights
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from peft import LoraConfig, inject_adapter_in_model
+from tiny_models import LATENT_CHANNELS, VQVAE_CONFIG, tiny_vqvae
+
+from srdd import MultiScaleVQModel
+from srdd.models.decoding import (
+    ACCELERATOR,
+    FLOAT32_ON_CPU,
+    HALF_ON_CPU,
+    PLAIN,
+    LeanResnetBlock2D,
+    MergedUpsample2D,
+    UpsamplingConv2d,
+    decoding_path,
+    lighten,
+    recast,
+)
+
+
+ATTENTION = {
+    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"],
+    "block_out_channels": [8, 16, 32],
+    "sample_size": 16,
+}
+
+# Constructor overrides.
+MODELS = {
+    "default": {},
+    "attention": ATTENTION,
+    "patches": {"sample_size": 16, "patch_size": 2},
+    "not-silu": {"act_fn": "gelu"},
+}
+
+
+def random_latents(batch_size=3, height=4, width=4, seed=0) -> torch.Tensor:
+    return torch.randn(batch_size, LATENT_CHANNELS, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def plainly(model: MultiScaleVQModel, latents: torch.Tensor) -> torch.Tensor:
+    """Pixels by diffusers' own code."""
+    model.disable_fast_decoding()
+    sample = model.decode(latents).sample
+    model.enable_fast_decoding()
+    return sample
+
+
+def diffusers_decoder(model: MultiScaleVQModel) -> Decoder:
+    """A decoder that nobody touched, with the same weights."""
+    names = ("block_out_channels", "layers_per_block", "norm_num_groups", "act_fn", "up_block_types")
+    decoder = Decoder(
+        in_channels=model.config.latent_channels,
+        out_channels=3 * model.config.patch_size**2,
+        **{name: model.config[name] for name in names},
+    )
+    decoder.load_state_dict(model.decoder.state_dict())
+    return decoder.train(model.training)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (3, 5), (1, 1)])
+def test_pixels_are_those_of_the_plain_path(overrides, height, width):
+    model, latents = tiny_vqvae(**overrides), random_latents(height=height, width=width)
+    before = latents.clone()
+    sample = model.decode(latents).sample
+    plain = plainly(model, latents)
+    expected = F.pixel_shuffle(diffusers_decoder(model)(model.post_quant_conv(latents)), model.config.patch_size)
+    assert torch.equal(plain, expected)
+    torch.testing.assert_close(sample, plain, atol=1e-4, rtol=0)
+    assert sample.is_contiguous()
+    assert torch.equal(latents, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 2), (6, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_merged_kernels_are_up_sampling_and_convolution(size, bias):
+    torch.manual_seed(0)
+    conv = recast(torch.nn.Conv2d(3, 7, 3, padding=1, bias=bias), UpsamplingConv2d)
+    hidden_states = torch.randn(2, 3, *size)
+    expected = conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+    torch.testing.assert_close(conv(hidden_states, upsample=True), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("training", [False, True])
+def test_training_and_gradients_run_diffusers_code(overrides, training):
+    model = tiny_vqvae(**overrides).train(training)
+    decoder = diffusers_decoder(model)
+    latents = [random_latents(height=8, width=8).requires_grad_() for _ in range(2)]
+    hidden_states = [latents[0] * 1, latents[1] * 1]
+    ours, theirs = model.decoder(hidden_states[0]), decoder(hidden_states[1])
+    assert torch.equal(ours, theirs)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    assert torch.equal(latents[0].grad, latents[1].grad)
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(model.decoder.get_parameter(name).grad, parameter.grad), name
+    with torch.no_grad():
+        # The first forward of a reentrant checkpoint, for one.
+        assert not training or torch.equal(model.decoder(latents[0]), ours)
+
+
+def test_gradients_pass_through_decode():
+    model, latents = tiny_vqvae(), random_latents().requires_grad_()
+    model.decode(latents).sample.square().sum().backward()
+    assert latents.grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in model.decoder.parameters())
+
+
+def test_weights_are_drawn_and_named_as_diffusers_does():
+    torch.manual_seed(0)
+    decoder = Decoder(LATENT_CHANNELS, 3, ("UpDecoderBlock2D",) * 2, (16, 32), layers_per_block=1, norm_num_groups=8)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    ours = Decoder(LATENT_CHANNELS, 3, ("UpDecoderBlock2D",) * 2, (16, 32), layers_per_block=1, norm_num_groups=8)
+    lighten(ours)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in decoder.named_parameters()]
+    assert list(ours.state_dict()) == list(decoder.state_dict())
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+
+
+def test_every_block_of_the_decoder_is_exchanged_and_none_of_the_encoder():
+    model = tiny_vqvae(**ATTENTION)
+    kinds = [type(module) for module in model.decoder.modules()]
+    assert (kinds.count(LeanResnetBlock2D), kinds.count(MergedUpsample2D), kinds.count(UpsamplingConv2d)) == (8, 2, 2)
+    assert ResnetBlock2D not in kinds
+    assert Upsample2D not in kinds
+    assert LeanResnetBlock2D not in map(type, model.encoder.modules())
+
+
+def test_the_path_of_an_input():
+    latents = random_latents()
+    assert decoding_path(latents, training=False) == PLAIN  # a gradient may be wanted
+    with torch.no_grad():
+        assert decoding_path(latents, training=False) == FLOAT32_ON_CPU
+        assert decoding_path(latents, training=True) == PLAIN
+        assert decoding_path(latents, training=False, fast=False) == PLAIN
+        assert decoding_path(latents.to(torch.bfloat16), training=False) == HALF_ON_CPU
+        assert decoding_path(latents.to("meta"), training=False) == ACCELERATOR
+        with torch.autocast("cpu", torch.bfloat16):
+            assert decoding_path(latents, training=False) == PLAIN
+    with torch.inference_mode():
+        assert decoding_path(latents, training=False) == FLOAT32_ON_CPU
+
+
+@torch.no_grad()
+def test_new_weights_are_decoded_with():
+    model, latents = tiny_vqvae(), random_latents()
+    before = model.decode(latents).sample
+    conv = model.decoder.up_blocks[0].upsamplers[0].conv
+    conv.weight.mul_(2)
+    changed = model.decode(latents).sample
+    assert not torch.allclose(changed, before, atol=1e-2)
+    torch.testing.assert_close(changed, plainly(model, latents), atol=1e-4, rtol=0)
+    conv.weight = torch.nn.Parameter(torch.randn_like(conv.weight) / 10)
+    torch.testing.assert_close(model.decode(latents).sample, plainly(model, latents), atol=1e-4, rtol=0)
+    clone = copy.deepcopy(model)
+    clone.decoder.up_blocks[0].upsamplers[0].conv.weight.zero_()
+    torch.testing.assert_close(clone.decode(latents).sample, plainly(clone, latents), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_batches_are_decoded_in_slices(monkeypatch):
+    # The largest map of a tiny image has 32 channels of 8 x 8 pixels: 8 KiB.
+    small = dataclasses.replace(FLOAT32_ON_CPU, bytes_per_slice=2 * 8192)
+    monkeypatch.setattr("srdd.models.decoding.FLOAT32_ON_CPU", small)
+    model, latents = tiny_vqvae(), random_latents(5)
+    batch_sizes = []
+    model.decoder.register_forward_hook(lambda module, args, output: batch_sizes.append(len(output)))
+    sample = model.decode(latents).sample
+    assert batch_sizes == [2, 2, 1]
+    torch.testing.assert_close(plainly(model, latents), sample, atol=1e-4, rtol=0)
+    assert batch_sizes[3:] == [5]
+    model.enable_slicing()
+    torch.testing.assert_close(model.decode(latents).sample, sample, atol=1e-4, rtol=0)
+    assert batch_sizes[4:] == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("side", "dtype", "on_cpu", "on_accelerator"),
+    [(16, torch.float32, 1, 6), (16, torch.bfloat16, 1, 12), (64, torch.bfloat16, 1, 1), (4, torch.float32, 3, 102)],
+)
+def test_images_per_slice_of_the_full_tokenizer(side, dtype, on_cpu, on_accelerator):
+    with init_empty_weights():
+        model = MultiScaleVQModel(**{**VQVAE_CONFIG, "block_out_channels": [160, 160]})
+    # Two levels of five: latent maps are larger by 8 than those of the full tokenizer for the same image.
+    latents = torch.empty(64, LATENT_CHANNELS, 8 * side, 8 * side, dtype=dtype, device="meta")
+    paths = {torch.float32: FLOAT32_ON_CPU, torch.bfloat16: HALF_ON_CPU}
+    assert model._images_per_slice(latents, paths[dtype].bytes_per_slice) == on_cpu
+    assert model._images_per_slice(latents, ACCELERATOR.bytes_per_slice) == on_accelerator
+    assert model._images_per_slice(latents, None) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_as_the_plain_path_does(dtype):
+    model, latents = tiny_vqvae(**ATTENTION).to(dtype), random_latents()
+    assert torch.equal(model.decode(latents).sample, plainly(model, latents))
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_fetched():
+    model, latents = tiny_vqvae(**ATTENTION), random_latents()
+    expected = model.decode(latents).sample
+    cpu_offload(model, torch.device("cpu"))
+    assert model.decoder.up_blocks[0].upsamplers[0].conv.weight.is_meta
+    assert torch.equal(model.decode(latents).sample, expected)
+
+
+@torch.no_grad()
+def test_weights_in_another_storage_precision_are_cast():
+    model, latents = tiny_vqvae(), random_latents()
+    model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert model.decoder.up_blocks[0].upsamplers[0].conv.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(model.decode(latents).sample, plainly(model, latents), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_adapters_are_not_left_out():
+    model, latents = tiny_vqvae(), random_latents()
+    plain = model.decode(latents).sample
+    config = LoraConfig(target_modules=["upsamplers.0.conv", "conv1"], init_lora_weights=False)
+    inject_adapter_in_model(config, model.decoder)
+    adapted = model.eval().decode(latents).sample
+    assert not torch.allclose(adapted, plain, atol=1e-2)
+    torch.testing.assert_close(adapted, plainly(model, latents), atol=1e-4, rtol=0)
