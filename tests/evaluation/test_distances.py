@@ -58,6 +58,14 @@ def test_few_images_are_no_trouble(count, other):
     assert frechet_distance(moments, drawn) == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_published_moments_of_singular_covariances_lose_no_digits():
+    # Rounding leaves eigenvalues of 1e-13 in empty directions. Their roots would not be small.
+    real, drawn = make_features(10, width=120) * 30, make_features(200, width=120, seed=1)
+    moments = FeatureStatistics.from_moments(real.double().mean(dim=0), real.double().T.cov(), 10)
+    assert len(moments.factor) == 9
+    assert frechet_distance(moments, drawn) == pytest.approx(frechet_distance(real, drawn), rel=1e-9)
+
+
 def degenerate(features: torch.Tensor) -> list[torch.Tensor]:
     constant = features.clone()
     constant[:, 5:] = 3.7
@@ -252,6 +260,13 @@ def test_overlap_does_not_depend_on_chunks(monkeypatch):
     assert precision_recall_density_coverage(real, drawn) == whole
 
 
+def test_copies_are_not_lost_to_rounding():
+    # The ball of an image with k copies has no radius, and yet the image is in it.
+    features = make_features(20, width=64).repeat(3, 1) + 100
+    found = precision_recall_density_coverage(features, features[torch.randperm(60, generator=seeded(0))], 2)
+    assert found == {"precision": 1.0, "recall": 1.0, "density": 1.5, "coverage": 1.0}
+
+
 def test_neighbours_must_exist():
     with pytest.raises(ValueError, match=r"`k` must lie in \[1, 5\] for sets of 6 images or more, got 6"):
         precision_recall_density_coverage(make_features(20), make_features(6), 6)
@@ -266,18 +281,19 @@ def test_interval_of_a_mean_is_that_of_theory():
 
 
 def test_interval_of_the_frechet_distance_covers_other_images_of_the_model():
-    # Draws with replacement make sets that are farther away: their quantiles do not even hold the value itself.
-    statistics = FeatureStatistics.from_features(make_features(2000, width=16))
-    sets = [make_features(60, width=16, seed=seed, spread=1.2) for seed in range(1, 41)]
+    # Draws with replacement make sets that are farther away: their quantiles do not even hold the value itself, and
+    # with few images they are twice as far apart as values of other images.
+    statistics = FeatureStatistics.from_features(make_features(2000, width=64))
+    sets = [make_features(60, width=64, seed=seed, spread=1.2) for seed in range(1, 41)]
     values = [frechet_distance(statistics, each) for each in sets]
     expected, covered, widths = sum(values) / len(values), 0, []
-    for value, drawn in zip(values, sets):
-        low, high = bootstrap_interval(lambda part: frechet_distance(statistics, part), drawn, 100)
+    for value, drawn in zip(values[:20], sets):
+        low, high = bootstrap_interval(lambda part: frechet_distance(statistics, part), drawn, 50)
         assert low < value < high
         covered += low <= expected <= high
         widths.append(high - low)
-    assert covered >= 36
-    assert sum(widths) / len(widths) < 2 * 3.92 * torch.tensor(values).std().item()
+    assert covered >= 18
+    assert sum(widths) / len(widths) < 1.5 * 3.92 * torch.tensor(values).std().item()
 
 
 def test_interval_follows_its_seed_and_level():

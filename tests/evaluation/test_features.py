@@ -102,6 +102,16 @@ def test_transformers_pictures_are_resized_as_by_pillow(tmp_path):
         torch.testing.assert_close(extractor.pixel_values(images), expected, atol=1.6 / 255 / 0.2, rtol=0)
 
 
+def test_edges_do_not_leave_the_range_of_pixels(tmp_path):
+    save(Dinov2Model(Dinov2Config(**TINY_VISION)), tmp_path)
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    images[..., 32:] = 255  # bicubic interpolation overshoots here
+    pixels = load_features(str(tmp_path)).pixel_values(images)
+    black, white = normalised(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1))
+    assert (pixels >= black - 1e-5).all()
+    assert (pixels <= white + 1e-5).all()
+
+
 @torch.no_grad()
 def test_a_pooler_without_weights_is_not_used(tmp_path):
     # A classifier's checkpoint: `AutoModel` adds a pooler with random weights, other ones in every run.
