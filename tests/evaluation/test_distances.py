@@ -262,8 +262,8 @@ def test_overlap_does_not_depend_on_chunks(monkeypatch):
 
 def test_copies_are_not_lost_to_rounding():
     # The ball of an image with k copies has no radius, and yet the image is in it.
-    features = make_features(20, width=64).repeat(3, 1) + 100
-    found = precision_recall_density_coverage(features, features[torch.randperm(60, generator=seeded(0))], 2)
+    features = make_features(23, width=300).repeat(3, 1) + 5
+    found = precision_recall_density_coverage(features, features[torch.randperm(69, generator=seeded(0))], 2)
     assert found == {"precision": 1.0, "recall": 1.0, "density": 1.5, "coverage": 1.0}
 
 
