@@ -15,7 +15,7 @@ import torch
 
 from srdd import MultiScaleVQModel, ScaleKVCache, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.conversion import convert_checkpoints
-from srdd.pipelines.scale_sampling import guided_logits
+from srdd.pipelines.scale_sampling import GuidedTransformer
 from srdd.scale_sizes import default_scale_sizes, split_scales
 
 
@@ -156,10 +156,11 @@ class RecipeSampler:
         vqvae, transformer = self.pipe.vqvae, self.pipe.transformer
         transformer.register_to_config(attention_pattern="causal")
         cache, state, token_ids = ScaleKVCache(), self.pipe.prepare_latents(len(labels)), []
+        guided = GuidedTransformer(transformer, labels)
         for timestep in self.scheduler.timesteps.tolist():
             hidden_states = self.scheduler.scale_model_input(state, timestep).to(transformer.dtype)
             weight = self.scheduler.guidance_weight(timestep, GUIDANCE_SCALE)
-            logits = guided_logits(transformer, hidden_states, timestep, labels, weight, cache, True)
+            logits, _ = guided(hidden_states, timestep, weight, cache, keep_unconditional=True)
             drawn = self.draw(logits.float(), 1 if greedy else TOP_K, 0.0 if greedy else TOP_P)
             token_ids.append(drawn)
             token_map = drawn.unflatten(1, self.scheduler.scale_size(timestep))

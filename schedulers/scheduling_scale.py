@@ -59,6 +59,10 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             all of them by default. A distilled model is the same model with a shorter list (paper Section 3.3 d).
         guidance_schedule (`str`, defaults to `"linear"`): How the guidance weight runs over the scales. `"linear"`
             (VAR) grows from 0 at the coarsest to its full value at the finest, `"constant"` is the same everywhere.
+        guidance_start (`float`, defaults to 0.0): The share of all scales, counted from the coarsest, before which
+            there is no guidance, as in diffusers' guiders.
+        guidance_stop (`float`, defaults to 1.0): The share of all scales from which on there is none. A Markov model
+            then draws the scales outside at half the cost; the finest two of ten hold 62 % of the tokens.
         temperature (`float`, defaults to 1.0): Temperature of the draw; 0 takes the most probable token.
         top_k (`int`, defaults to 0): Draw among this many most probable tokens; 0 is off.
         top_p (`float`, defaults to 1.0): Draw among the most probable tokens with this total probability; 1 is off.
@@ -89,6 +93,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         scale_sizes: ScaleSizes = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         scales: ScaleSizes | None = None,
         guidance_schedule: str = "linear",
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -130,6 +136,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 f" {len(scale_sizes)} of them, got {num_resampling_passes}."
             )
         for name, value, allowed, rule in (
+            ("guidance_start", guidance_start, 0 <= guidance_start <= 1, "in [0, 1]"),
+            ("guidance_stop", guidance_stop, guidance_start <= guidance_stop <= 1, "in [guidance_start, 1]"),
             ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
             ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "a non-negative integer"),
             ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
@@ -242,8 +250,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         The weight `w_k` in `cond + w_k (cond - uncond)`, which is `uncond + g_k (cond - uncond)` with `g_k = 1 + w_k`.
 
         This is the one place where diffusers' `guidance_scale` becomes VAR's and the paper's `cfg = guidance_scale -
-        1` and where the ramp is applied. The ramp belongs to the scale: a schedule over fewer scales guides those it
-        has as the full one does.
+        1` and where the ramp is applied. Ramp, start and stop belong to the scale: a schedule over fewer scales guides
+        those it has as the full one does.
 
         Args:
             timestep (`int`): A timestep.
@@ -253,10 +261,18 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             `float`: At least 0.
         """
         weight = max(guidance_scale - 1.0, 0.0)
-        last = len(self.config.scale_sizes) - 1
-        if self.config.guidance_schedule == "constant" or last == 0:
+        num_scales = len(self.config.scale_sizes)
+        scale = num_scales - 1 - self._check_timestep(timestep)
+        if not self.config.guidance_start <= scale / num_scales < self.config.guidance_stop:
+            return 0.0
+        if self.config.guidance_schedule == "constant" or num_scales == 1:
             return weight
-        return weight * (1 - self._check_timestep(timestep) / last)
+        return weight * scale / (num_scales - 1)
+
+    def guidance_weights(self, guidance_scale: float) -> torch.Tensor:
+        """The weight of every token of the pyramid, float32 of shape `(num_tokens,)`."""
+        weights = [self.guidance_weight(timestep, guidance_scale) for timestep in self.scale_timesteps()]
+        return torch.tensor(weights).repeat_interleave(torch.tensor(num_tokens_per_scale(self.scales)))
 
     def step(
         self,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import LATENT_CHANNELS, tiny_critic, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 
 from srdd import SRDDInpaintPipeline, SRDDPipeline, SRDDSuperResolutionPipeline, TokenCritic
-from srdd.pipelines.scale_sampling import check_components, guided_logits
+from srdd.pipelines.scale_sampling import GuidedTransformer, check_components
 
 
 PATTERNS = ("causal", "markov", "banded")
@@ -211,10 +211,9 @@ def test_half_precision():
 def test_guided_logits_come_with_the_hidden_states_of_the_conditional_half(weight):
     transformer, labels = tiny_transformer(), torch.tensor([1, 4])
     inputs = torch.randn(2, 21, LATENT_CHANNELS, generator=torch.Generator().manual_seed(0))
-    plain = guided_logits(transformer, inputs, [2, 1, 0], labels, weight)
-    logits, hidden_states = guided_logits(
-        transformer, inputs, [2, 1, 0], labels, weight, keep_unconditional=True, return_hidden_states=True
-    )
+    guided = GuidedTransformer(transformer, labels)
+    plain, _ = guided(inputs, [2, 1, 0], weight)
+    logits, hidden_states = guided(inputs, [2, 1, 0], weight, keep_unconditional=True, return_hidden_states=True)
     torch.testing.assert_close(logits, plain, atol=1e-5, rtol=0)
     expected = transformer(inputs, class_labels=labels, return_hidden_states=True).hidden_states
     torch.testing.assert_close(hidden_states, expected, atol=1e-5, rtol=0)

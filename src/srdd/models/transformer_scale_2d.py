@@ -4,9 +4,10 @@ Shape legend: B batch, K scales, N_k tokens in scale k, N tokens of the scales a
 channels, V codebook.
 """
 
+import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -41,44 +42,107 @@ class ScaleTransformer2DModelOutput(Transformer2DModelOutput):
     hidden_states: torch.Tensor | None = None
 
 
-@dataclass
 class ScaleKVCache:
     """
     Keys and values of the scales already drawn, for the attention patterns that look back.
 
     Pass one object to every [`ScaleTransformer2DModel.forward`] of a sampling run. A pass at a scale replaces what an
-    earlier pass stored there (pass a copy to leave it in place); scales are kept apart, so that nothing of a finer
-    scale is ever seen by a coarser one.
+    earlier pass stored there; scales are kept apart, so that nothing of a finer scale is ever seen by a coarser one.
+    Scales lie one behind the other in one buffer for each layer, so that looking back copies nothing. It is for
+    inference: buffers are written in place.
+
+    Args:
+        num_tokens (`int`, *optional*): Tokens of all scales to come; without it the buffers grow as needed.
     """
 
-    entries: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    def __init__(self, num_tokens: int | None = None):
+        self.num_tokens = num_tokens
+        self.is_read_only = False
+        self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.places: dict[int, slice] = {}
 
     def update(self, layer: int, timestep: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store keys and values `(B, N_k, H, D / H)` of one layer and scale."""
-        self.entries[layer, timestep] = key, value
+        if timestep not in self.places:
+            start = max((place.stop for place in self.places.values()), default=0)
+            self.places[timestep] = slice(start, start + key.shape[1])
+        place = self.places[timestep]
+        found = self.buffers.get(layer)
+        if found is None or found[0].shape[1] < place.stop:
+            size = max(self.num_tokens or 0, place.stop)
+            grown = tuple(states.new_empty(states.shape[0], size, *states.shape[2:]) for states in (key, value))
+            for states, stored in zip(grown, found or ()):
+                states[:, : stored.shape[1]] = stored
+            self.buffers[layer] = grown
+        for states, stored in zip((key, value), self.buffers[layer]):
+            stored[: len(states), place] = states
 
-    def get(self, layer: int, timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer and scale."""
-        return self.entries[layer, timestep]
+    def get(self, layer: int, timesteps: Sequence[int], batch_size: int | None = None) -> tuple[torch.Tensor, ...]:
+        """Keys and values of one layer and some scales, for the first images of the batch or all."""
+        places = [self.places[timestep] for timestep in timesteps]
+        if all(place.stop == following.start for place, following in zip(places, places[1:])):
+            places = [slice(places[0].start, places[-1].stop)]
+        parts = [[stored[:batch_size, place] for place in places] for stored in self.buffers[layer]]
+        return tuple(part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in parts)
 
-    def copy(self) -> "ScaleKVCache":
-        """A cache with the same tensors; storing in it leaves this one as it is."""
-        return ScaleKVCache(dict(self.entries))
+    def read_only(self) -> "ScaleKVCache":
+        """This cache for forwards that shall leave it as it is."""
+        view = copy.copy(self)
+        view.is_read_only = True
+        return view
+
+    def select(self, rows: torch.Tensor) -> "ScaleKVCache":
+        """A read-only cache of some images, by their rows in the batch."""
+        selected = self.read_only()
+        selected.buffers = {layer: tuple(part[rows] for part in pair) for layer, pair in self.buffers.items()}
+        return selected
 
     @property
     def timesteps(self) -> list[int]:
         """The scales stored, as timesteps, coarse to fine."""
-        return sorted({timestep for _, timestep in self.entries}, reverse=True)
+        return sorted(self.places, reverse=True)
+
+
+class ModulationCache:
+    """
+    AdaLN modulations of some class labels. They are the same at all scales and passes of a sampling run.
+
+    Pass one object to every [`ScaleTransformer2DModel.forward`] with the same `class_labels`. It is for inference.
+    """
+
+    def __init__(self):
+        self.entries: dict[int | str, torch.Tensor] = {}
+
+    def get(self, name: int | str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What belongs to a layer, by its number or name; computed if it is not there."""
+        if name not in self.entries:
+            self.entries[name] = compute()
+        return self.entries[name]
+
+    def select(self, rows: torch.Tensor) -> "ModulationCache":
+        """The modulations of some images, by their rows in the batch."""
+        selected = ModulationCache()
+        selected.entries = {name: modulations[rows] for name, modulations in self.entries.items()}
+        return selected
+
+
+def remembered(cache: ModulationCache | None, name: int | str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What a cache holds, or without one what is computed."""
+    return compute() if cache is None else cache.get(name, compute)
 
 
 @dataclass(frozen=True)
 class ScaleSegment:
-    """Where one scale lies in the packed input, and what its tokens may see: cached scales, then packed tokens."""
+    """
+    Where one scale lies in the packed input, and what its tokens may see: cached scales and a part of the packed
+    tokens, which `seen` names together, as timesteps.
+    """
 
     timestep: int
     tokens: slice
     context: slice
     cached: tuple[int, ...]
+    seen: tuple[int, ...]
 
 
 class ScaleAttnProcessor:
@@ -97,24 +161,30 @@ class ScaleAttnProcessor:
         query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
         attended = []
         for segment in segments:
-            keys, values = key[:, segment.context], value[:, segment.context]
-            if kv_cache is not None:
-                kv_cache.update(attn.layer, segment.timestep, key[:, segment.tokens], value[:, segment.tokens])
-                if segment.cached:
-                    past = [kv_cache.get(attn.layer, timestep) for timestep in segment.cached]
-                    keys = torch.cat([*(pair[0] for pair in past), keys], dim=1)
-                    values = torch.cat([*(pair[1] for pair in past), values], dim=1)
             attended.append(
                 dispatch_attention_fn(
                     query[:, segment.tokens],
-                    keys,
-                    values,
+                    *self.context(attn.layer, segment, key, value, kv_cache),
                     scale=attn.scale,
                     backend=self._attention_backend,
                     parallel_config=self._parallel_config,
                 )
             )
         return attn.to_out[0](torch.cat(attended, dim=1).flatten(2, 3))  # (B, N, D)
+
+    @staticmethod
+    def context(
+        layer: int, segment: ScaleSegment, key: torch.Tensor, value: torch.Tensor, kv_cache: ScaleKVCache | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Keys and values that a scale sees, which the cache receives unless it is read only."""
+        if kv_cache is not None and not kv_cache.is_read_only:
+            kv_cache.update(layer, segment.timestep, key[:, segment.tokens], value[:, segment.tokens])
+            return kv_cache.get(layer, segment.seen, len(key))
+        packed = key[:, segment.context], value[:, segment.context]
+        if kv_cache is None or not segment.cached:
+            return packed
+        past = kv_cache.get(layer, segment.cached, len(key))
+        return tuple(torch.cat(pair, dim=1) for pair in zip(past, packed))
 
 
 class MaskedScaleAttnProcessor(ScaleAttnProcessor):
@@ -227,6 +297,7 @@ class ScaleTransformerBlock(nn.Module):
     ):
         super().__init__()
         self.drop_path_rate = drop_path_rate
+        self.layer = layer
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
         self.attn = ScaleAttention(dim, heads, qk_norm, layer)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
@@ -235,6 +306,12 @@ class ScaleTransformerBlock(nn.Module):
             self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
         else:
             self.adaln = nn.Linear(dim, 6 * dim)
+
+    def modulations(self, conditioning: torch.Tensor) -> torch.Tensor:
+        """The six modulations of a class embedding, `(B, 6, D)`."""
+        if hasattr(self, "adaln"):
+            return self.adaln(conditioning).unflatten(-1, (6, -1))
+        return conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
 
     def drop_path(self, branch: torch.Tensor) -> torch.Tensor:
         """Stochastic depth: a residual branch is dropped for whole images."""
@@ -249,6 +326,7 @@ class ScaleTransformerBlock(nn.Module):
         conditioning: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | None = None,
+        modulation_cache: ModulationCache | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -257,11 +335,9 @@ class ScaleTransformerBlock(nn.Module):
                 `(batch, 6 * dim)` and already projected if the model shares its AdaLN.
             segments (`Sequence[ScaleSegment]`): The packed scales and what they see.
             kv_cache ([`ScaleKVCache`], *optional*): Keys and values of scales not in the input.
+            modulation_cache ([`ModulationCache`], *optional*): Holds what follows from `conditioning`, or receives it.
         """
-        if hasattr(self, "adaln"):
-            modulations = self.adaln(conditioning).unflatten(-1, (6, -1))  # (B, 6, D)
-        else:
-            modulations = conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
+        modulations = remembered(modulation_cache, self.layer, lambda: self.modulations(conditioning))
         gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
         branch = self.attn(modulate(self.norm1, hidden_states, scale1, shift1), segments, kv_cache)
         hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch))
@@ -308,7 +384,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
     _no_split_modules = ["ScaleTransformerBlock"]
     _repeated_blocks = ["ScaleTransformerBlock"]
     _skip_layerwise_casting_patterns = ["class_embed", "scale_embed", "norm"]
-    _skip_keys = ["kv_cache"]
+    _skip_keys = ["kv_cache", "modulation_cache"]
 
     @register_to_config
     def __init__(
@@ -426,14 +502,16 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         for index, timestep in enumerate(timesteps):
             size = self.token_slices[-1 - timestep]
             tokens = slice(start, start + size.stop - size.start)
-            seen_from, seen_cached = start, ()
+            first, seen_cached = index, ()
             if pattern == "causal":
-                seen_from, seen_cached = 0, tuple(cached)
+                first, seen_cached = 0, tuple(cached)
             elif pattern == "banded" and index > 0:
-                seen_from = segments[-1].tokens.start
+                first = index - 1
             elif pattern == "banded":
                 seen_cached = tuple(cached[-1:])
-            segments.append(ScaleSegment(timestep, tokens, slice(seen_from, tokens.stop), seen_cached))
+            seen_from = segments[first].tokens.start if first < index else start
+            seen = (*seen_cached, *timesteps[first : index + 1])
+            segments.append(ScaleSegment(timestep, tokens, slice(seen_from, tokens.stop), seen_cached, seen))
             start = tokens.stop
         return segments
 
@@ -454,6 +532,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         timestep: Timesteps | None = None,
         class_labels: torch.LongTensor | None = None,
         kv_cache: ScaleKVCache | None = None,
+        modulation_cache: ModulationCache | None = None,
+        guidance_weight: float | None = None,
         return_hidden_states: bool = False,
         return_dict: bool = True,
     ) -> ScaleTransformer2DModelOutput | tuple[torch.Tensor, ...]:
@@ -469,6 +549,12 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             kv_cache ([`ScaleKVCache`], *optional*):
                 Gives the patterns "causal" and "banded" the scales that are not in `hidden_states`, and receives those
                 that are.
+            modulation_cache ([`ModulationCache`], *optional*):
+                Holds the AdaLN modulations of `class_labels` from call to call.
+            guidance_weight (`float`, *optional*):
+                The weight `w` of classifier-free guidance. The first half of the batch is then the conditional one,
+                the second the unconditional one, and the logits are those of `cond + w (cond - uncond)`, of half the
+                batch. The halves are merged before the last layer, which is linear.
             return_hidden_states (`bool`, defaults to `False`): Whether to return the last hidden states, too.
             return_dict (`bool`, defaults to `True`): Whether to return a [`ScaleTransformer2DModelOutput`].
 
@@ -491,6 +577,11 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         null_class = self.config.num_classes
         if class_labels is None:
             class_labels = torch.full((hidden_states.shape[0],), null_class, device=hidden_states.device)
+        if guidance_weight is not None and len(hidden_states) % 2:
+            raise ValueError(
+                "`hidden_states` must be two halves with `guidance_weight`, conditional and unconditional, got a batch"
+                f" of {len(hidden_states)}."
+            )
         if class_labels.shape != hidden_states.shape[:1]:
             raise ValueError(
                 f"`class_labels` must have shape ({hidden_states.shape[0]},), got {tuple(class_labels.shape)}."
@@ -502,18 +593,25 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         class_embedding = self.class_embed(class_labels)  # (B, D)
         hidden_states = self._embed(hidden_states, class_embedding, timesteps)  # (B, N, D)
         condition = F.silu(class_embedding)
-        conditioning = condition if self.adaln is None else self.adaln(condition)
+        conditioning = condition
+        if self.adaln is not None:
+            conditioning = remembered(modulation_cache, "adaln", lambda: self.adaln(condition))
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, conditioning, segments, kv_cache
+                    block, hidden_states, conditioning, segments, kv_cache, modulation_cache
                 )
             else:
-                hidden_states = block(hidden_states, conditioning, segments, kv_cache)
-        scale, shift = self.adaln_out(condition).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
+                hidden_states = block(hidden_states, conditioning, segments, kv_cache, modulation_cache)
+        modulations = remembered(modulation_cache, "adaln_out", lambda: self.adaln_out(condition))
+        scale, shift = modulations.unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
         hidden_states = modulate(self.norm_out, hidden_states, scale, shift)
+        merged = hidden_states
+        if guidance_weight is not None:
+            conditional, unconditional = hidden_states.chunk(2)
+            merged = torch.lerp(unconditional, conditional, 1.0 + guidance_weight)
         output = ScaleTransformer2DModelOutput(
-            sample=self.proj_out(hidden_states),  # (B, N, V)
+            sample=self.proj_out(merged),  # (B, N, V)
             hidden_states=hidden_states if return_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()

@@ -131,7 +131,7 @@ def critic_examples(
             part.to(transformer.dtype),
             which,
             class_labels,
-            kv_cache=None if kv_cache is None else kv_cache.copy(),
+            kv_cache=None if kv_cache is None else kv_cache.read_only(),
             return_hidden_states=True,
         ).hidden_states
         for part, which in packed

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
 from srdd.models import ScaleKVCache
-from srdd.scale_sizes import num_tokens_per_scale
 from srdd.training.data import LabelledImages
 from srdd.training.loop import (
     TrainingRun,
@@ -313,8 +312,6 @@ def guided_distribution(
     logits = teacher(inputs, timestep=timesteps, class_labels=class_labels, kv_cache=kv_cache).sample.float()
     if guidance_scale > 1:
         unconditional = teacher(inputs, timestep=timesteps).sample.float()
-        weights = torch.tensor([scheduler.guidance_weight(t, guidance_scale) for t in timesteps])
-        counts = torch.tensor(num_tokens_per_scale(inference_scales(scheduler)))
-        per_token = weights.repeat_interleave(counts).to(logits)[:, None]  # (N, 1)
-        logits = logits + per_token * (logits - unconditional)
+        weights = scheduler.guidance_weights(guidance_scale).to(logits)
+        logits = torch.lerp(unconditional, logits, 1 + weights[:, None])
     return logits.log_softmax(dim=-1)
