@@ -46,12 +46,7 @@ def make_accelerator(args: Namespace) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
-            f" {launched}. Without GPUs, set ACCELERATE_USE_CPU=true."
-        )
+    check_processes(accelerator)
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         if report_to is not None:
@@ -62,6 +57,21 @@ def make_accelerator(args: Namespace) -> Accelerator:
         diffusers.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
     return accelerator
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """
+    Make sure that the processes that were launched work together.
+
+    Raises:
+        ValueError: If several processes were launched that do not know of each other.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
+            f" {launched}. Without GPUs, set ACCELERATE_USE_CPU=true."
+        )
 
 
 def load_images(args: Namespace, label_column: str | None, max_train_samples: int | None = None) -> LabelledImages:
