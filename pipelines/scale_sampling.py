@@ -28,8 +28,8 @@ def check_components(
 
     Raises:
         ValueError: If the scheduler is of another kind, its scales are not the transformer's, tokenizer and
-            transformer differ in latent grid, codebook size or channels, the critic reads another width than the
-            transformer's, or the schedule needs one and there is none.
+            transformer differ in latent grid, codebook size or channels, the critic reads another width or other codes
+            than the transformer's, or the schedule needs one and there is none.
     """
     if not isinstance(scheduler, ScaleScheduler):
         raise ValueError(f"`scheduler` must be a ScaleScheduler, got {type(scheduler).__name__}.")
@@ -51,6 +51,11 @@ def check_components(
         raise ValueError(
             f"`token_critic` must read hidden states of the transformer's width, {transformer.dim}, got"
             f" {token_critic.config.dim}."
+        )
+    if token_critic is not None and token_critic.config.codebook_size != transformer.config.codebook_size:
+        raise ValueError(
+            f"`token_critic` must know the transformer's {transformer.config.codebook_size} codes, got"
+            f" {token_critic.config.codebook_size}."
         )
     if token_critic is None and scheduler.config.resampling_policy == "learned":
         raise ValueError("`token_critic` must be a TokenCritic with the resampling policy 'learned', got None.")
@@ -248,7 +253,8 @@ def sample_scales(
         confidence = None
         if judged:
             # What the transformer made of the tokens fed back tells which of them are wrong.
-            confidence = token_critic(last_hidden_states.to(token_critic.dtype)).logits.float().sigmoid()
+            judged_ids = token_ids[:, tokens] if rows is None else token_ids[rows, tokens]
+            confidence = token_critic(last_hidden_states.to(token_critic.dtype), judged_ids).logits.float().sigmoid()
             if rows is not None:
                 trusted = torch.ones(resample_mask.shape, device=confidence.device)
                 confidence = trusted.index_copy(0, rows, confidence)

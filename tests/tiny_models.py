@@ -67,7 +67,7 @@ def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrid
 
 def tiny_critic(seed: int = 2, **overrides: Any) -> TokenCritic:
     """A critic for [`tiny_transformer`]; `overrides` are config values."""
-    return _redraw(TokenCritic(**{"dim": 16, "hidden_dim": 8, **overrides}), seed)
+    return _redraw(TokenCritic(**{"codebook_size": CODEBOOK_SIZE, "dim": 16, "hidden_dim": 8, **overrides}), seed)
 
 
 def tiny_scheduler(**overrides: Any) -> ScaleScheduler:

@@ -55,7 +55,9 @@ def main(args: argparse.Namespace) -> None:
         args.guidance_scale = pipe.default_guidance_scale
     args.validation_guidance_scale = args.guidance_scale
     set_seed(args.seed)  # the new weights must be the same in every process
-    critic = pipe.token_critic or TokenCritic(pipe.transformer.dim, args.hidden_dim)
+    critic = pipe.token_critic or TokenCritic(
+        pipe.transformer.config.codebook_size, pipe.transformer.dim, args.hidden_dim
+    )
     set_seed(args.seed, device_specific=True)
     scale_sizes = inference_scales(pipe.scheduler)
     tokens = load_tokens_of(args, accelerator, "pretrained_model_name_or_path", pipe, images, scale_sizes)

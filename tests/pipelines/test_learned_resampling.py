@@ -90,7 +90,8 @@ def plain_sample(
             low = torch.ones(logits.shape[:2], dtype=torch.bool)
             if number > 0:
                 seen = cond.hidden_states[:, -size[0] * size[1] :]
-                verdict = F.gelu(critic.proj_in(seen)) @ critic.proj_out.weight[0] + critic.proj_out.bias
+                judged = critic.proj_in(seen) + critic.token_embed.weight[tokens]
+                verdict = F.gelu(judged) @ critic.proj_out.weight[0] + critic.proj_out.bias
                 low = 1 / (1 + (-verdict).exp()) < config.resampling_threshold
                 redrawn.append(int(low.sum()))
                 if not low.any():
@@ -257,6 +258,8 @@ def test_a_critic_of_another_transformer_is_refused():
         check_components(tiny_vqvae(), tiny_transformer(), tiny_scheduler(), critic)
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(token_critic=critic)(1)
+    with pytest.raises(ValueError, match="`token_critic` must know the transformer's 32 codes, got 33"):
+        tiny_pipeline(token_critic=tiny_critic(codebook_size=33))(1)
 
 
 def editing_pipeline(pipeline_class, pattern: str):
