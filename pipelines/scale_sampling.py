@@ -208,7 +208,7 @@ def sample_scales(
     kv_cache = ScaleKVCache(scheduler.num_tokens) if transformer.needs_kv_cache else None
     guided_from_start = guidance_scale > 1
     last_guided = min([t for t in timesteps if scheduler.guidance_weight(t, 2.0) > 0], default=timesteps[0])
-    time_travel = scheduler.config.resampling_feedback == "time_travel"
+    time_travel = scheduler.resampling_feedback == "time_travel"
     learned = scheduler.config.resampling_policy == "learned" and token_critic is not None
     start, state_before, model_state, resample_mask, logits = latents, latents, latents, None, None
     known_ids = torch.full_like(token_ids, MASK_TOKEN_ID)

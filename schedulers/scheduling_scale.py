@@ -75,10 +75,11 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             probabilities lie higher than a token's own: 0.01 is far too low for them.
         num_resampling_passes (`int` or `list[int]`, defaults to 5): Most further passes at a scale; a list gives one
             number for each of `scale_sizes`.
-        resampling_feedback (`str`, defaults to `"full"`): What a further pass is fed, which the paper leaves open.
-            `"full"`: the state with all tokens of the last pass. `"kept"`: with those that are not drawn again.
-            `"time_travel"`: the state before the scale, re-tokenised from the state after it. `"redraw"`: nothing; low
-            tokens are drawn again from the same logits, which costs no pass.
+        resampling_feedback (`str`, *optional*): What a further pass is fed, which the paper leaves open. `"full"`: the
+            state with all tokens of the last pass. `"kept"`: with those that are not drawn again. `"time_travel"`: the
+            state before the scale, re-tokenised from the state after it. `"redraw"`: nothing; low tokens are drawn
+            again from the same logits, which costs no pass. By default `"kept"` with the policy `"masked"`, where it
+            never hurt (`benchmarks/ABLATIONS.md`), and `"full"` with the others, which keep no token or judge all.
 
     Raises:
         ValueError: If a value is not one of those above.
@@ -101,7 +102,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         resampling_policy: str = "none",
         resampling_threshold: float = 0.01,
         num_resampling_passes: int | list[int] = 5,
-        resampling_feedback: str = "full",
+        resampling_feedback: str | None = None,
     ):
         scale_sizes = normalize_scale_sizes(scale_sizes)
         if scales is not None:
@@ -116,13 +117,13 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         self.scales: list[list[int]] = scales or scale_sizes
         _check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
         _check_choice("resampling_policy", resampling_policy, RESAMPLING_POLICIES)
-        _check_choice("resampling_feedback", resampling_feedback, RESAMPLING_FEEDBACKS)
+        _check_choice("resampling_feedback", resampling_feedback, (*RESAMPLING_FEEDBACKS, None))
         if resampling_policy == "simple" and resampling_feedback in ("kept", "redraw"):
             raise ValueError(
                 "`resampling_feedback` must be 'full' or 'time_travel' with the policy 'simple', which keeps no token,"
                 f" got {resampling_feedback!r}."
             )
-        if resampling_policy == "learned" and resampling_feedback != "full":
+        if resampling_policy == "learned" and resampling_feedback not in ("full", None):
             raise ValueError(
                 "`resampling_feedback` must be 'full' with the policy 'learned', which judges all tokens that are fed"
                 f" back, got {resampling_feedback!r}."
@@ -151,6 +152,12 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
     def compatibles(self) -> list[type[SchedulerMixin]]:
         """Scheduler classes that understand this config: this one; no other draws tokens scale by scale."""
         return [type(self)]
+
+    @property
+    def resampling_feedback(self) -> str:
+        """What a further pass is fed: the config's choice, or the policy's."""
+        default = "kept" if self.config.resampling_policy == "masked" else "full"
+        return self.config.resampling_feedback or default
 
     @property
     def num_train_timesteps(self) -> int:
@@ -187,7 +194,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
     def num_passes(self, timestep: int | torch.Tensor) -> int:
         """How often a timestep is repeated at most: one pass, and the further ones of the resampling policy."""
-        return 1 if self.config.resampling_feedback == "redraw" else 1 + self._num_further_passes(timestep)
+        return 1 if self.resampling_feedback == "redraw" else 1 + self._num_further_passes(timestep)
 
     def _num_further_passes(self, timestep: int | torch.Tensor) -> int:
         coarsest = self._check_timestep(timestep) == self.num_train_timesteps - 1
@@ -332,7 +339,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             resample_mask = resample_mask & self._is_distrusted(confidence, token_ids.shape)
         if known_mask is not None:
             resample_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
-        redraws = self._num_further_passes(timestep) if self.config.resampling_feedback == "redraw" else 0
+        redraws = self._num_further_passes(timestep) if self.resampling_feedback == "redraw" else 0
         for _ in range(1 + redraws):
             token_ids = self._draw(model_output, token_ids, resample_mask, generator)
             chosen = model_output.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
@@ -347,7 +354,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
         prev_sample = sample.clone()
         prev_sample[:, tokens] = token_ids
-        feedback_mask = ~resample_mask if self.config.resampling_feedback == "kept" else None
+        feedback_mask = ~resample_mask if self.resampling_feedback == "kept" else None
         output = ScaleSchedulerOutput(prev_sample, probabilities, resample_mask, feedback_mask)
         return output if return_dict else (prev_sample, probabilities, resample_mask, feedback_mask)
 

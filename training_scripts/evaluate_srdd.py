@@ -39,6 +39,8 @@ from srdd.training.loop import check_processes, load_images, picture_grid
 SCHEDULER_OPTIONS = {
     "scales": {"type": int_list, "help": "Scales to visit, such as 1,2,4,8."},
     "guidance_schedule": {"choices": GUIDANCE_SCHEDULES},
+    "guidance_start": {"type": float},
+    "guidance_stop": {"type": float},
     "temperature": {"type": float},
     "top_k": {"type": int},
     "top_p": {"type": float},
@@ -137,6 +139,7 @@ def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Im
         "guidance_scale": source.guidance_scale,
         **{name: value for name, value in key["scheduler"].items() if name != "scale_sizes"},
         "scales": pipe.scheduler.scales,
+        "resampling_feedback": pipe.scheduler.resampling_feedback,
         "seed": args.seed,
         "dtype": args.dtype,
     }

@@ -15,7 +15,7 @@ POLICIES = {
     "none": {},
     "simple-full": {"resampling_policy": "simple"},
     "simple-time_travel": {"resampling_policy": "simple", "resampling_feedback": "time_travel"},
-    "masked-full": {"resampling_policy": "masked"},
+    "masked-full": {"resampling_policy": "masked", "resampling_feedback": "full"},
     "masked-kept": {"resampling_policy": "masked", "resampling_feedback": "kept"},
     "masked-time_travel": {"resampling_policy": "masked", "resampling_feedback": "time_travel"},
     "masked-redraw": {"resampling_policy": "masked", "resampling_feedback": "redraw"},

@@ -253,6 +253,28 @@ def test_masked_policy_wants_the_tokens_below_the_threshold(threshold):
     assert torch.equal(output.resample_mask, output.token_probabilities < threshold)
 
 
+@pytest.mark.parametrize(
+    ("policy", "given", "used"),
+    [
+        ("masked", None, "kept"),
+        ("masked", "full", "full"),
+        ("simple", None, "full"),
+        ("learned", None, "full"),
+        ("simple", "time_travel", "time_travel"),
+    ],
+)
+def test_the_policy_chooses_the_feedback_unless_told(policy, given, used):
+    scheduler = tiny_scheduler(resampling_policy=policy, resampling_feedback=given)
+    assert scheduler.resampling_feedback == used
+    output = scheduler.step(random_logits(16), 0, random_token_ids(), generator=torch.Generator().manual_seed(0))
+    assert (output.feedback_mask is not None) == (used == "kept")
+    # What was not asked for is not written down: another policy chooses anew.
+    assert scheduler.config.resampling_feedback == given
+    assert ScaleScheduler.from_config(scheduler.config, resampling_policy="none").resampling_feedback == (
+        given or "full"
+    )
+
+
 @pytest.mark.parametrize("feedback", ["full", "kept", "time_travel"])
 def test_masked_resampling_draws_only_wanted_tokens_of_its_scale(feedback):
     scheduler = tiny_scheduler(
@@ -549,7 +571,7 @@ def test_forward_process_refuses_other_shapes(shape):
         ({"guidance_start": 0.5, "guidance_stop": 0.4}, r"`guidance_stop` must be in \[guidance_start, 1\], got 0.4"),
         ({"guidance_stop": 1.1}, r"`guidance_stop` must be in \[guidance_start, 1\], got 1.1"),
         ({"resampling_policy": "MR"}, r"`resampling_policy` must be one of \('none', .*'learned'\), got 'MR'"),
-        ({"resampling_feedback": None}, r"`resampling_feedback` must be one of \('full', .*'redraw'\), got None"),
+        ({"resampling_feedback": "all"}, r"`resampling_feedback` must be one of \('full', .*None\), got 'all'"),
         (
             {"resampling_policy": "simple", "resampling_feedback": "kept"},
             "`resampling_feedback` must be 'full' or 'time_travel' with the policy 'simple'.*got 'kept'",

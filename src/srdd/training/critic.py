@@ -36,7 +36,7 @@ def train_token_critic(
     """
     transformer, scale_sizes = pipe.transformer, inference_scales(pipe.scheduler)[1:]
     null_class, dropout = transformer.config.num_classes, transformer.config.class_dropout_prob
-    policy = {"resampling_policy": "learned", "resampling_feedback": "full"}
+    policy = {"resampling_policy": "learned", "resampling_feedback": None}
     scheduler = ScaleScheduler.from_config(
         pipe.scheduler.config, resampling_threshold=args.validation_threshold, **policy
     )

@@ -42,7 +42,7 @@ image = pipe({labels}{guidance}).images[0]"""
 CRITIC_SNIPPET = """from srdd import ScaleScheduler, SRDDPipeline
 
 pipe = SRDDPipeline.from_pretrained("{name}")
-policy = {"resampling_policy": "learned", "resampling_threshold": {threshold}, "resampling_feedback": "full"}
+policy = {"resampling_policy": "learned", "resampling_threshold": {threshold}, "resampling_feedback": None}
 pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, **policy)
 image = pipe({labels}{guidance}).images[0]"""
 
