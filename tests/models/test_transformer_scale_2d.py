@@ -478,7 +478,7 @@ def test_initial_blocks_are_close_to_the_identity_and_predictions_to_uniform():
     model = fresh_transformer(latent_channels=LATENT_CHANNELS).eval()
     entered, left = [], []
     model.blocks[0].register_forward_hook(lambda module, args, output: entered.append(args[0]))
-    model.blocks[-1].register_forward_hook(lambda module, args, output: left.append(output))
+    model.blocks[-1].register_forward_hook(lambda module, args, output: left.append(output[0]))
     logits = model(random_inputs(), class_labels=torch.tensor([3, 7])).sample
     assert (left[0] - entered[0]).abs().max() < 1e-4 * entered[0].abs().max()
     loss = F.cross_entropy(logits.flatten(0, 1), torch.randint(512, (2 * NUM_TOKENS,)))

@@ -3,9 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from tiny_models import ID2LABEL, LATENT_CHANNELS, tiny_pipeline, tiny_scheduler, tiny_transformer
+from tiny_models import ID2LABEL, LATENT_CHANNELS, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
+from torch._dynamo.utils import counters
 
-from srdd import SRDDPipelineOutput
+from srdd import SRDDPipeline, SRDDPipelineOutput
 
 
 PATTERNS = ("causal", "markov", "banded")
@@ -238,6 +239,25 @@ def test_scales_without_guidance_are_drawn_at_half_the_cost(pattern, interval, e
         guided = scheduler.guidance_weight(timestep, 4.0)
         assert guided == (3.0 if expected[2 - timestep] == 4 and not (pattern == "banded" and timestep) else 0.0)
         assert torch.equal((cond + guided * (cond - uncond)).argmax(dim=-1), token_ids[:, tokens])
+
+
+@pytest.mark.parametrize(("pattern", "num_graphs"), [("markov", 4), ("causal", 16)])
+def test_compiled_blocks_serve_all_scales(pattern, num_graphs):
+    sizes = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    models = tiny_vqvae(scale_sizes=sizes, sample_size=20), tiny_transformer(pattern, scale_sizes=sizes)
+    pipe = SRDDPipeline(*models, make_scheduler("none", scale_sizes=sizes))
+    pipe.set_progress_bar_config(disable=True)
+    expected = [latents_of(pipe, [1, 2], generator=generators(seed, seed + 1))[1] for seed in (0, 1, 2)]
+    torch.compiler.reset()
+    counters.clear()
+    # The backend "eager" runs what was traced as it is: what is tested is how often something is traced.
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=pattern == "markov")
+    found, counts = [], []
+    for seed in (0, 1, 2):
+        found.append(latents_of(pipe, [1, 2], generator=generators(seed, seed + 1))[1])
+        counts.append(counters["stats"]["unique_graphs"])
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+    assert 0 < counts[1] == counts[2] <= num_graphs
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -6,8 +6,8 @@ channels, V codebook.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -64,7 +64,7 @@ class ScaleKVCache:
     def update(self, layer: int, timestep: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store keys and values `(B, N_k, H, D / H)` of one layer and scale."""
         if timestep not in self.places:
-            start = max((place.stop for place in self.places.values()), default=0)
+            start = max([0, *(place.stop for place in self.places.values())])
             self.places[timestep] = slice(start, start + key.shape[1])
         place = self.places[timestep]
         found = self.buffers.get(layer)
@@ -103,32 +103,27 @@ class ScaleKVCache:
         return sorted(self.places, reverse=True)
 
 
+@dataclass
 class ModulationCache:
     """
     AdaLN modulations of some class labels. They are the same at all scales and passes of a sampling run.
 
-    Pass one object to every [`ScaleTransformer2DModel.forward`] with the same `class_labels`. It is for inference.
+    Pass one object to every [`ScaleTransformer2DModel.forward`] with the same `class_labels`; the first fills it. It
+    is for inference.
+
+    Args:
+        blocks (`list`): For each block the modulations, `(batch, 6, dim)`.
+        out (`torch.Tensor`, *optional*): Those of the last norm, `(batch, 2 * dim)`.
     """
 
-    def __init__(self):
-        self.entries: dict[int | str, torch.Tensor] = {}
-
-    def get(self, name: int | str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What belongs to a layer, by its number or name; computed if it is not there."""
-        if name not in self.entries:
-            self.entries[name] = compute()
-        return self.entries[name]
+    blocks: list[torch.Tensor] = field(default_factory=list)
+    out: torch.Tensor | None = None
 
     def select(self, rows: torch.Tensor) -> "ModulationCache":
         """The modulations of some images, by their rows in the batch."""
-        selected = ModulationCache()
-        selected.entries = {name: modulations[rows] for name, modulations in self.entries.items()}
-        return selected
-
-
-def remembered(cache: ModulationCache | None, name: int | str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What a cache holds, or without one what is computed."""
-    return compute() if cache is None else cache.get(name, compute)
+        if self.out is None:
+            return ModulationCache()
+        return ModulationCache([modulations[rows] for modulations in self.blocks], self.out[rows])
 
 
 @dataclass(frozen=True)
@@ -159,20 +154,24 @@ class ScaleAttnProcessor:
         kv_cache: ScaleKVCache | None = None,
     ) -> torch.Tensor:
         query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
-        attended = []
-        for segment in segments:
-            attended.append(
-                dispatch_attention_fn(
-                    query[:, segment.tokens],
-                    *self.context(attn.layer, segment, key, value, kv_cache),
-                    scale=attn.scale,
-                    backend=self._attention_backend,
-                    parallel_config=self._parallel_config,
-                )
+        if len(segments) == 1 and kv_cache is None:
+            # Nothing but the shape differs from scale to scale here, so that a compiled block serves them all.
+            seen = [(query, key, value)]
+        else:
+            seen = [
+                (query[:, segment.tokens], *self.context(attn.layer, segment, key, value, kv_cache))
+                for segment in segments
+            ]
+        attended = [
+            dispatch_attention_fn(
+                *states, scale=attn.scale, backend=self._attention_backend, parallel_config=self._parallel_config
             )
+            for states in seen
+        ]
         return attn.to_out[0](torch.cat(attended, dim=1).flatten(2, 3))  # (B, N, D)
 
     @staticmethod
+    @torch.compiler.disable
     def context(
         layer: int, segment: ScaleSegment, key: torch.Tensor, value: torch.Tensor, kv_cache: ScaleKVCache | None
     ) -> tuple[torch.Tensor, ...]:
@@ -297,7 +296,6 @@ class ScaleTransformerBlock(nn.Module):
     ):
         super().__init__()
         self.drop_path_rate = drop_path_rate
-        self.layer = layer
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
         self.attn = ScaleAttention(dim, heads, qk_norm, layer)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
@@ -306,12 +304,6 @@ class ScaleTransformerBlock(nn.Module):
             self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
         else:
             self.adaln = nn.Linear(dim, 6 * dim)
-
-    def modulations(self, conditioning: torch.Tensor) -> torch.Tensor:
-        """The six modulations of a class embedding, `(B, 6, D)`."""
-        if hasattr(self, "adaln"):
-            return self.adaln(conditioning).unflatten(-1, (6, -1))
-        return conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
 
     def drop_path(self, branch: torch.Tensor) -> torch.Tensor:
         """Stochastic depth: a residual branch is dropped for whole images."""
@@ -326,8 +318,8 @@ class ScaleTransformerBlock(nn.Module):
         conditioning: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | None = None,
-        modulation_cache: ModulationCache | None = None,
-    ) -> torch.Tensor:
+        modulations: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, num_tokens, dim)`): Packed scales.
@@ -335,14 +327,21 @@ class ScaleTransformerBlock(nn.Module):
                 `(batch, 6 * dim)` and already projected if the model shares its AdaLN.
             segments (`Sequence[ScaleSegment]`): The packed scales and what they see.
             kv_cache ([`ScaleKVCache`], *optional*): Keys and values of scales not in the input.
-            modulation_cache ([`ModulationCache`], *optional*): Holds what follows from `conditioning`, or receives it.
+            modulations (`torch.Tensor` of shape `(batch, 6, dim)`, *optional*): What follows from `conditioning`, from
+                an earlier call.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Hidden states and modulations.
         """
-        modulations = remembered(modulation_cache, self.layer, lambda: self.modulations(conditioning))
+        if modulations is None and hasattr(self, "adaln"):
+            modulations = self.adaln(conditioning).unflatten(-1, (6, -1))  # (B, 6, D)
+        elif modulations is None:
+            modulations = conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
         gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
         branch = self.attn(modulate(self.norm1, hidden_states, scale1, shift1), segments, kv_cache)
         hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch))
         branch = self.ff(modulate(self.norm2, hidden_states, scale2, shift2))
-        return torch.addcmul(hidden_states, gate2, self.drop_path(branch))
+        return torch.addcmul(hidden_states, gate2, self.drop_path(branch)), modulations
 
 
 class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
@@ -592,18 +591,21 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
 
         class_embedding = self.class_embed(class_labels)  # (B, D)
         hidden_states = self._embed(hidden_states, class_embedding, timesteps)  # (B, N, D)
+        known = modulation_cache if modulation_cache is not None else ModulationCache()
+        is_known = known.out is not None
         condition = F.silu(class_embedding)
-        conditioning = condition
-        if self.adaln is not None:
-            conditioning = remembered(modulation_cache, "adaln", lambda: self.adaln(condition))
-        for block in self.blocks:
+        conditioning = condition if self.adaln is None or is_known else self.adaln(condition)
+        for layer, block in enumerate(self.blocks):
+            inputs = (hidden_states, conditioning, segments, kv_cache, known.blocks[layer] if is_known else None)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, conditioning, segments, kv_cache, modulation_cache
-                )
+                hidden_states, modulations = self._gradient_checkpointing_func(block, *inputs)
             else:
-                hidden_states = block(hidden_states, conditioning, segments, kv_cache, modulation_cache)
-        modulations = remembered(modulation_cache, "adaln_out", lambda: self.adaln_out(condition))
+                hidden_states, modulations = block(*inputs)
+            if modulation_cache is not None and not is_known:
+                modulation_cache.blocks.append(modulations)
+        modulations = known.out if is_known else self.adaln_out(condition)
+        if modulation_cache is not None:
+            modulation_cache.out = modulations
         scale, shift = modulations.unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
         hidden_states = modulate(self.norm_out, hidden_states, scale, shift)
         merged = hidden_states
