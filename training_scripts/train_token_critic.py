@@ -63,7 +63,8 @@ def main(args: argparse.Namespace) -> None:
     tokens = load_tokens_of(args, accelerator, "pretrained_model_name_or_path", pipe, images, scale_sizes)
     averaged = train_token_critic(args, accelerator, critic, pipe, tokens)
     if accelerator.is_main_process:
-        finish_pipeline(args, SRDDPipeline(pipe.vqvae, pipe.transformer, pipe.scheduler, averaged), images)
+        finished = SRDDPipeline(pipe.vqvae, pipe.transformer, pipe.scheduler, averaged)
+        finish_pipeline(args, finished, images, part="token critic")
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 
