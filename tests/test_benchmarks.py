@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_vqvae
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -18,7 +19,7 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("samplers", "speed", "memory"):
+    for name in ("samplers", "speed", "memory", "light_decoder"):
         sys.modules.pop(name, None)
 
 
@@ -35,6 +36,21 @@ def test_speed(load, tmp_path, capsys, monkeypatch):
         assert len(found["seconds"][name]) == 1
         assert set(found["seconds_by_part"][name]) == {"transformer", "sampling", "quantizer", "decoder", "other"}
     assert found["gflop"]["sdd"] < found["gflop"]["causal"] < found["gflop"]["reference"]
+
+
+def test_light_decoder(load, tmp_path, capsys):
+    benchmark = load("light_decoder")
+    tiny_vqvae(block_out_channels=[32, 64]).save_pretrained(tmp_path)
+    arguments = ["--teacher", str(tmp_path), "--num_rounds", "2", "--batch_size", "3", "--device", "cpu"]
+    args = benchmark.parse_args(arguments)
+    found = benchmark.measure(args)
+    assert [len(row["seconds"]) for row in found.values()] == [2, 2, 2]
+    for name in ("parameters", "gflop"):
+        teacher, light, lighter = (row[name] for row in found.values())
+        assert teacher > 5 * light > 5 * lighter
+    report = benchmark.report(args, found)
+    assert "| light, [8, 16], 0 + 1 layers |" in report
+    assert "| 1.0 (1.0–1.0) |" in report
 
 
 def test_speed_refuses_to_time_what_differs(load):
