@@ -38,11 +38,12 @@ def test_speed(load, tmp_path, capsys, monkeypatch):
     assert found["gflop"]["sdd"] < found["gflop"]["causal"] < found["gflop"]["reference"]
 
 
-def test_light_decoder(load, tmp_path, capsys):
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_light_decoder(load, tmp_path, clock):
     benchmark = load("light_decoder")
     tiny_vqvae(block_out_channels=[32, 64]).save_pretrained(tmp_path)
     arguments = ["--teacher", str(tmp_path), "--num_rounds", "2", "--batch_size", "3", "--device", "cpu"]
-    args = benchmark.parse_args(arguments)
+    args = benchmark.parse_args([*arguments, "--clock", clock])
     found = benchmark.measure(args)
     assert [len(row["seconds"]) for row in found.values()] == [2, 2, 2]
     for name in ("parameters", "gflop"):
@@ -51,6 +52,7 @@ def test_light_decoder(load, tmp_path, capsys):
     report = benchmark.report(args, found)
     assert "| light, [8, 16], 0 + 1 layers |" in report
     assert "| 1.0 (1.0–1.0) |" in report
+    assert f"2 rounds, {clock} time." in report
 
 
 def test_speed_refuses_to_time_what_differs(load):
