@@ -19,6 +19,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 
+from srdd.models.fast_linear import quicken, set_fast
 from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, scale_slices
 
 
@@ -249,6 +250,10 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.set_processor(self._default_processor_cls())
 
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        quicken(self, getattr(self.to_q, "fast", None))
+
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value of hidden states `(B, N, D)`, `(B, N, H, D / H)` each; the first two normalised."""
         if self.fused_projections:
@@ -446,6 +451,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.proj_out = nn.Linear(dim, codebook_size)
         self.gradient_checkpointing = False
         self.init_weights()
+        quicken(self)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -481,6 +487,18 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
     def needs_kv_cache(self) -> bool:
         """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
         return self.config.attention_pattern != "markov"
+
+    def enable_fast_linears(self) -> None:
+        """
+        Let linear layers use kernels of oneDNN on CPUs where no gradient is asked for, as they do by default where that
+        is known to be faster: AMD's with AVX-512 in full width for float32, all with VNNI for torchao's int8 weights.
+        Logits agree with torch's kernels to rounding. Nothing is kept beside float32 weights.
+        """
+        set_fast(self, True)
+
+    def disable_fast_linears(self) -> None:
+        """Leave linear layers to torch and torchao."""
+        set_fast(self, False)
 
     def _check_timesteps(self, timestep: Timesteps | None) -> list[int]:
         last = len(self.token_slices) - 1
