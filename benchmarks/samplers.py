@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import sys
 import tempfile
 import time
@@ -31,11 +32,15 @@ TimedCall = tuple[Any, str, str]
 
 @dataclass(frozen=True)
 class Row:
-    """A setting of our pipeline; `kept` are the scales it visits, by index among ten, all by default."""
+    """
+    A setting of our pipeline; `kept` are the scales it visits, by index among ten, all by default. `linears` are the
+    transformer's: its own choice by default, "torch" for torch's kernels, "int8" for torchao's int8 weights.
+    """
 
     attention_pattern: str
     kept: tuple[int, ...] | None = None
     guidance_scale: float = GUIDANCE_SCALE
+    linears: str | None = None
 
 
 ROWS = {
@@ -45,6 +50,9 @@ ROWS = {
     "sdd-5": Row("markov", (0, 4, 6, 8, 9)),
     # What a student of the guided distribution costs.
     "sdd-6-unguided": Row("markov", (0, 2, 4, 6, 8, 9), guidance_scale=1.0),
+    "sdd-torch": Row("markov", linears="torch"),
+    "sdd-int8": Row("markov", linears="int8"),
+    "sdd-6-int8": Row("markov", (0, 2, 4, 6, 8, 9), linears="int8"),
 }
 
 
@@ -108,10 +116,28 @@ def part_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[st
         yield seconds
 
 
+def with_linears(transformer: ScaleTransformer2DModel, linears: str | None) -> ScaleTransformer2DModel:
+    """A transformer whose linear layers are those of [`Row`]; it shares what it can with the given one."""
+    if linears is None:
+        return transformer
+    shared = copy.deepcopy(transformer, {id(parameter): parameter for parameter in transformer.parameters()})
+    if linears == "torch":
+        shared.disable_fast_linears()
+    else:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(shared, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    return shared
+
+
 class PipelineSampler:
     """Our pipeline under one of `ROWS`."""
 
     def __init__(self, pipe: SRDDPipeline, row: Row):
+        if row.linears is not None:
+            transformer = with_linears(pipe.transformer, row.linears)
+            pipe = SRDDPipeline(vqvae=pipe.vqvae, transformer=transformer, scheduler=pipe.scheduler)
+            pipe.set_progress_bar_config(disable=True)
         self.pipe, self.row = pipe, row
         sizes = pipe.transformer.config.scale_sizes
         if row.kept is not None and len(sizes) != 10:

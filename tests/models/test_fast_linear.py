@@ -389,6 +389,7 @@ def test_other_kinds_of_weights_are_torchaos_business(torchao):
     for quant_type in (
         torchao.Int8WeightOnlyConfig(set_inductor_config=False),
         symmetric(set_inductor_config=False, granularity=torchao.PerTensor()),
+        symmetric(set_inductor_config=False, granularity=[torchao.PerTensor(), torchao.PerRow()]),
         symmetric(set_inductor_config=False, act_mapping_type=torchao.MappingType.ASYMMETRIC),
         symmetric(set_inductor_config=False, reduce_range=True),
     ):

@@ -2,13 +2,13 @@
 Linear layers without gradients on CPUs: the same layers in less time, by kernels of oneDNN, which torch brings along.
 
 [`quicken`] puts the classes below into a model in the place of torch's and diffusers'. They hold the same parameters
-under the same names and nothing else, and run torch's code wherever [`linear_kernel`], the one place that decides, says
-so: on accelerators, where a gradient may be asked for, under autocast and in compiled code.
+under the same names and nothing else, and run torch's code wherever [`linear_kernel`], the one place that decides,
+says so: on accelerators, where a gradient may be asked for, under autocast and in compiled code.
 
-- "float32": torch has MKL multiply float32 matrices, which leaves AVX-512 to CPUs of Intel. oneDNN, to which torch gives
-  convolutions, uses it on AMD's, too: twice the speed from Zen 5 on. Elsewhere it is not the default.
-- "int8": weights that torchao made int8, to be multiplied with activations that are quantized row by row on the way.
-  torchao's own code for that is made to be compiled, and takes longer than float32 otherwise.
+- "float32": torch has MKL multiply float32 matrices, which leaves AVX-512 to Intel's CPUs. oneDNN, to which torch
+  gives convolutions, uses it on AMD's, too: twice the speed from Zen 5 on. Elsewhere it is not the default.
+- "int8": weights that torchao made int8, multiplied with activations that are quantized row by row on the way. Without
+  a compiler, torchao's own code for that takes longer than float32.
 
 Numbers: `benchmarks/SPEED.md`.
 """

@@ -490,9 +490,9 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
 
     def enable_fast_linears(self) -> None:
         """
-        Let linear layers use kernels of oneDNN on CPUs where no gradient is asked for, as they do by default where that
-        is known to be faster: AMD's with AVX-512 in full width for float32, all with VNNI for torchao's int8 weights.
-        Logits agree with torch's kernels to rounding. Nothing is kept beside float32 weights.
+        Let linear layers use kernels of oneDNN on CPUs where no gradient is asked for. By default they do where it is
+        known to be faster: for float32 on AMD's CPUs from Zen 5 on, for torchao's int8 weights wherever there is VNNI.
+        Logits agree with torch's to rounding; no copies of float32 weights are kept.
         """
         set_fast(self, True)
 
