@@ -19,7 +19,7 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("samplers", "speed", "memory", "light_decoder"):
+    for name in ("samplers", "speed", "memory", "light_decoder", "linear_layers"):
         sys.modules.pop(name, None)
 
 
@@ -73,6 +73,31 @@ def test_timers_are_taken_off_again(load):
     assert set(seconds) == {"transformer"}
     assert "forward" not in vars(module)
     assert samplers.draw_weights.__module__ == "samplers"
+
+
+def test_speed_of_other_linear_layers(load):
+    speed, samplers = load("speed"), load("samplers")
+    pipe = samplers.our_pipeline(speed.parse_args(TINY))
+    layers = pipe.transformer.blocks[0].ff.net
+    torchs = samplers.PipelineSampler(pipe, samplers.Row("markov", linears="torch")).pipe.transformer.blocks[0].ff.net
+    assert torchs[2].fast is False
+    assert torchs[2].weight is layers[2].weight
+    pytest.importorskip("torchao")
+    int8 = samplers.PipelineSampler(pipe, samplers.Row("markov", linears="int8")).pipe.transformer.blocks[0].ff.net
+    assert int8[2].weight.qdata.dtype == torch.int8
+    assert layers[2].weight.dtype == torch.float32
+    assert layers[2].fast is None
+
+
+def test_linear_layers(load, capsys):
+    pytest.importorskip("torchao")
+    linear_layers, threads = load("linear_layers"), torch.get_num_threads()
+    arguments = ["--width", "16", "--num_rows", "2", "3", "--num_rounds", "1", "--num_elements", "1"]
+    linear_layers.main(linear_layers.parse_args(arguments))
+    torch.set_num_threads(threads)
+    report = capsys.readouterr().out
+    for shape in ("projection", "MLP in + GELU", "MLP out"):
+        assert f"| {shape}: rows | torch, ms | oneDNN | torchao | int8 |" in report
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
