@@ -18,7 +18,7 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("samplers", "speed", "memory"):
+    for name in ("measuring", "samplers", "speed", "memory", "growth", "training_step"):
         sys.modules.pop(name, None)
 
 
@@ -47,10 +47,10 @@ def test_speed_refuses_to_time_what_differs(load):
 
 
 def test_timers_are_taken_off_again(load):
-    samplers = load("samplers")
+    measuring, samplers = load("measuring"), load("samplers")
     module = torch.nn.Linear(2, 2)
     calls = [(module, "forward", "transformer"), (samplers, "draw_weights", "sampling")]
-    with samplers.part_times(calls, torch.device("cpu")) as seconds:
+    with measuring.part_times(calls, torch.device("cpu")) as seconds:
         module(torch.ones(1, 2))
     assert set(seconds) == {"transformer"}
     assert "forward" not in vars(module)
@@ -63,3 +63,18 @@ def test_memory(load):
     peaks = memory.measure(memory.parse_args([*TINY, "--batch_sizes", "1", "2", "--measure", "sdd"]))
     assert set(peaks) == {1, 2}
     assert all(peak >= 0 for peak in peaks.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("mebibytes", [200, 50])
+def test_peak_memory_of_a_known_allocation(load, mebibytes):
+    measuring, cpu = load("measuring"), torch.device("cpu")
+
+    def allocate(mebibytes):
+        return torch.ones(mebibytes * 2**18).sum()  # float32, freed before the call ends
+
+    allocate(400)  # an earlier peak must not count
+    kept = torch.ones(100 * 2**18)  # nor what is there before
+    assert measuring.peak_memory(lambda: allocate(mebibytes), cpu) == pytest.approx(mebibytes, rel=0.1)
+    assert measuring.peak_memory(lambda: None, cpu) < 5
+    assert kept.all()
