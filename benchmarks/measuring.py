@@ -65,8 +65,8 @@ def part_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[st
         yield seconds
 
 
-def resident(field: str) -> float:
-    """MiB of this process: `VmRSS` now, `VmHWM` at the peak."""
+def process_memory(field: str) -> float:
+    """MiB of this process: resident now (`VmRSS`) and at the peak (`VmHWM`), or what it may write to (`VmData`)."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) / 1024
 
@@ -86,6 +86,6 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
     # Give back what the allocator keeps, and let the peak start anew.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = process_memory("VmRSS")
     call()
-    return resident("VmHWM") - before
+    return process_memory("VmHWM") - before

@@ -78,3 +78,50 @@ def test_peak_memory_of_a_known_allocation(load, mebibytes):
     assert measuring.peak_memory(lambda: allocate(mebibytes), cpu) == pytest.approx(mebibytes, rel=0.1)
     assert measuring.peak_memory(lambda: None, cpu) < 5
     assert kept.all()
+
+
+TINY_STEP = ["--num_layers", "1", "--batch_size", "1", "--num_rounds", "1", "--device", "cpu"]
+
+
+def test_training_step(load, tmp_path, capsys):
+    training_step = load("training_step")
+    path = tmp_path / "step.json"
+    training_step.main(training_step.parse_args([*TINY_STEP, "--grid_size", "2", "--output", str(path)]))
+    report, found = capsys.readouterr().out, json.loads(path.read_text())
+    assert set(found["seconds"]) == set(training_step.VARIANTS)
+    assert found["difference"] < 1e-4
+    for name in training_step.VARIANTS:
+        assert len(found["seconds"][name]) == 1
+        assert f"| {name} |" in report
+
+
+def test_training_steps_that_would_not_fit_are_left_out(load, tmp_path, capsys):
+    training_step = load("training_step")
+    words = [*TINY_STEP, "--grid_size", "16"]
+    step = training_step.Step(training_step.parse_args(words))
+    per_scale, masked = (step.expected_memory(f"causal (VAR), {how}") for how in ("a call per scale", "N x N mask"))
+    path, between = tmp_path / "step.json", (per_scale + masked) / 2 / 1024
+    words += ["--memory", str(between), "--output", str(path)]
+    training_step.main(training_step.parse_args(words))
+    printed, found = capsys.readouterr(), json.loads(path.read_text())
+    assert set(found["seconds"]) == {"markov, a call per scale", "causal (VAR), a call per scale"}
+    assert found["difference"] is None  # there was nothing to compare with
+    assert f"| markov, N x N mask | left out: only {between * 1024:,.0f} MiB | | | {masked:,.0f} |" in printed.out
+    assert f"markov, N x N mask is left out: it needs {masked:,.0f} MiB" in printed.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("options", [[], ["--gradient_checkpointing"], ["--batch_size", "2"]])
+@pytest.mark.parametrize("name", ["markov, a call per scale", "causal (VAR), N x N mask"])
+def test_training_steps_need_what_is_expected(load, options, name):
+    training_step = load("training_step")
+    words = [*TINY_STEP, "--grid_size", "16", "--num_layers", "2", *options]
+    step = training_step.Step(training_step.parse_args(words))
+    step.time(name)  # the optimizer makes its state
+    assert step.peak_memory(name) == pytest.approx(step.expected_memory(name), rel=0.25)
+
+
+def test_training_step_refuses_no_memory(load, capsys):
+    with pytest.raises(SystemExit):
+        load("training_step").parse_args(["--memory", "0"])
+    assert "`--memory` must be above 0, got 0.0." in capsys.readouterr().err
