@@ -203,8 +203,15 @@ def failure_of(error: Exception) -> dict[str, str]:
     return {"failure": OUT_OF_MEMORY if no_memory else ERROR, "detail": f"{type(error).__name__}: {first_line}"}
 
 
+def end_with_parent() -> None:
+    """Wait for the end of the process that asked for this one, and end with it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def run_cell(args: argparse.Namespace, cell: Cell, num_threads: int, sender: Connection) -> None:
     """Measure a cell and send what was found, from a process that nobody else needs."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if sys.platform == "linux":
         Path("/proc/self/oom_score_adj").write_text("1000")  # the first to go where memory runs out
     if args.cell_memory is not None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -51,6 +52,7 @@ def measured(path: Path) -> dict[tuple, dict]:
     return {tuple(entry.pop("cell").values()): entry for entry in json.loads(path.read_text())["cells"]}
 
 
+@pytest.mark.slow
 def test_all_axes(growth, tmp_path, capsys):
     path, plot = tmp_path / "growth.json", tmp_path / "growth.png"
     run(growth, *arguments(*AXES), "--output", str(path), "--plot", str(plot))
@@ -147,6 +149,36 @@ def test_a_cell_that_is_killed_is_reported(growth):
     killer.join()
     assert found["failure"] == "killed"
     assert "exit code -9" in found["detail"]
+
+
+def members(session: int) -> list[int]:
+    """Processes of a session that still run."""
+    states = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat")]
+    return [state for state in states if int(state[3]) == session and state[0] != "Z"]
+
+
+@pytest.mark.slow
+def test_nothing_goes_on_when_a_run_is_killed(tmp_path):
+    words = [*MODEL, "--axes", "batch_size", "--batch_sizes", "100000", "--rows", "sdd"]  # minutes
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, BENCHMARKS / "growth.py", *words], stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        started = time.monotonic()
+        while len(members(process.pid)) < 4:  # itself, the server, the tracker of resources, and a cell
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < started + 120
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+        while members(process.pid):
+            assert time.monotonic() < started + 150
+            time.sleep(0.1)
+    finally:
+        if members(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_other_errors_are_reported_and_larger_cells_tried(growth, tmp_path):
