@@ -14,10 +14,10 @@ beyond that each scale is 3/4 of the next finer one, as at 512px (1024px: 1 2 3 
 passes have the policy "simple", which draws all tokens of a scale again, so that their number is exact; the reference
 has none.
 
-Every cell runs in a process of its own, which may take `--cell_timeout` seconds: a tiny model loads libraries, a first
-call is measured for memory and warms up, and of the next ones the median time counts. What does not fit or fails is
-reported as such; larger values of the same row are then not tried. With `--output` a run can be stopped and started
-again: cells in the file are not measured again, those that failed only with `--retry`.
+Every cell runs in a process of its own, which may take `--cell_timeout` seconds: one image warms up, a call is
+measured for memory, and of the next ones the median time counts. What does not fit or fails is reported as such;
+larger values of the same row are then not tried. With `--output` a run can be stopped and started again: cells in the
+file are not measured again, those that failed only with `--retry`.
 
 Prints Markdown, with the exponent `p` of cost = c * value ** p, by least squares on logarithms over all points and
 over the last half of them; for further passes, what one costs as a share of none, by a straight line.
@@ -59,9 +59,6 @@ COSTS = {"seconds": "seconds per image", "mebibytes": "peak MiB beyond the weigh
 FITS = {"exponent": ("exponent", "last half"), "line": ("a pass, share of none",)}
 
 OUT_OF_TIME, OUT_OF_MEMORY, KILLED, ERROR = "out of time", "out of memory", "killed", "error"
-
-# Enough to load what every model needs.
-TINY = {"depth": 1, "image_size": 32, "vae_channels": 32, "codebook_size": 1024}
 
 
 @dataclass(frozen=True)
@@ -178,16 +175,13 @@ def cells_along(args: argparse.Namespace, axis: str, row: str) -> dict[int, Cell
     return {value: cell for value, cell in cells.items() if cell is not None}
 
 
-def at_place(args: argparse.Namespace, **values: int) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), **values})
-
-
 def measure(args: argparse.Namespace, cell: Cell) -> dict:
     """Seconds and peak memory of a cell, in this process."""
     device = torch.device(args.device)
     labels = torch.arange(cell.batch_size, device=device) % 1000
-    build_sampler(at_place(args, **TINY), cell.row, cell.num_passes)(labels[:1])  # libraries load themselves
-    sampler = build_sampler(at_place(args, depth=cell.depth, image_size=cell.image_size), cell.row, cell.num_passes)
+    model = argparse.Namespace(**{**vars(args), "depth": cell.depth, "image_size": cell.image_size})
+    sampler = build_sampler(model, cell.row, cell.num_passes)
+    sampler(labels[:1])  # libraries load themselves, and weights are packed where kernels want that
     call = partial(sampler, labels)
     mebibytes = peak_memory(call, device)
     seconds = [seconds_of(call, device)]

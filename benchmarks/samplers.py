@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from measuring import TimedCall
 
 from srdd import MultiScaleVQModel, ScaleKVCache, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.conversion import convert_checkpoints
-from srdd.pipelines.scale_sampling import guided_logits
+from srdd.pipelines.scale_sampling import GuidedTransformer
 from srdd.scale_sizes import default_scale_sizes, split_scales
 
 
@@ -28,13 +29,15 @@ PARTS = ("transformer", "sampling", "quantizer", "decoder")
 @dataclass(frozen=True)
 class Row:
     """
-    A setting of our pipeline; `kept` are the scales it visits, by index among ten, all by default. Further passes draw
-    all tokens of every scale again.
+    A setting of our pipeline; `kept` are the scales it visits, by index among ten, all by default. `linears` are the
+    transformer's: its own choice by default, "torch" for torch's kernels, "int8" for torchao's int8 weights. Further
+    passes draw all tokens of every scale again.
     """
 
     attention_pattern: str
     kept: tuple[int, ...] | None = None
     guidance_scale: float = GUIDANCE_SCALE
+    linears: str | None = None
     num_further_passes: int = 0
 
 
@@ -45,6 +48,9 @@ ROWS = {
     "sdd-5": Row("markov", (0, 4, 6, 8, 9)),
     # What a student of the guided distribution costs.
     "sdd-6-unguided": Row("markov", (0, 2, 4, 6, 8, 9), guidance_scale=1.0),
+    "sdd-torch": Row("markov", linears="torch"),
+    "sdd-int8": Row("markov", linears="int8"),
+    "sdd-6-int8": Row("markov", (0, 2, 4, 6, 8, 9), linears="int8"),
 }
 
 
@@ -68,10 +74,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for all that was measured.")
 
 
+def with_linears(transformer: ScaleTransformer2DModel, linears: str | None) -> ScaleTransformer2DModel:
+    """A transformer whose linear layers are those of [`Row`]; it shares what it can with the given one."""
+    if linears is None:
+        return transformer
+    shared = copy.deepcopy(transformer, {id(parameter): parameter for parameter in transformer.parameters()})
+    if linears == "torch":
+        shared.disable_fast_linears()
+    else:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(shared, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    return shared
+
+
 class PipelineSampler:
     """Our pipeline under one of `ROWS`."""
 
     def __init__(self, pipe: SRDDPipeline, row: Row):
+        if row.linears is not None:
+            transformer = with_linears(pipe.transformer, row.linears)
+            pipe = SRDDPipeline(vqvae=pipe.vqvae, transformer=transformer, scheduler=pipe.scheduler)
+            pipe.set_progress_bar_config(disable=True)
         self.pipe, self.row = pipe, row
         sizes = pipe.transformer.config.scale_sizes
         if row.kept is not None and len(sizes) != 10:
@@ -123,10 +147,11 @@ class RecipeSampler:
         vqvae, transformer = self.pipe.vqvae, self.pipe.transformer
         transformer.register_to_config(attention_pattern="causal")
         cache, state, token_ids = ScaleKVCache(), self.pipe.prepare_latents(len(labels)), []
+        guided = GuidedTransformer(transformer, labels)
         for timestep in self.scheduler.timesteps.tolist():
             hidden_states = self.scheduler.scale_model_input(state, timestep).to(transformer.dtype)
             weight = self.scheduler.guidance_weight(timestep, GUIDANCE_SCALE)
-            logits = guided_logits(transformer, hidden_states, timestep, labels, weight, cache, True)
+            logits, _ = guided(hidden_states, timestep, weight, cache, keep_unconditional=True)
             drawn = self.draw(logits.float(), 1 if greedy else TOP_K, 0.0 if greedy else TOP_P)
             token_ids.append(drawn)
             token_map = drawn.unflatten(1, self.scheduler.scale_size(timestep))

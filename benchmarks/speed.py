@@ -11,11 +11,13 @@ checkout the reference is VAR's recipe in our modules.
 Reference and rows run in turn, round by round, in one process. Prints, as Markdown, medians, and the ratios' median
 and range over the rounds; the arithmetic, and its share of what a matrix product reaches on the machine; and, from one
 more run of each, where the time goes. `--output` takes JSON. `sdd-6` and `sdd-5` visit 6 and 5 of ten scales, as
-distilled models do; `sdd-6-unguided` has no unconditional half, as a student of the guided distribution.
+distilled models do; `sdd-6-unguided` has no unconditional half, as a student of the guided distribution. `sdd-torch`
+leaves linear layers to torch, the rows `int8` have torchao's int8 weights in all of them.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -45,11 +47,13 @@ from srdd import SRDDPipeline
 
 MATRIX_SIDES = {"cpu": 2048, "cuda": 8192}
 
-# Attention on a CPU is an operator of its own, which torch does not count.
-CPU_ATTENTION = {
+# Operators of CPUs that torch does not count: attention, and linear layers by oneDNN.
+CPU_OPERATORS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
-    )
+    ),
+    torch.ops.mkldnn._linear_pointwise: lambda states, weight, *_, **__: 2 * math.prod(states) * weight[0],
+    torch.ops.onednn.qlinear_pointwise: lambda states, _, __, weight, *___, **____: 2 * math.prod(states) * weight[1],
 }
 
 
@@ -126,7 +130,7 @@ def run(args: argparse.Namespace) -> dict:
     samplers = {REFERENCE: reference, **{name: PipelineSampler(pipe, ROWS[name]) for name in args.rows}}
     gigaflops, peaks = {}, [matrix_product_speed(device, dtype)]
     for name, sampler in samplers.items():
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:  # warms up as well
+        with FlopCounterMode(display=False, custom_mapping=CPU_OPERATORS) as counter:  # warms up as well
             sampler(labels)
         gigaflops[name] = counter.get_total_flops() / 1e9
     seconds = {name: [] for name in samplers}

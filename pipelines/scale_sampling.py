@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel, TokenCritic
+from srdd.models import ModulationCache, MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel, TokenCritic
 from srdd.pipelines.known_region import KnownRegion
 from srdd.schedulers import ScaleScheduler
 from srdd.schedulers.scheduling_scale import MASK_TOKEN_ID
@@ -28,8 +28,8 @@ def check_components(
 
     Raises:
         ValueError: If the scheduler is of another kind, its scales are not the transformer's, tokenizer and
-            transformer differ in latent grid, codebook size or channels, the critic reads another width than the
-            transformer's, or the schedule needs one and there is none.
+            transformer differ in latent grid, codebook size or channels, the critic reads another width or other codes
+            than the transformer's, or the schedule needs one and there is none.
     """
     if not isinstance(scheduler, ScaleScheduler):
         raise ValueError(f"`scheduler` must be a ScaleScheduler, got {type(scheduler).__name__}.")
@@ -51,6 +51,11 @@ def check_components(
         raise ValueError(
             f"`token_critic` must read hidden states of the transformer's width, {transformer.dim}, got"
             f" {token_critic.config.dim}."
+        )
+    if token_critic is not None and token_critic.config.codebook_size != transformer.config.codebook_size:
+        raise ValueError(
+            f"`token_critic` must know the transformer's {transformer.config.codebook_size} codes, got"
+            f" {token_critic.config.codebook_size}."
         )
     if token_critic is None and scheduler.config.resampling_policy == "learned":
         raise ValueError("`token_critic` must be a TokenCritic with the resampling policy 'learned', got None.")
@@ -99,49 +104,69 @@ def label_ids(class_labels, num_classes: int, id2label: dict[int, str]) -> list[
     return ids
 
 
-def guided_logits(
-    transformer: ScaleTransformer2DModel,
-    hidden_states: torch.Tensor,
-    timestep: int | list[int],
-    class_labels: torch.LongTensor,
-    guidance_weight: float,
-    kv_cache: ScaleKVCache | None = None,
-    keep_unconditional: bool = False,
-    return_hidden_states: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+class GuidedTransformer:
     """
-    Logits under classifier-free guidance, `cond + w (cond - uncond)` (paper Section 3.3 a).
+    A transformer under classifier-free guidance, `cond + w (cond - uncond)` (paper Section 3.3 a), for one sampling
+    run and its class labels.
 
     Args:
         transformer ([`ScaleTransformer2DModel`]): The model.
-        hidden_states (`torch.Tensor` of shape `(batch, num_tokens, latent_channels)`): Inputs of one scale, or of
-            several packed ones.
-        timestep (`int` or `list[int]`): Their timesteps.
         class_labels (`torch.LongTensor` of shape `(batch,)`): Class ids.
-        guidance_weight (`float`): The weight `w`; at 0 the unconditional half is not computed.
-        kv_cache ([`ScaleKVCache`], *optional*): Cache for patterns that look back.
-        keep_unconditional (`bool`, defaults to `False`): Compute the unconditional half even at weight 0, because
-            later scales will look back at it.
-        return_hidden_states (`bool`, defaults to `False`): Also return the last hidden states of the conditional half.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, num_tokens, codebook_size)`, or a pair with the hidden states, of shape
-        `(batch, num_tokens, dim)`.
     """
-    two_halves = guidance_weight != 0 or keep_unconditional
-    if two_halves:
-        hidden_states = torch.cat([hidden_states, hidden_states])
+
+    def __init__(self, transformer: ScaleTransformer2DModel, class_labels: torch.LongTensor):
+        self.transformer = transformer
         null_labels = torch.full_like(class_labels, transformer.config.num_classes)
-        class_labels = torch.cat([class_labels, null_labels])
-    output = transformer(
-        hidden_states, timestep, class_labels, kv_cache=kv_cache, return_hidden_states=return_hidden_states
-    )
-    logits, last_hidden_states = output.sample, output.hidden_states
-    if two_halves:
-        conditional, unconditional = logits.chunk(2)
-        logits = torch.lerp(unconditional, conditional, 1.0 + guidance_weight)
-        last_hidden_states = last_hidden_states.chunk(2)[0] if return_hidden_states else None
-    return (logits, last_hidden_states) if return_hidden_states else logits
+        # What the transformer is given without and with an unconditional half.
+        self.class_labels = {False: class_labels, True: torch.cat([class_labels, null_labels])}
+        self.modulation_caches = {False: ModulationCache(), True: ModulationCache()}
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: int | list[int],
+        guidance_weight: float,
+        kv_cache: ScaleKVCache | None = None,
+        keep_unconditional: bool = False,
+        rows: torch.LongTensor | None = None,
+        return_hidden_states: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, num_tokens, latent_channels)`): Inputs of one scale, or of
+                several packed ones.
+            timestep (`int` or `list[int]`): Their timesteps.
+            guidance_weight (`float`): The weight `w`; at 0 the unconditional half is not computed.
+            kv_cache ([`ScaleKVCache`], *optional*): Cache for patterns that look back.
+            keep_unconditional (`bool`, defaults to `False`): Compute the unconditional half even at weight 0, because
+                later scales will look back at it.
+            rows (`torch.LongTensor` of shape `(num_rows,)`, *optional*): The images to compute, by their places in the
+                batch. The cache is then only read.
+            return_hidden_states (`bool`, defaults to `False`): Also return the last hidden states of the conditional
+                half.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: Logits of shape `(num_rows, num_tokens, codebook_size)`, and
+            the hidden states, of shape `(num_rows, num_tokens, dim)`, or `None`.
+        """
+        two_halves = guidance_weight != 0 or keep_unconditional
+        class_labels, modulation_cache = self.class_labels[two_halves], self.modulation_caches[two_halves]
+        if rows is not None:
+            hidden_states = hidden_states[rows]
+            rows = torch.cat([rows, rows + len(class_labels) // 2]) if two_halves else rows
+            class_labels, modulation_cache = class_labels[rows], modulation_cache.select(rows)
+            kv_cache = kv_cache.select(rows) if kv_cache is not None else None
+        output = self.transformer(
+            torch.cat([hidden_states, hidden_states]) if two_halves else hidden_states,
+            timestep,
+            class_labels,
+            kv_cache=kv_cache,
+            modulation_cache=modulation_cache,
+            guidance_weight=guidance_weight if two_halves else None,
+            return_hidden_states=return_hidden_states,
+        )
+        last_hidden_states = output.hidden_states[: len(hidden_states)] if return_hidden_states else None
+        return output.sample, last_hidden_states
 
 
 def sample_scales(
@@ -179,15 +204,19 @@ def sample_scales(
     """
     timesteps = scheduler.timesteps.tolist()
     grid_size = latents.shape[-2:]
-    kv_cache = ScaleKVCache() if transformer.needs_kv_cache else None
-    keep_unconditional = kv_cache is not None and guidance_scale > 1
-    time_travel = scheduler.config.resampling_feedback == "time_travel"
+    guided = GuidedTransformer(transformer, class_labels)
+    kv_cache = ScaleKVCache(scheduler.num_tokens) if transformer.needs_kv_cache else None
+    guided_from_start = guidance_scale > 1
+    last_guided = min([t for t in timesteps if scheduler.guidance_weight(t, 2.0) > 0], default=timesteps[0])
+    time_travel = scheduler.resampling_feedback == "time_travel"
     learned = scheduler.config.resampling_policy == "learned" and token_critic is not None
-    start, state_before, model_state, resample_mask = latents, latents, latents, None
+    start, state_before, model_state, resample_mask, logits = latents, latents, latents, None, None
     known_ids = torch.full_like(token_ids, MASK_TOKEN_ID)
     for index, timestep in enumerate(timesteps):
         tokens, size = scheduler.token_slice(timestep), scheduler.scale_size(timestep)
-        pass_cache = kv_cache
+        pass_cache, rows = kv_cache, None
+        # Guided scales look back at what the unconditional half has seen of all scales before.
+        keep_unconditional = kv_cache is not None and guided_from_start and timestep >= last_guided
         if index == 0 or timesteps[index - 1] != timestep:
             state_before, model_state, resample_mask = latents, latents, None
             if known is not None:
@@ -205,31 +234,30 @@ def sample_scales(
             revised = start + vqvae.latent_states(coarse_ids, coarser, grid_size)[-1]
             state_before = model_state = torch.where(travels[:, None, None, None], revised, state_before)
             if kv_cache is not None:
-                refill_cache(
-                    vqvae,
-                    transformer,
-                    scheduler,
-                    coarse_ids,
-                    timestep,
-                    class_labels,
-                    kv_cache,
-                    keep_unconditional,
-                    grid_size,
-                )
+                refill_cache(vqvae, guided, scheduler, coarse_ids, timestep, kv_cache, keep_unconditional, grid_size)
         elif kv_cache is not None:
             # Later scales look back at what the model was trained to see of this one: its first pass.
-            pass_cache = kv_cache.copy()
+            pass_cache = kv_cache.read_only()
+        if resample_mask is not None and (kv_cache is None or pass_cache is not kv_cache):
+            # Images that are finished at this scale are not computed again.
+            unfinished = resample_mask.any(dim=1)
+            rows = None if unfinished.all() else unfinished.nonzero().squeeze(1)
         known_mask = known_ids[:, tokens] >= 0 if known is not None else None
         hidden_states = scheduler.scale_model_input(model_state, timestep).to(transformer.dtype)
         weight = scheduler.guidance_weight(timestep, guidance_scale)
-        inputs = (transformer, hidden_states, timestep, class_labels, weight, pass_cache, keep_unconditional)
+        judged = learned and resample_mask is not None
+        computed, last_hidden_states = guided(
+            hidden_states, timestep, weight, pass_cache, keep_unconditional, rows, return_hidden_states=judged
+        )
+        logits = computed if rows is None else logits.index_copy(0, rows, computed)
         confidence = None
-        if learned and resample_mask is not None:
+        if judged:
             # What the transformer made of the tokens fed back tells which of them are wrong.
-            logits, last_hidden_states = guided_logits(*inputs, return_hidden_states=True)
-            confidence = token_critic(last_hidden_states.to(token_critic.dtype)).logits.float().sigmoid()
-        else:
-            logits = guided_logits(*inputs)
+            judged_ids = token_ids[:, tokens] if rows is None else token_ids[rows, tokens]
+            confidence = token_critic(last_hidden_states.to(token_critic.dtype), judged_ids).logits.float().sigmoid()
+            if rows is not None:
+                trusted = torch.ones(resample_mask.shape, device=confidence.device)
+                confidence = trusted.index_copy(0, rows, confidence)
         output = scheduler.step(
             logits,
             timestep,
@@ -246,7 +274,7 @@ def sample_scales(
             changed = on_step_end(index, timestep, {"latents": latents, "token_ids": token_ids})
             latents, token_ids = changed["latents"], changed["token_ids"]
             guidance_scale = changed.get("guidance_scale", guidance_scale)
-            if guidance_scale > 1 and kv_cache is not None and not keep_unconditional:
+            if guidance_scale > 1 and kv_cache is not None and not guided_from_start:
                 raise ValueError(
                     "`guidance_scale` must be above 1 from the start to be so later with the attention pattern"
                     f" {transformer.config.attention_pattern!r}, which looks back, got {guidance_scale} in a callback."
@@ -260,11 +288,10 @@ def sample_scales(
 
 def refill_cache(
     vqvae: MultiScaleVQModel,
-    transformer: ScaleTransformer2DModel,
+    guided: GuidedTransformer,
     scheduler: ScaleScheduler,
     coarse_ids: torch.LongTensor,
     timestep: int,
-    class_labels: torch.LongTensor,
     kv_cache: ScaleKVCache,
     keep_unconditional: bool,
     grid_size: Sequence[int],
@@ -272,5 +299,4 @@ def refill_cache(
     """Replace the cached scales before `timestep` by those of other tokens, in one forward over all of them."""
     inputs = vqvae.teacher_forcing_inputs(coarse_ids, scheduler.coarser_scales(timestep), grid_size)
     earlier = [t for t in scheduler.scale_timesteps() if t > timestep]
-    inputs = inputs.to(transformer.dtype)
-    guided_logits(transformer, inputs, earlier, class_labels, 0.0, kv_cache, keep_unconditional)
+    guided(inputs.to(guided.transformer.dtype), earlier, 0.0, kv_cache, keep_unconditional)

@@ -59,6 +59,10 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             all of them by default. A distilled model is the same model with a shorter list (paper Section 3.3 d).
         guidance_schedule (`str`, defaults to `"linear"`): How the guidance weight runs over the scales. `"linear"`
             (VAR) grows from 0 at the coarsest to its full value at the finest, `"constant"` is the same everywhere.
+        guidance_start (`float`, defaults to 0.0): The share of all scales, counted from the coarsest, before which
+            there is no guidance, as in diffusers' guiders.
+        guidance_stop (`float`, defaults to 1.0): The share of all scales from which on there is none. A Markov model
+            then draws the scales outside at half the cost; the finest two of ten hold 62 % of the tokens.
         temperature (`float`, defaults to 1.0): Temperature of the draw; 0 takes the most probable token.
         top_k (`int`, defaults to 0): Draw among this many most probable tokens; 0 is off.
         top_p (`float`, defaults to 1.0): Draw among the most probable tokens with this total probability; 1 is off.
@@ -71,10 +75,11 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             probabilities lie higher than a token's own: 0.01 is far too low for them.
         num_resampling_passes (`int` or `list[int]`, defaults to 5): Most further passes at a scale; a list gives one
             number for each of `scale_sizes`.
-        resampling_feedback (`str`, defaults to `"full"`): What a further pass is fed, which the paper leaves open.
-            `"full"`: the state with all tokens of the last pass. `"kept"`: with those that are not drawn again.
-            `"time_travel"`: the state before the scale, re-tokenised from the state after it. `"redraw"`: nothing; low
-            tokens are drawn again from the same logits, which costs no pass.
+        resampling_feedback (`str`, *optional*): What a further pass is fed, which the paper leaves open. `"full"`: the
+            state with all tokens of the last pass. `"kept"`: with those that are not drawn again. `"time_travel"`: the
+            state before the scale, re-tokenised from the state after it. `"redraw"`: nothing; low tokens are drawn
+            again from the same logits, which costs no pass. By default `"kept"` with the policy `"masked"`, where it
+            never hurt (`benchmarks/ABLATIONS.md`), and `"full"` with the others, which keep no token or judge all.
 
     Raises:
         ValueError: If a value is not one of those above.
@@ -89,13 +94,15 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         scale_sizes: ScaleSizes = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         scales: ScaleSizes | None = None,
         guidance_schedule: str = "linear",
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         resampling_policy: str = "none",
         resampling_threshold: float = 0.01,
         num_resampling_passes: int | list[int] = 5,
-        resampling_feedback: str = "full",
+        resampling_feedback: str | None = None,
     ):
         scale_sizes = normalize_scale_sizes(scale_sizes)
         if scales is not None:
@@ -110,13 +117,13 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         self.scales: list[list[int]] = scales or scale_sizes
         _check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
         _check_choice("resampling_policy", resampling_policy, RESAMPLING_POLICIES)
-        _check_choice("resampling_feedback", resampling_feedback, RESAMPLING_FEEDBACKS)
+        _check_choice("resampling_feedback", resampling_feedback, (*RESAMPLING_FEEDBACKS, None))
         if resampling_policy == "simple" and resampling_feedback in ("kept", "redraw"):
             raise ValueError(
                 "`resampling_feedback` must be 'full' or 'time_travel' with the policy 'simple', which keeps no token,"
                 f" got {resampling_feedback!r}."
             )
-        if resampling_policy == "learned" and resampling_feedback != "full":
+        if resampling_policy == "learned" and resampling_feedback not in ("full", None):
             raise ValueError(
                 "`resampling_feedback` must be 'full' with the policy 'learned', which judges all tokens that are fed"
                 f" back, got {resampling_feedback!r}."
@@ -130,6 +137,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 f" {len(scale_sizes)} of them, got {num_resampling_passes}."
             )
         for name, value, allowed, rule in (
+            ("guidance_start", guidance_start, 0 <= guidance_start <= 1, "in [0, 1]"),
+            ("guidance_stop", guidance_stop, guidance_start <= guidance_stop <= 1, "in [guidance_start, 1]"),
             ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
             ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "a non-negative integer"),
             ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
@@ -143,6 +152,12 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
     def compatibles(self) -> list[type[SchedulerMixin]]:
         """Scheduler classes that understand this config: this one; no other draws tokens scale by scale."""
         return [type(self)]
+
+    @property
+    def resampling_feedback(self) -> str:
+        """What a further pass is fed: the config's choice, or the policy's."""
+        default = "kept" if self.config.resampling_policy == "masked" else "full"
+        return self.config.resampling_feedback or default
 
     @property
     def num_train_timesteps(self) -> int:
@@ -179,7 +194,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
     def num_passes(self, timestep: int | torch.Tensor) -> int:
         """How often a timestep is repeated at most: one pass, and the further ones of the resampling policy."""
-        return 1 if self.config.resampling_feedback == "redraw" else 1 + self._num_further_passes(timestep)
+        return 1 if self.resampling_feedback == "redraw" else 1 + self._num_further_passes(timestep)
 
     def _num_further_passes(self, timestep: int | torch.Tensor) -> int:
         coarsest = self._check_timestep(timestep) == self.num_train_timesteps - 1
@@ -242,8 +257,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         The weight `w_k` in `cond + w_k (cond - uncond)`, which is `uncond + g_k (cond - uncond)` with `g_k = 1 + w_k`.
 
         This is the one place where diffusers' `guidance_scale` becomes VAR's and the paper's `cfg = guidance_scale -
-        1` and where the ramp is applied. The ramp belongs to the scale: a schedule over fewer scales guides those it
-        has as the full one does.
+        1` and where the ramp is applied. Ramp, start and stop belong to the scale: a schedule over fewer scales guides
+        those it has as the full one does.
 
         Args:
             timestep (`int`): A timestep.
@@ -253,10 +268,18 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             `float`: At least 0.
         """
         weight = max(guidance_scale - 1.0, 0.0)
-        last = len(self.config.scale_sizes) - 1
-        if self.config.guidance_schedule == "constant" or last == 0:
+        num_scales = len(self.config.scale_sizes)
+        scale = num_scales - 1 - self._check_timestep(timestep)
+        if not self.config.guidance_start <= scale / num_scales < self.config.guidance_stop:
+            return 0.0
+        if self.config.guidance_schedule == "constant" or num_scales == 1:
             return weight
-        return weight * (1 - self._check_timestep(timestep) / last)
+        return weight * scale / (num_scales - 1)
+
+    def guidance_weights(self, guidance_scale: float) -> torch.Tensor:
+        """The weight of every token of the pyramid, float32 of shape `(num_tokens,)`."""
+        weights = [self.guidance_weight(timestep, guidance_scale) for timestep in self.scale_timesteps()]
+        return torch.tensor(weights).repeat_interleave(torch.tensor(num_tokens_per_scale(self.scales)))
 
     def step(
         self,
@@ -316,7 +339,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             resample_mask = resample_mask & self._is_distrusted(confidence, token_ids.shape)
         if known_mask is not None:
             resample_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
-        redraws = self._num_further_passes(timestep) if self.config.resampling_feedback == "redraw" else 0
+        redraws = self._num_further_passes(timestep) if self.resampling_feedback == "redraw" else 0
         for _ in range(1 + redraws):
             token_ids = self._draw(model_output, token_ids, resample_mask, generator)
             chosen = model_output.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
@@ -331,7 +354,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
         prev_sample = sample.clone()
         prev_sample[:, tokens] = token_ids
-        feedback_mask = ~resample_mask if self.config.resampling_feedback == "kept" else None
+        feedback_mask = ~resample_mask if self.resampling_feedback == "kept" else None
         output = ScaleSchedulerOutput(prev_sample, probabilities, resample_mask, feedback_mask)
         return output if return_dict else (prev_sample, probabilities, resample_mask, feedback_mask)
 

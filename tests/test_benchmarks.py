@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_vqvae
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -18,7 +19,8 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("measuring", "samplers", "speed", "memory", "growth", "training_step"):
+    benchmarks = ("speed", "memory", "light_decoder", "linear_layers", "training_step")
+    for name in ("measuring", "samplers", *benchmarks):
         sys.modules.pop(name, None)
 
 
@@ -35,6 +37,23 @@ def test_speed(load, tmp_path, capsys, monkeypatch):
         assert len(found["seconds"][name]) == 1
         assert set(found["seconds_by_part"][name]) == {"transformer", "sampling", "quantizer", "decoder", "other"}
     assert found["gflop"]["sdd"] < found["gflop"]["causal"] < found["gflop"]["reference"]
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_light_decoder(load, tmp_path, clock):
+    benchmark = load("light_decoder")
+    tiny_vqvae(block_out_channels=[32, 64]).save_pretrained(tmp_path)
+    arguments = ["--teacher", str(tmp_path), "--num_rounds", "2", "--batch_size", "3", "--device", "cpu"]
+    args = benchmark.parse_args([*arguments, "--clock", clock])
+    found = benchmark.measure(args)
+    assert [len(row["seconds"]) for row in found.values()] == [2, 2, 2]
+    for name in ("parameters", "gflop"):
+        teacher, light, lighter = (row[name] for row in found.values())
+        assert teacher > 5 * light > 5 * lighter
+    report = benchmark.report(args, found)
+    assert "| light, [8, 16], 0 + 1 layers |" in report
+    assert "| 1.0 (1.0–1.0) |" in report
+    assert f"2 rounds, {clock} time." in report
 
 
 def test_speed_refuses_to_time_what_differs(load):
@@ -55,6 +74,31 @@ def test_timers_are_taken_off_again(load):
     assert set(seconds) == {"transformer"}
     assert "forward" not in vars(module)
     assert samplers.draw_weights.__module__ == "samplers"
+
+
+def test_speed_of_other_linear_layers(load):
+    speed, samplers = load("speed"), load("samplers")
+    pipe = samplers.our_pipeline(speed.parse_args(TINY))
+    layers = pipe.transformer.blocks[0].ff.net
+    torchs = samplers.PipelineSampler(pipe, samplers.Row("markov", linears="torch")).pipe.transformer.blocks[0].ff.net
+    assert torchs[2].fast is False
+    assert torchs[2].weight is layers[2].weight
+    pytest.importorskip("torchao")
+    int8 = samplers.PipelineSampler(pipe, samplers.Row("markov", linears="int8")).pipe.transformer.blocks[0].ff.net
+    assert int8[2].weight.qdata.dtype == torch.int8
+    assert layers[2].weight.dtype == torch.float32
+    assert layers[2].fast is None
+
+
+def test_linear_layers(load, capsys):
+    pytest.importorskip("torchao")
+    linear_layers, threads = load("linear_layers"), torch.get_num_threads()
+    arguments = ["--width", "16", "--num_rows", "2", "3", "--num_rounds", "1", "--num_elements", "1"]
+    linear_layers.main(linear_layers.parse_args(arguments))
+    torch.set_num_threads(threads)
+    report = capsys.readouterr().out
+    for shape in ("projection", "MLP in + GELU", "MLP out"):
+        assert f"| {shape}: rows | torch, ms | oneDNN | torchao | int8 |" in report
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

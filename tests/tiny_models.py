@@ -13,6 +13,14 @@ LATENT_CHANNELS = 8
 SAMPLE_SIZE = 8
 ID2LABEL = {0: "apple", 1: "banana", 2: "cherry", 3: "quince", 4: "tomato, love apple"}
 
+# Constructor overrides for a decoder that is smaller than the encoder.
+LIGHT_DECODER = {
+    "decoder_block_out_channels": [4, 12],
+    "decoder_layers_per_block": 0,
+    "decoder_mid_block_add_attention": False,
+    "decoder_norm_num_groups": 2,
+}
+
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
@@ -67,7 +75,7 @@ def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrid
 
 def tiny_critic(seed: int = 2, **overrides: Any) -> TokenCritic:
     """A critic for [`tiny_transformer`]; `overrides` are config values."""
-    return _redraw(TokenCritic(**{"dim": 16, "hidden_dim": 8, **overrides}), seed)
+    return _redraw(TokenCritic(**{"codebook_size": CODEBOOK_SIZE, "dim": 16, "hidden_dim": 8, **overrides}), seed)
 
 
 def tiny_scheduler(**overrides: Any) -> ScaleScheduler:

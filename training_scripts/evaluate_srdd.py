@@ -15,7 +15,6 @@ benchmarks/WHY_YOUR_NUMBER_DIFFERS.md tells what to compare.
 import argparse
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,14 @@ from srdd.evaluation.pairs import load_lpips
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, markdown_table
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_FEEDBACKS, RESAMPLING_POLICIES
 from srdd.training.arguments import add_data_arguments, int_list, positive_int
-from srdd.training.loop import load_images, picture_grid
+from srdd.training.loop import check_processes, load_images, picture_grid
 
 
 SCHEDULER_OPTIONS = {
     "scales": {"type": int_list, "help": "Scales to visit, such as 1,2,4,8."},
     "guidance_schedule": {"choices": GUIDANCE_SCHEDULES},
+    "guidance_start": {"type": float},
+    "guidance_stop": {"type": float},
     "temperature": {"type": float},
     "top_k": {"type": int},
     "top_p": {"type": float},
@@ -138,6 +139,7 @@ def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Im
         "guidance_scale": source.guidance_scale,
         **{name: value for name, value in key["scheduler"].items() if name != "scale_sizes"},
         "scales": pipe.scheduler.scales,
+        "resampling_feedback": pipe.scheduler.resampling_feedback,
         "seed": args.seed,
         "dtype": args.dtype,
     }
@@ -164,11 +166,7 @@ def check_images(args: argparse.Namespace, samples: ImageSource, reference: Imag
 
 def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise ValueError(
-            f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
-            f" {os.environ['WORLD_SIZE']}. Without GPUs, set ACCELERATE_USE_CPU=true."
-        )
+    check_processes(accelerator)
     lpips = load_lpips() if args.lpips else None
     extractors = [
         load_features(name, args.features_weights if name == "inception" else None) for name in args.features

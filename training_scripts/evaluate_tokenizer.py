@@ -7,7 +7,8 @@ Measure a multi-scale tokenizer on images: rFD, PSNR, SSIM, and codebook usage a
 
 Prints one JSON object. rFD is the Fréchet distance between the images and their reconstructions on EfficientNet-Lite0
 features: not an FID, and comparable only at the same number of images. The picture shows originals above
-reconstructions.
+reconstructions. With `--teacher_vqvae_name_or_path` a light decoder is compared with the one it was distilled from,
+whose pictures come between.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from srdd.training.loop import load_images, picture_grid
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_vqvae_name_or_path", required=True, help="Folder or Hub id of the tokenizer.")
+    parser.add_argument("--teacher_vqvae_name_or_path", help="A tokenizer with the same tokens and another decoder.")
     add_data_arguments(parser)
     parser.add_argument("--split", choices=["train", "validation"], default="validation")
     parser.add_argument("--max_samples", type=int, default=4096)
@@ -43,6 +45,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path).to(args.device)
+    teacher = None
+    if args.teacher_vqvae_name_or_path:
+        teacher = MultiScaleVQModel.from_pretrained(args.teacher_vqvae_name_or_path).to(args.device)
     images = load_images(args, None)
     split = images.train if args.split == "train" else images.validation
     if split is None:
@@ -51,7 +56,9 @@ def main(args: argparse.Namespace) -> None:
     resolution = vqvae.config.scale_sizes[-1][0] * vqvae.spatial_compression_ratio
     loader = DataLoader(split.with_transform(training_transform(images, resolution)), batch_size=args.batch_size)
     features = None if args.no_rfd else EfficientNetLite0Features()
-    metrics, pictures = evaluate_reconstruction(vqvae, loader, args.num_pictures, features, show_progress=True)
+    metrics, pictures = evaluate_reconstruction(
+        vqvae, loader, args.num_pictures, features, show_progress=True, teacher=teacher
+    )
     sys.stdout.write(json.dumps({name: _rounded(value) for name, value in metrics.items()}) + "\n")
     if args.output:
         Image.fromarray(picture_grid(pictures)).save(args.output)

@@ -55,13 +55,16 @@ def main(args: argparse.Namespace) -> None:
         args.guidance_scale = pipe.default_guidance_scale
     args.validation_guidance_scale = args.guidance_scale
     set_seed(args.seed)  # the new weights must be the same in every process
-    critic = pipe.token_critic or TokenCritic(pipe.transformer.dim, args.hidden_dim)
+    critic = pipe.token_critic or TokenCritic(
+        pipe.transformer.config.codebook_size, pipe.transformer.dim, args.hidden_dim
+    )
     set_seed(args.seed, device_specific=True)
     scale_sizes = inference_scales(pipe.scheduler)
     tokens = load_tokens_of(args, accelerator, "pretrained_model_name_or_path", pipe, images, scale_sizes)
     averaged = train_token_critic(args, accelerator, critic, pipe, tokens)
     if accelerator.is_main_process:
-        finish_pipeline(args, SRDDPipeline(pipe.vqvae, pipe.transformer, pipe.scheduler, averaged), images)
+        finished = SRDDPipeline(pipe.vqvae, pipe.transformer, pipe.scheduler, averaged)
+        finish_pipeline(args, finished, images, part="token critic")
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

@@ -19,7 +19,7 @@ from srdd import MultiScaleVQModel
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.scale_sizes import default_scale_sizes, num_tokens_per_scale
 from srdd.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from srdd.training.arguments import add_training_arguments, int_list, positive_int
+from srdd.training.arguments import add_pixel_loss_arguments, add_training_arguments, int_list, positive_int
 from srdd.training.averaging import AveragedWeights
 from srdd.training.codebook import CodebookTracker, low_usage
 from srdd.training.data import AugmentedImages, training_transform
@@ -33,7 +33,7 @@ from srdd.training.loop import (
     picture_grid,
     validation_images,
 )
-from srdd.training.perceptual import EfficientNetPerceptualLoss
+from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publish import finish_tokenizer
 
 
@@ -76,9 +76,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--codebook_size", type=int)
     model.add_argument("--scale_sizes", type=int_list, help="Sides, coarse to fine; default: from the latent grid.")
     losses = parser.add_argument_group("losses")
-    losses.add_argument("--l1_weight", type=float, default=1.0)
-    losses.add_argument("--l2_weight", type=float, default=1.0)
-    losses.add_argument("--perceptual_weight", type=float, default=0.1, help="0 needs no EfficientNet.")
+    add_pixel_loss_arguments(losses)
     losses.add_argument("--codebook_weight", type=float, default=1.0)
     losses.add_argument("--commitment_weight", type=float, default=0.25)
     losses.add_argument("--adversarial_weight", type=float, default=0.0, help="0 trains without a discriminator.")
@@ -162,19 +160,11 @@ class TokenizerLosses:
         self.args = args
         self.accelerator = accelerator
         self.last_layer = last_layer
-        self.perceptual = None
-        if args.perceptual_weight > 0:
-            self.perceptual = EfficientNetPerceptualLoss().to(accelerator.device)
+        self.pixel_losses = PixelLosses(args, accelerator.device)
 
     def __call__(self, output, sample: torch.Tensor, discriminator: torch.nn.Module | None) -> dict[str, torch.Tensor]:
         """All terms by name, `"loss"` being their sum; without a discriminator there is no adversarial term."""
-        args, error = self.args, output.sample.float() - sample
-        reconstruction = {
-            "l1": args.l1_weight * error.abs().mean(),
-            "l2": args.l2_weight * error.square().mean(),
-        }
-        if self.perceptual is not None:
-            reconstruction["perceptual"] = args.perceptual_weight * self.perceptual(output.sample, sample).float()
+        args, reconstruction = self.args, self.pixel_losses(output.sample, sample)
         losses = {
             **reconstruction,
             "codebook": args.codebook_weight * output.codebook_loss,

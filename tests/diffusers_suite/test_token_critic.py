@@ -21,11 +21,14 @@ class TokenCriticTesterConfig(mixins.BaseModelTesterConfig):
     output_shape = (NUM_TOKENS,)
 
     def get_init_dict(self) -> dict[str, Any]:
-        return {"dim": 16, "hidden_dim": 8}
+        return {"codebook_size": 32, "dim": 16, "hidden_dim": 8}
 
     def get_dummy_inputs(self) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
-        return {"hidden_states": torch.randn(2, NUM_TOKENS, 16, generator=generator).to(torch_device)}
+        return {
+            "hidden_states": torch.randn(2, NUM_TOKENS, 16, generator=generator).to(torch_device),
+            "token_ids": torch.randint(32, (2, NUM_TOKENS), generator=generator).to(torch_device),
+        }
 
 
 class TestTokenCritic(TokenCriticTesterConfig, mixins.ModelTesterMixin):

@@ -91,6 +91,24 @@ def test_cells_are_measured_once_until_their_row_changes(tmp_path):
         Measurements(path, {"data": "b"})
 
 
+def test_drawn_images_that_tables_share_are_measured_once(tmp_path):
+    other = {**TABLE, "name": "u", "rows": {"the same": ROW, "guided": {**ROW, "guidance_scale": 3.0}}}
+    scored = {**TABLE, "name": "v", "kind": "likelihood", "rows": {"the same": ROW}}
+    tables = read(tmp_path, TABLE, other, scored)
+    measurements, calls = Measurements(tmp_path / "cells.json", {}), []
+
+    def measure():
+        calls.append(len(calls))
+        return {"frechet_distance": calls[-1]}
+
+    rows = [(table, row) for table in tables for row in table.rows]
+    found = [measurements.cell(table, row, "seed 0", measure)["frechet_distance"] for table, row in rows]
+    # The same images under another name; other guidance; another measure of the same row.
+    assert found == [0, 0, 1, 2]
+    assert measurements.cell(*rows[1], "seed 1", measure)["frechet_distance"] == 3
+    assert Measurements(tmp_path / "cells.json", {}).cell(*rows[1], "seed 0", measure)["frechet_distance"] == 0
+
+
 def test_intervals_are_students_over_seeds_and_the_bootstraps_for_one():
     seeds = {f"seed {value}": {"frechet_distance": value} for value in (10.0, 12.0, 14.0)}
     mean, (low, high) = mean_and_interval(seeds, "frechet_distance")

@@ -84,6 +84,27 @@ def test_pictures_are_the_first_images_and_what_became_of_them():
     assert again.abs().max() <= 1
 
 
+def test_a_light_decoder_is_compared_with_its_teacher():
+    teacher, light, batches = make_vqvae(), make_vqvae(), make_batches(3, 2)
+    with torch.no_grad():
+        light.decoder.conv_out.weight.mul_(0.7)
+    images, wanted, _ = reconstructions(teacher, batches)
+    decoded = reconstructions(light, batches)[1]
+
+    def psnr(left, right) -> float:
+        errors = (left - right).square().flatten(1).mean(dim=1).tolist()
+        return pytest.approx(sum(10 * math.log10(4 / error) for error in errors) / 5, abs=1e-4)
+
+    metrics, rows = evaluate_reconstruction(light, batches, num_pictures=2, teacher=teacher)
+    assert metrics["psnr"] == psnr(decoded, images)
+    assert metrics["teacher_psnr"] == psnr(wanted, images)
+    assert metrics["psnr_to_teacher"] == psnr(decoded, wanted)
+    assert len({round(metrics[name], 2) for name in ("psnr", "teacher_psnr", "psnr_to_teacher")}) == 3
+    for row, expected in zip(rows, (images, wanted, decoded), strict=True):
+        torch.testing.assert_close(row, expected[:2], atol=1e-5, rtol=0)
+    assert "teacher_psnr" not in evaluate_reconstruction(light, batches)[0]
+
+
 def test_frechet_distance_between_images_and_reconstructions():
     vqvae, batches = make_vqvae(), make_batches(5, 6)
     images, decoded, _ = reconstructions(vqvae, batches)

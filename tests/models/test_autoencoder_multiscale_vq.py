@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -5,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_to_fp32
-from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, tiny_vqvae
+from diffusers.models.autoencoders.vae import Decoder
+from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, LIGHT_DECODER, VQVAE_CONFIG, tiny_vqvae
+
+from srdd import MultiScaleVQModel
 
 
 NUM_TOKENS = 1 + 4 + 16
@@ -16,6 +20,7 @@ SHAPES = {
     "non-square": ({"sample_size": (8, 12), "scale_sizes": [[1, 1], [1, 2], [2, 4], [4, 6]]}, (8, 12)),
     "one-scale": ({"scale_sizes": [4]}, (8, 8)),
     "patches": ({"sample_size": 16, "patch_size": 2}, (16, 16)),
+    "light-decoder": ({"sample_size": 16, "patch_size": 2, **LIGHT_DECODER}, (16, 16)),
 }
 
 
@@ -223,11 +228,83 @@ def test_config_holds_lists_of_pairs():
         ({"scale_sizes": [4, 2]}, r"`scale_sizes` must grow from scale to scale, got \[2, 2\]"),
         ({"sample_size": 9}, r"multiples of 2, got \(9, 9\)"),
         ({"sample_size": (8, 16)}, r"`scale_sizes` must end at the latent grid \(4, 8\)"),
+        ({"decoder_block_out_channels": [8]}, r"`decoder_block_out_channels` must be 2 positive .* got \[8\]"),
+        ({"decoder_block_out_channels": [8] * 3}, r"`decoder_block_out_channels` must be 2 .* got \[8, 8, 8\]"),
+        ({"decoder_block_out_channels": ()}, r"`decoder_block_out_channels` must be 2 .* got \(\)"),
+        ({"decoder_block_out_channels": [8, 0]}, r"`decoder_block_out_channels` must be .* got \[8, 0\]"),
+        ({"decoder_block_out_channels": [8, 16.0]}, r"`decoder_block_out_channels` must be .* got \[8, 16.0\]"),
+        ({"decoder_layers_per_block": -1}, "`decoder_layers_per_block` must be an integer of at least 0, got -1"),
+        ({"decoder_layers_per_block": 1.5}, "`decoder_layers_per_block` must be an integer .* got 1.5"),
+        ({"decoder_mid_block_add_attention": "no"}, "`decoder_mid_block_add_attention` must be True, .* got 'no'"),
+        ({"decoder_norm_num_groups": 12}, r"`decoder_norm_num_groups` .* divisor .* \[16, 32\], got 12"),
+        ({"decoder_norm_num_groups": 0}, r"`decoder_norm_num_groups` .* divisor .* \[16, 32\], got 0"),
+        # The encoder's groups do not fit.
+        ({"decoder_block_out_channels": [8, 12]}, r"`decoder_norm_num_groups` .* \[8, 12\], got 8"),
     ],
 )
 def test_constructor_refuses(overrides, message):
     with pytest.raises(ValueError, match=message):
         tiny_vqvae(**overrides)
+
+
+def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def test_a_decoder_has_its_own_sizes_and_the_encoder_its_own():
+    plain, model = tiny_vqvae(), tiny_vqvae(**LIGHT_DECODER)
+    expected = Decoder(
+        LATENT_CHANNELS, 3, ("UpDecoderBlock2D",) * 2, (4, 12), layers_per_block=0, norm_num_groups=2,
+        mid_block_add_attention=False,
+    )  # fmt: skip
+    assert shapes(model.decoder) == shapes(expected)
+    norms = [module for module in model.decoder.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {2}
+    assert shapes(model.encoder) == shapes(plain.encoder)
+    assert model.spatial_compression_ratio == plain.spatial_compression_ratio
+
+
+@pytest.mark.parametrize("name", LIGHT_DECODER)
+def test_every_size_of_a_decoder_can_be_set_alone(name):
+    value = [8, 32] if name == "decoder_block_out_channels" else LIGHT_DECODER[name]
+    plain, model = tiny_vqvae(), tiny_vqvae(**{name: value})
+    sizes = [str(vqvae.decoder) for vqvae in (plain, model)]  # names the groups of norms, too
+    assert sizes[0] != sizes[1]
+    assert str(model.encoder) == str(plain.encoder)
+    with torch.no_grad():
+        assert model(random_images()).sample.shape == (2, 3, 8, 8)
+
+
+def test_a_decoder_like_the_encoder_is_drawn_as_if_nothing_was_said():
+    same = {f"decoder_{name}": VQVAE_CONFIG[name] for name in ("block_out_channels", "layers_per_block")}
+    models = []
+    for overrides in ({}, same, dict.fromkeys(LIGHT_DECODER)):
+        torch.manual_seed(0)
+        models.append(MultiScaleVQModel(**VQVAE_CONFIG, **overrides))
+    for model in models[1:]:
+        assert all(torch.equal(tensor, models[0].state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_configuration_from_before_decoders_had_sizes_is_loaded(tmp_path):
+    model = tiny_vqvae()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in LIGHT_DECODER}))
+    loaded = MultiScaleVQModel.from_pretrained(tmp_path)
+    assert shapes(loaded) == shapes(model)
+    assert all(loaded.config[name] is None for name in LIGHT_DECODER)
+
+
+def test_a_light_decoder_survives_json(tmp_path):
+    model = tiny_vqvae(**{**LIGHT_DECODER, "decoder_block_out_channels": (4, 12)})
+    assert model.config.decoder_block_out_channels == [4, 12]
+    model.save_pretrained(tmp_path)
+    loaded = MultiScaleVQModel.from_pretrained(tmp_path)
+    assert {name: loaded.config[name] for name in LIGHT_DECODER} == LIGHT_DECODER
+    latents = torch.randn(2, LATENT_CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded.decode(latents).sample, model.decode(latents).sample)
 
 
 @pytest.mark.parametrize("method", ["encode", "tokenize", "forward"])

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_models import LATENT_CHANNELS, VQVAE_CONFIG, tiny_vqvae
+from tiny_models import LATENT_CHANNELS, LIGHT_DECODER, VQVAE_CONFIG, tiny_vqvae
 
 from srdd import MultiScaleVQModel
 from srdd.models.decoding import (
@@ -39,6 +39,7 @@ MODELS = {
     "attention": ATTENTION,
     "patches": {"sample_size": 16, "patch_size": 2},
     "not-silu": {"act_fn": "gelu"},
+    "light": LIGHT_DECODER,
 }
 
 
@@ -56,11 +57,15 @@ def plainly(model: MultiScaleVQModel, latents: torch.Tensor) -> torch.Tensor:
 
 def diffusers_decoder(model: MultiScaleVQModel) -> Decoder:
     """A decoder that nobody touched, with the same weights."""
-    names = ("block_out_channels", "layers_per_block", "norm_num_groups", "act_fn", "up_block_types")
+    config = model.config
+    names = ("block_out_channels", "layers_per_block", "norm_num_groups", "mid_block_add_attention")
+    own = {name: config[f"decoder_{name}"] for name in names}
     decoder = Decoder(
-        in_channels=model.config.latent_channels,
-        out_channels=3 * model.config.patch_size**2,
-        **{name: model.config[name] for name in names},
+        in_channels=config.latent_channels,
+        out_channels=3 * config.patch_size**2,
+        act_fn=config.act_fn,
+        up_block_types=config.up_block_types,
+        **{name: config[name] if value is None else value for name, value in own.items()},
     )
     decoder.load_state_dict(model.decoder.state_dict())
     return decoder.train(model.training)
@@ -202,6 +207,14 @@ def test_images_per_slice_of_the_full_tokenizer(side, dtype, on_cpu, on_accelera
     assert model._images_per_slice(latents, paths[dtype].bytes_per_slice) == on_cpu
     assert model._images_per_slice(latents, ACCELERATOR.bytes_per_slice) == on_accelerator
     assert model._images_per_slice(latents, None) is None
+
+
+@torch.no_grad()
+def test_slices_are_as_large_as_the_decoders_own_channels_allow():
+    latents = random_latents(100)
+    # Float32 maps of 8 x 8 pixels: 8 KiB of the encoder's 32 channels, 3 KiB of the decoder's 12.
+    for overrides, expected in (({}, 3), (LIGHT_DECODER, 8)):
+        assert tiny_vqvae(**overrides)._images_per_slice(latents, 24 * 1024 + 1) == expected
 
 
 @torch.no_grad()

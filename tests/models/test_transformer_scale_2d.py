@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, tiny_transformer
 
 from srdd import ScaleKVCache, ScaleTransformer2DModel
+from srdd.models import ModulationCache
 from srdd.models.transformer_scale_2d import MaskedScaleAttnProcessor, ScaleAttnProcessor
 
 
@@ -245,15 +246,76 @@ def test_a_further_pass_replaces_what_the_cache_holds_of_its_scale(pattern):
 
 
 @torch.no_grad()
-def test_storing_in_a_copy_leaves_the_cache_alone():
-    model, inputs = make_transformer("causal"), random_inputs()
+@pytest.mark.parametrize("pattern", ["causal", "banded"])
+def test_a_read_only_cache_is_seen_and_not_changed(pattern):
+    model, inputs = make_transformer(pattern), random_inputs()
     cache = ScaleKVCache()
     model(inputs[:, TOKENS[0]], 3, kv_cache=cache)
-    copy = cache.copy()
-    model(inputs[:, TOKENS[1]], 2, kv_cache=copy)
-    assert copy.timesteps == [3, 2]
+    stored = cache.get(1, [3])[1].clone()
+    fine = model(inputs[:, TOKENS[1]], 2, kv_cache=cache.read_only()).sample
     assert cache.timesteps == [3]
-    assert [tensor.shape for tensor in cache.get(1, 3)] == [(2, 1, 2, 8)] * 2
+    model(inputs[:, TOKENS[0]], 3, torch.tensor([1, 2]), kv_cache=cache.read_only())
+    assert torch.equal(cache.get(1, [3])[1], stored)
+    assert torch.equal(model(inputs[:, TOKENS[1]], 2, kv_cache=cache).sample, fine)
+    assert cache.timesteps == [3, 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_tokens", [None, 3, 30])
+def test_a_cache_holds_each_scale_once_whatever_its_first_size(num_tokens):
+    model, inputs, cache = make_transformer("causal"), random_inputs(), ScaleKVCache(num_tokens)
+    model(inputs[:, :3], [3, 2], kv_cache=cache)
+    model(inputs[:, TOKENS[2]], 1, kv_cache=cache)
+    model(inputs[:, TOKENS[1]], 2, kv_cache=cache)
+    sizes = [tokens.stop - tokens.start for tokens in TOKENS[:3]]
+    assert [tensor.shape for tensor in cache.get(1, [2])] == [(2, sizes[1], 2, 8)] * 2
+    assert [tensor.shape for tensor in cache.get(1, [3, 2, 1])] == [(2, sum(sizes), 2, 8)] * 2
+    # Scales that do not lie side by side.
+    expected = torch.cat([cache.get(1, [3])[0], cache.get(1, [1])[0]], dim=1)
+    assert torch.equal(cache.get(1, [3, 1])[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["causal", "banded"])
+def test_selected_rows_of_the_caches_give_the_rows_of_the_batch(pattern):
+    model, inputs, labels = make_transformer(pattern, shared_adaln=False), random_inputs(), torch.tensor([2, 5])
+    cache, modulations = ScaleKVCache(), ModulationCache()
+    model(inputs[:, :3], [3, 2], labels, kv_cache=cache, modulation_cache=modulations)
+    rows = torch.tensor([1])
+    expected = model(inputs[:, 3:], [1, 0], labels, kv_cache=cache.read_only()).sample[rows]
+    selected = {"kv_cache": cache.select(rows), "modulation_cache": modulations.select(rows)}
+    logits = model(inputs[rows, 3:], [1, 0], labels[rows], **selected).sample
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared_adaln", [True, False])
+def test_modulations_are_computed_once_for_all_scales(shared_adaln):
+    model, inputs, labels = make_transformer(shared_adaln=shared_adaln), random_inputs(), torch.tensor([2, 5])
+    cache, calls = ModulationCache(), []
+    linears = [model.adaln] if shared_adaln else [block.adaln for block in model.blocks]
+    for linear in [*linears, model.adaln_out]:
+        linear.register_forward_hook(lambda *_: calls.append(1))
+    expected = [model(inputs[:, TOKENS[scale]], LAST - scale, labels).sample for scale in range(LAST + 1)]
+    assert len(calls) == (len(linears) + 1) * (LAST + 1)
+    calls.clear()
+    logits = [
+        model(inputs[:, TOKENS[scale]], LAST - scale, labels, modulation_cache=cache).sample
+        for scale in range(LAST + 1)
+    ]
+    assert len(calls) == len(linears) + 1
+    assert all(torch.equal(*pair) for pair in zip(logits, expected))
+
+
+@torch.no_grad()
+def test_halves_are_merged_before_the_last_layer_as_if_after_it():
+    model, inputs = make_transformer(), random_inputs()
+    labels = torch.tensor([2, model.config.num_classes])
+    conditional, unconditional = model(inputs[:1].repeat(2, 1, 1), class_labels=labels).sample.chunk(2)
+    logits = model(inputs[:1].repeat(2, 1, 1), class_labels=labels, guidance_weight=1.5).sample
+    torch.testing.assert_close(logits, 2.5 * conditional - 1.5 * unconditional, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="must be two halves with `guidance_weight`.* got a batch of 1"):
+        model(inputs[:1], class_labels=labels[:1], guidance_weight=1.5)
 
 
 @pytest.mark.parametrize(("pattern", "needed"), [("causal", True), ("markov", False), ("banded", True)])
@@ -416,7 +478,7 @@ def test_initial_blocks_are_close_to_the_identity_and_predictions_to_uniform():
     model = fresh_transformer(latent_channels=LATENT_CHANNELS).eval()
     entered, left = [], []
     model.blocks[0].register_forward_hook(lambda module, args, output: entered.append(args[0]))
-    model.blocks[-1].register_forward_hook(lambda module, args, output: left.append(output))
+    model.blocks[-1].register_forward_hook(lambda module, args, output: left.append(output[0]))
     logits = model(random_inputs(), class_labels=torch.tensor([3, 7])).sample
     assert (left[0] - entered[0]).abs().max() < 1e-4 * entered[0].abs().max()
     loss = F.cross_entropy(logits.flatten(0, 1), torch.randint(512, (2 * NUM_TOKENS,)))

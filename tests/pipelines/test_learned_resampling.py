@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import LATENT_CHANNELS, tiny_critic, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 
 from srdd import SRDDInpaintPipeline, SRDDPipeline, SRDDSuperResolutionPipeline, TokenCritic
-from srdd.pipelines.scale_sampling import check_components, guided_logits
+from srdd.pipelines.scale_sampling import GuidedTransformer, check_components
 
 
 PATTERNS = ("causal", "markov", "banded")
@@ -90,7 +90,8 @@ def plain_sample(
             low = torch.ones(logits.shape[:2], dtype=torch.bool)
             if number > 0:
                 seen = cond.hidden_states[:, -size[0] * size[1] :]
-                verdict = F.gelu(critic.proj_in(seen)) @ critic.proj_out.weight[0] + critic.proj_out.bias
+                judged = critic.proj_in(seen) + critic.token_embed.weight[tokens]
+                verdict = F.gelu(judged) @ critic.proj_out.weight[0] + critic.proj_out.bias
                 low = 1 / (1 + (-verdict).exp()) < config.resampling_threshold
                 redrawn.append(int(low.sum()))
                 if not low.any():
@@ -211,10 +212,9 @@ def test_half_precision():
 def test_guided_logits_come_with_the_hidden_states_of_the_conditional_half(weight):
     transformer, labels = tiny_transformer(), torch.tensor([1, 4])
     inputs = torch.randn(2, 21, LATENT_CHANNELS, generator=torch.Generator().manual_seed(0))
-    plain = guided_logits(transformer, inputs, [2, 1, 0], labels, weight)
-    logits, hidden_states = guided_logits(
-        transformer, inputs, [2, 1, 0], labels, weight, keep_unconditional=True, return_hidden_states=True
-    )
+    guided = GuidedTransformer(transformer, labels)
+    plain, _ = guided(inputs, [2, 1, 0], weight)
+    logits, hidden_states = guided(inputs, [2, 1, 0], weight, keep_unconditional=True, return_hidden_states=True)
     torch.testing.assert_close(logits, plain, atol=1e-5, rtol=0)
     expected = transformer(inputs, class_labels=labels, return_hidden_states=True).hidden_states
     torch.testing.assert_close(hidden_states, expected, atol=1e-5, rtol=0)
@@ -258,6 +258,8 @@ def test_a_critic_of_another_transformer_is_refused():
         check_components(tiny_vqvae(), tiny_transformer(), tiny_scheduler(), critic)
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(token_critic=critic)(1)
+    with pytest.raises(ValueError, match="`token_critic` must know the transformer's 32 codes, got 33"):
+        tiny_pipeline(token_critic=tiny_critic(codebook_size=33))(1)
 
 
 def editing_pipeline(pipeline_class, pattern: str):

@@ -3,9 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from tiny_models import ID2LABEL, LATENT_CHANNELS, tiny_pipeline, tiny_scheduler, tiny_transformer
+from tiny_models import ID2LABEL, LATENT_CHANNELS, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
+from torch._dynamo.utils import counters
 
-from srdd import SRDDPipelineOutput
+from srdd import SRDDPipeline, SRDDPipelineOutput
 
 
 PATTERNS = ("causal", "markov", "banded")
@@ -15,7 +16,7 @@ POLICIES = {
     "none": {},
     "simple-full": {"resampling_policy": "simple"},
     "simple-time_travel": {"resampling_policy": "simple", "resampling_feedback": "time_travel"},
-    "masked-full": {"resampling_policy": "masked"},
+    "masked-full": {"resampling_policy": "masked", "resampling_feedback": "full"},
     "masked-kept": {"resampling_policy": "masked", "resampling_feedback": "kept"},
     "masked-time_travel": {"resampling_policy": "masked", "resampling_feedback": "time_travel"},
     "masked-redraw": {"resampling_policy": "masked", "resampling_feedback": "redraw"},
@@ -50,7 +51,7 @@ def latents_of(pipe, class_labels, **arguments):
 def forward_batches(pipe, **arguments) -> list[int]:
     """Batch size of every pass through the transformer during a run."""
     sizes = []
-    handle = pipe.transformer.proj_out.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    handle = pipe.transformer.proj_in.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     pipe(output_type="latent", **arguments)
     handle.remove()
     return sizes
@@ -209,6 +210,68 @@ def test_guidance_off_computes_no_second_half(pattern, guidance_scale):
 def test_the_second_half_is_computed_where_it_is_needed(pattern, schedule, expected):
     pipe = tiny_pipeline(pattern, scheduler=tiny_scheduler(guidance_schedule=schedule))
     assert forward_batches(pipe, class_labels=[1, 2], guidance_scale=2.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "interval", "expected"),
+    [
+        ("markov", {"guidance_stop": 2 / 3}, [4, 4, 2]),
+        ("markov", {"guidance_start": 0.5}, [2, 2, 4]),
+        ("markov", {"guidance_start": 0.3, "guidance_stop": 0.5}, [2, 4, 2]),
+        ("causal", {"guidance_stop": 2 / 3}, [4, 4, 2]),
+        ("banded", {"guidance_start": 0.5}, [4, 4, 4]),
+    ],
+)
+def test_scales_without_guidance_are_drawn_at_half_the_cost(pattern, interval, expected):
+    scheduler = tiny_scheduler(guidance_schedule="constant", temperature=0.0, **interval)
+    pipe = tiny_pipeline(pattern, scheduler=scheduler)
+    assert forward_batches(pipe, class_labels=[1, 2], guidance_scale=4.0) == expected
+    # As if guidance had been switched on and off by hand.
+    token_ids = latents_of(pipe, [1, 2], guidance_scale=4.0)[1]
+    for timestep in (2, 1, 0):
+        tokens = scheduler.token_slice(timestep)
+        inputs = pipe.vqvae.teacher_forcing_inputs(token_ids, scheduler.scales)[:, : tokens.stop]
+        shown = list(range(2, timestep - 1, -1))
+        with torch.no_grad():
+            cond, uncond = (
+                pipe.transformer(inputs, shown, labels).sample[:, tokens] for labels in (torch.tensor([1, 2]), None)
+            )
+        guided = scheduler.guidance_weight(timestep, 4.0)
+        assert guided == (3.0 if expected[2 - timestep] == 4 and not (pattern == "banded" and timestep) else 0.0)
+        assert torch.equal((cond + guided * (cond - uncond)).argmax(dim=-1), token_ids[:, tokens])
+
+
+@pytest.mark.parametrize(("pattern", "num_graphs"), [("markov", 4), ("causal", 16)])
+def test_compiled_blocks_serve_all_scales(pattern, num_graphs):
+    sizes = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    models = tiny_vqvae(scale_sizes=sizes, sample_size=20), tiny_transformer(pattern, scale_sizes=sizes)
+    pipe = SRDDPipeline(*models, make_scheduler("none", scale_sizes=sizes))
+    pipe.set_progress_bar_config(disable=True)
+    expected = [latents_of(pipe, [1, 2], generator=generators(seed, seed + 1))[1] for seed in (0, 1, 2)]
+    torch.compiler.reset()
+    counters.clear()
+    # The backend "eager" runs what was traced as it is: what is tested is how often something is traced.
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=pattern == "markov")
+    found, counts = [], []
+    for seed in (0, 1, 2):
+        found.append(latents_of(pipe, [1, 2], generator=generators(seed, seed + 1))[1])
+        counts.append(counters["stats"]["unique_graphs"])
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+    assert 0 < counts[1] == counts[2] <= num_graphs
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_images_that_are_finished_at_a_scale_are_not_computed_again(pattern):
+    scheduler = make_scheduler("masked-full", resampling_threshold=0.02, num_resampling_passes=8)
+    pipe = tiny_pipeline(pattern, scheduler=scheduler)
+    draw = {"class_labels": [1, 2, 3, 4], "guidance_scale": 1.0, "generator": generators(0, 1, 2, 3)}
+    passes = forward_batches(pipe, **draw)
+    alone = [
+        forward_batches(pipe, class_labels=label, guidance_scale=1.0, generator=generators(label - 1))
+        for label in (1, 2, 3, 4)
+    ]
+    assert sum(passes) == sum(len(each) for each in alone)
+    assert len(set(passes)) > 2
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])

@@ -14,9 +14,9 @@ SCHEDULERS = {
     "greedy": {"temperature": 0.0},
     "simple": {"resampling_policy": "simple", "num_resampling_passes": 1},
     "masked": {"resampling_policy": "masked", "resampling_threshold": 0.1, "num_resampling_passes": 2},
-    "masked-kept": {
+    "masked-full": {
         "resampling_policy": "masked",
-        "resampling_feedback": "kept",
+        "resampling_feedback": "full",
         "resampling_threshold": 0.1,
         "num_resampling_passes": 2,
     },

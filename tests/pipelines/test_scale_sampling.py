@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from tiny_models import LATENT_CHANNELS, tiny_scheduler, tiny_transformer, tiny_vqvae
 
 from srdd import ScaleKVCache
-from srdd.pipelines.scale_sampling import check_components, guided_logits, label_ids
+from srdd.pipelines.scale_sampling import GuidedTransformer, check_components, label_ids
 
 
 ID2LABEL = {0: "apple", 1: "crane, bird", 2: "crane, machine", 3: "tomato, love apple"}
@@ -82,9 +82,10 @@ def test_guidance_is_one_plus_w_times_cond_minus_w_times_uncond(pattern, weight)
     transformer, labels = tiny_transformer(pattern), torch.tensor([1, 4])
     inputs = torch.randn(2, 21, LATENT_CHANNELS, generator=torch.Generator().manual_seed(0))
     cond, uncond = (transformer(inputs, class_labels=which).sample for which in (labels, None))
-    logits = guided_logits(transformer, inputs, [2, 1, 0], labels, weight)
+    guided = GuidedTransformer(transformer, labels)
+    logits, _ = guided(inputs, [2, 1, 0], weight)
     torch.testing.assert_close(logits, (1 + weight) * cond - weight * uncond, atol=1e-5, rtol=0)
-    kept = guided_logits(transformer, inputs, [2, 1, 0], labels, weight, keep_unconditional=True)
+    kept, _ = guided(inputs, [2, 1, 0], weight, keep_unconditional=True)
     torch.testing.assert_close(kept, logits, atol=1e-5, rtol=0)
 
 
@@ -93,8 +94,8 @@ def test_guidance_is_one_plus_w_times_cond_minus_w_times_uncond(pattern, weight)
 def test_the_unconditional_half_is_cached_where_later_scales_need_it(keep, cached):
     transformer, cache = tiny_transformer("causal"), ScaleKVCache()
     x = torch.zeros(2, 1, LATENT_CHANNELS)
-    guided_logits(transformer, x, 2, torch.tensor([1, 4]), 0.0, cache, keep_unconditional=keep)
-    assert cache.get(0, 2)[0].shape[0] == cached
+    GuidedTransformer(transformer, torch.tensor([1, 4]))(x, 2, 0.0, cache, keep_unconditional=keep)
+    assert cache.get(0, [2])[0].shape[0] == cached
 
 
 @pytest.mark.parametrize(

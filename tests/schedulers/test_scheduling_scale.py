@@ -150,6 +150,21 @@ def test_the_ramp_belongs_to_the_scale_not_to_the_step():
         assert part.guidance_weight(timestep, 4.0) == whole.guidance_weight(timestep, 4.0)
 
 
+@pytest.mark.parametrize(
+    ("start", "stop", "guided"), [(0.0, 1.0, range(10)), (0.0, 0.8, range(8)), (0.3, 0.7, range(3, 7)), (0.5, 0.5, [])]
+)
+def test_guidance_may_start_late_and_stop_early(start, stop, guided):
+    scheduler = ScaleScheduler(
+        PAPER_SCALES, guidance_schedule="constant", guidance_start=start, guidance_stop=stop, scales=[1, 5, 13, 16]
+    )
+    whole = ScaleScheduler.from_config(scheduler.config, scales=None)
+    assert [k for k in range(10) if whole.guidance_weight(9 - k, 3.0) == 2.0] == list(guided)
+    expected = [2.0 if k in guided else 0.0 for k, size in enumerate((1, 2, 3, 4, 5)) for _ in range(size * size)]
+    assert whole.guidance_weights(3.0)[:55].tolist() == expected
+    # What is left out keeps its place.
+    assert [scheduler.guidance_weight(t, 3.0) > 0 for t in (9, 5, 1, 0)] == [k in guided for k in (0, 4, 8, 9)]
+
+
 def test_a_single_scale_is_guided_in_full():
     assert ScaleScheduler([4]).guidance_weight(0, 3.0) == 2.0
 
@@ -236,6 +251,28 @@ def test_masked_policy_wants_the_tokens_below_the_threshold(threshold):
     scheduler = tiny_scheduler(resampling_policy="masked", resampling_threshold=threshold)
     output = scheduler.step(random_logits(16), 0, random_token_ids(), generator=torch.Generator().manual_seed(0))
     assert torch.equal(output.resample_mask, output.token_probabilities < threshold)
+
+
+@pytest.mark.parametrize(
+    ("policy", "given", "used"),
+    [
+        ("masked", None, "kept"),
+        ("masked", "full", "full"),
+        ("simple", None, "full"),
+        ("learned", None, "full"),
+        ("simple", "time_travel", "time_travel"),
+    ],
+)
+def test_the_policy_chooses_the_feedback_unless_told(policy, given, used):
+    scheduler = tiny_scheduler(resampling_policy=policy, resampling_feedback=given)
+    assert scheduler.resampling_feedback == used
+    output = scheduler.step(random_logits(16), 0, random_token_ids(), generator=torch.Generator().manual_seed(0))
+    assert (output.feedback_mask is not None) == (used == "kept")
+    # What was not asked for is not written down: another policy chooses anew.
+    assert scheduler.config.resampling_feedback == given
+    assert ScaleScheduler.from_config(scheduler.config, resampling_policy="none").resampling_feedback == (
+        given or "full"
+    )
 
 
 @pytest.mark.parametrize("feedback", ["full", "kept", "time_travel"])
@@ -530,8 +567,11 @@ def test_forward_process_refuses_other_shapes(shape):
             {"guidance_schedule": "cosine"},
             r"`guidance_schedule` must be one of \('linear', 'constant'\), got 'cosine'",
         ),
+        ({"guidance_start": -0.1}, r"`guidance_start` must be in \[0, 1\], got -0.1"),
+        ({"guidance_start": 0.5, "guidance_stop": 0.4}, r"`guidance_stop` must be in \[guidance_start, 1\], got 0.4"),
+        ({"guidance_stop": 1.1}, r"`guidance_stop` must be in \[guidance_start, 1\], got 1.1"),
         ({"resampling_policy": "MR"}, r"`resampling_policy` must be one of \('none', .*'learned'\), got 'MR'"),
-        ({"resampling_feedback": None}, r"`resampling_feedback` must be one of \('full', .*'redraw'\), got None"),
+        ({"resampling_feedback": "all"}, r"`resampling_feedback` must be one of \('full', .*None\), got 'all'"),
         (
             {"resampling_policy": "simple", "resampling_feedback": "kept"},
             "`resampling_feedback` must be 'full' or 'time_travel' with the policy 'simple'.*got 'kept'",

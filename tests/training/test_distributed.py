@@ -58,11 +58,21 @@ def transformer_arguments(root: Path, output_dir: Path) -> list:
     ]  # fmt: skip
 
 
+def decoder_arguments(root: Path, output_dir: Path) -> list:
+    return [*common(root, output_dir), "--teacher", root / "tokenizer", "--perceptual_weight", 0]
+
+
+ARGUMENTS = {
+    "train_tokenizer": tokenizer_arguments,
+    "train_srdd": transformer_arguments,
+    "distill_decoder": decoder_arguments,
+}
+
+
 def train(script: str, root: Path, name: str, *more: str | Path | float, **options) -> Path:
     """Run a script to its end; returns its `output_dir`."""
-    arguments = transformer_arguments if script == "train_srdd" else tokenizer_arguments
     output_dir = root / name
-    words = [*arguments(root, output_dir), "--report_to", "none", *more]
+    words = [*ARGUMENTS[script](root, output_dir), "--report_to", "none", *more]
     start(script, *words, output=output_dir.with_suffix(".txt"), **options).finish()
     return output_dir
 
@@ -132,6 +142,13 @@ def test_two_processes_train_a_tokenizer_like_one_with_twice_the_batch(root, nam
     # The codes start on features of the first batch, so these have to come together from both processes.
     by_one = train("train_tokenizer", root, f"{name}_by_one", *options)
     by_two = train("train_tokenizer", root, f"{name}_by_two", *options, "--train_batch_size", 4, num_processes=2)
+    assert_same_training(by_two, by_one)
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_two_processes_distil_a_decoder_like_one_with_twice_the_batch(root):
+    by_one = train("distill_decoder", root, "decoder_by_one")
+    by_two = train("distill_decoder", root, "decoder_by_two", "--train_batch_size", 4, num_processes=2)
     assert_same_training(by_two, by_one)
 
 

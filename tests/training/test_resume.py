@@ -70,6 +70,14 @@ def start_critic(root: Path, output_dir: Path, *more: str | Path, **options) -> 
     return start("train_token_critic", *arguments, output=output_dir.with_suffix(".txt"), **options)
 
 
+def start_decoder(root: Path, output_dir: Path, *more: str | Path, **options) -> Run:
+    arguments = [
+        *common(root, output_dir), "--max_train_steps", 12, "--teacher", root / "transformer",
+        "--perceptual_weight", 0, *more,
+    ]  # fmt: skip
+    return start("distill_decoder", *arguments, output=output_dir.with_suffix(".txt"), **options)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(root):
     """An uninterrupted run."""
@@ -224,13 +232,13 @@ def test_a_distillation_killed_in_its_first_stage_and_its_second_ends_as_if_it_w
     assert_same_run(output_dir, distillation)
 
 
-def test_a_critic_killed_again_and_again_ends_as_if_it_was_not(root, transformer):
-    start_critic(root, root / "critic", "--checkpoints_total_limit", NUM_STEPS).finish()
-    output_dir = root / "critic_killed"
+@pytest.mark.parametrize("start_run", [start_critic, start_decoder])
+def test_a_part_killed_again_and_again_ends_as_if_it_was_not(root, transformer, start_run):
+    reference = root / start_run.__name__
+    start_run(root, reference, "--checkpoints_total_limit", NUM_STEPS).finish()
+    output_dir = root / f"{start_run.__name__}_killed"
     executioner = Executioner(output_dir, seed=6)
-    assert_kills_change_nothing(
-        lambda: start_critic(root, output_dir), output_dir, root / "critic", executioner, kills=4
-    )
+    assert_kills_change_nothing(lambda: start_run(root, output_dir), output_dir, reference, executioner, kills=4)
     assert executioner.kills_while_writing >= 1
 
 

@@ -83,16 +83,18 @@ def test_examples_are_what_a_further_pass_of_sampling_shows_the_critic(pattern, 
     scheduler = tiny_scheduler(resampling_policy="learned", **settings)
     pipe = tiny_pipeline(pattern, scheduler=scheduler, token_critic=tiny_critic())
     labels, seen = torch.tensor([1, 4, 0]), []
-    pipe.token_critic.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    pipe.token_critic.register_forward_pre_hook(lambda module, args: seen.append(args))
     token_ids = pipe(labels, guidance_scale=guidance_scale, output_type="latent").token_ids
     assert token_ids.unique().numel() > 3
-    hidden_states, is_right = critic_examples(
+    hidden_states, judged_ids, is_right = critic_examples(
         pipe.vqvae, pipe.transformer, scheduler, token_ids, labels, guidance_scale, torch.Generator().manual_seed(0)
     )
     assert is_right.shape == (3, 20)
     assert is_right.all()
     assert len(seen) == 2
-    torch.testing.assert_close(hidden_states, torch.cat(seen, dim=1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden_states, torch.cat([args[0] for args in seen], dim=1), atol=1e-5, rtol=0)
+    assert torch.equal(judged_ids, torch.cat([args[1] for args in seen], dim=1))
+    assert torch.equal(judged_ids, token_ids[:, 1:])
     assert not hidden_states.requires_grad
 
 
@@ -103,7 +105,10 @@ def test_a_scale_is_judged_after_true_coarser_ones_whatever_was_replaced_in_them
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(32, (200, 21), generator=generator)
     labels = torch.randint(5, (200,), generator=generator)
-    hidden_states, is_right = critic_examples(vqvae, transformer, scheduler, token_ids, labels, 2.0, generator)
+    hidden_states, judged_ids, is_right = critic_examples(
+        vqvae, transformer, scheduler, token_ids, labels, 2.0, generator
+    )
+    assert torch.equal(judged_ids == token_ids[:, 1:], is_right)
     # The finest scale is as it was, the one before it is not.
     chosen = is_right[:, 4:].all(dim=1) & ~is_right[:, :4].all(dim=1)
     assert chosen.sum() > 3
@@ -118,11 +123,11 @@ def test_a_scale_is_judged_after_true_coarser_ones_whatever_was_replaced_in_them
 def test_examples_are_of_the_scales_that_are_visited(scales):
     scheduler = tiny_scheduler(scales=scales)
     token_ids = torch.randint(32, (2, scheduler.num_tokens), generator=torch.Generator().manual_seed(0))
-    hidden_states, is_right = critic_examples(
+    hidden_states, judged_ids, is_right = critic_examples(
         tiny_vqvae(), tiny_transformer(), scheduler, token_ids, torch.tensor([0, 1]), 2.0
     )
     assert hidden_states.shape == (2, scheduler.num_tokens - 1, 16)
-    assert is_right.shape == hidden_states.shape[:2]
+    assert is_right.shape == judged_ids.shape == hidden_states.shape[:2]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +145,7 @@ def test_a_share_of_the_tokens_between_none_and_all_is_replaced(wrong_tokens):
     token_ids = torch.zeros(600, 65, dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
     labels = torch.zeros(600, dtype=torch.long)
-    _, is_right = critic_examples(*wrong_tokens, token_ids, labels, 1.0, generator)
+    _, _, is_right = critic_examples(*wrong_tokens, token_ids, labels, 1.0, generator)
     # The share of right tokens is uniform; 64 draws of it, too, on the numbers from 0 to 64.
     counts = is_right.sum(dim=1).float() / 64
     quantiles = torch.linspace(0.05, 0.95, 10)
@@ -208,7 +213,7 @@ def test_a_run_ends_with_the_pipeline_and_its_critic(trained, finished):
 def test_the_card_says_what_was_trained_and_how_to_use_it(finished):
     card = (finished / "README.md").read_text()
     assert "4 steps of 8 images per process, of the token critic alone." in card
-    assert "| `token_critic` | 0.0 M | dim 16, hidden_dim 8 |" in card
+    assert "| `token_critic` | 0.0 M | codebook_size 16, dim 16, hidden_dim 8 |" in card
     assert "| auroc_per_scale | " in card
     assert (finished / "samples.png").is_file()
     snippet = card.split("```py\n")[1].split("```")[0].replace('"finished"', repr(str(finished)))

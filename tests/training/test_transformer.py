@@ -10,7 +10,7 @@ from tiny_models import CODEBOOK_SIZE, ID2LABEL, tiny_pipeline, tiny_scheduler, 
 from torch.utils.data import DataLoader
 
 from srdd import ScaleKVCache
-from srdd.pipelines.scale_sampling import guided_logits
+from srdd.pipelines.scale_sampling import GuidedTransformer
 from srdd.training.token_cache import TokenDataset
 from srdd.training.transformer import (
     cross_entropy,
@@ -51,12 +51,13 @@ def test_a_teachers_distribution_is_what_the_pipeline_draws_from(pattern, overri
 
     # As the pipeline does it: from the state so far, scale by scale, with its cache.
     kv_cache = ScaleKVCache() if teacher.needs_kv_cache else None
+    guided = GuidedTransformer(teacher, labels)
     state = torch.zeros(5, vqvae.config.latent_channels, *vqvae.config.scale_sizes[-1])
     states = vqvae.latent_states(batch["token_ids"], scale_sizes)
     for index, timestep in enumerate(scheduler.scale_timesteps()):
         hidden_states = scheduler.scale_model_input(state, timestep)
         weight = scheduler.guidance_weight(timestep, guidance_scale)
-        logits = guided_logits(teacher, hidden_states, timestep, labels, weight, kv_cache, kv_cache is not None)
+        logits, _ = guided(hidden_states, timestep, weight, kv_cache, kv_cache is not None)
         torch.testing.assert_close(
             found[:, scheduler.token_slice(timestep)], logits.log_softmax(dim=-1), atol=1e-4, rtol=0
         )

@@ -62,6 +62,13 @@ def train_critic(image_folder: Path, model: Path, output_dir: Path, *more: str |
     )  # fmt: skip
 
 
+def distill_decoder(image_folder: Path, teacher: Path, output_dir: Path, *more: str | Path) -> None:
+    """Channels 8 and 8, where the teacher has 32 and 32."""
+    run_script(
+        "distill_decoder", *common(image_folder, output_dir), "--teacher", teacher, "--perceptual_weight", 0, *more
+    )
+
+
 def read_log(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
 

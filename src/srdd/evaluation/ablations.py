@@ -140,7 +140,8 @@ def _readable(value: Any) -> str:
 
 class Measurements:
     """
-    What was measured, in a JSON file. A cell is measured once, and again only if its definition changes.
+    What was measured, in a JSON file. A cell is measured once, and again only if its definition changes. Drawn images
+    that two tables share under different names are measured once for both.
 
     Args:
         path (`str` or `Path`): The file.
@@ -169,9 +170,18 @@ class Measurements:
         definition = json.loads(json.dumps({**asdict(row), "num_images": table.num_images}))
         found = cells.get(column)
         if found is None or found["definition"] != definition:
-            cells[column] = {"definition": definition, "metrics": measure()}
+            known = self._drawn_alike(definition, column) if table.kind == "samples" else None
+            cells[column] = {"definition": definition, "metrics": measure() if known is None else known}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(self.content, indent=1))
             os.replace(partial, self.path)
         return cells[column]["metrics"]
+
+    def _drawn_alike(self, definition: dict[str, Any], column: str) -> dict[str, Any] | None:
+        """What another row found with the same images, whatever its name."""
+        for rows in self.content["cells"].values():
+            for found in rows.values():
+                if column in found and found[column]["definition"] | {"name": definition["name"]} == definition:
+                    return found[column]["metrics"]
+        return None

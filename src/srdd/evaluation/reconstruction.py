@@ -17,6 +17,7 @@ def evaluate_reconstruction(
     num_pictures: int = 0,
     features: torch.nn.Module | None = None,
     show_progress: bool = False,
+    teacher: MultiScaleVQModel | None = None,
 ) -> tuple[dict, list[torch.Tensor]]:
     """
     Reconstruct images and compare, in this process alone.
@@ -28,14 +29,20 @@ def evaluate_reconstruction(
         features (`torch.nn.Module`, *optional*): Feature extractor of the Fréchet distance between the images and
             their reconstructions, as torchmetrics' `FrechetInceptionDistance` takes it.
         show_progress (`bool`, defaults to `False`): Show a progress bar.
+        teacher ([`MultiScaleVQModel`], *optional*): A tokenizer with the same tokens and another decoder, to compare
+            reconstructions with.
 
     Returns:
         `tuple[dict, list[torch.Tensor]]`: The metrics, and the first images and their reconstructions in [-1, 1].
         `"num_images"`; `"psnr"` in dB and `"ssim"`, means over images; `"usage"` and `"perplexity"` per scale as
-        [`~MultiScaleVQModel.codebook_usage`] gives them; `"codes_used"` in all; with `features`, `"rfd"`.
+        [`~MultiScaleVQModel.codebook_usage`] gives them; `"codes_used"` in all; with `features`, `"rfd"`; with
+        `teacher`, `"psnr_to_teacher"`, between both reconstructions, and `"teacher_psnr"`, of the teacher's, whose
+        pictures then come second.
     """
     alone = {"sync_on_compute": False}  # other processes do not take part: the metrics must not wait for them
-    psnr = PeakSignalNoiseRatio(data_range=2.0, reduction="elementwise_mean", dim=(1, 2, 3), **alone).to(vqvae.device)
+    per_image = {"data_range": 2.0, "reduction": "elementwise_mean", "dim": (1, 2, 3), **alone}
+    names = ["psnr"] if teacher is None else ["psnr", "psnr_to_teacher", "teacher_psnr"]
+    ratios = {name: PeakSignalNoiseRatio(**per_image).to(vqvae.device) for name in names}
     ssim = StructuralSimilarityIndexMeasure(data_range=2.0, **alone).to(vqvae.device)
     distance = None
     if features is not None:
@@ -45,18 +52,24 @@ def evaluate_reconstruction(
         sample = batch["pixel_values"].to(vqvae.device)
         ids = vqvae.tokenize(sample.to(vqvae.dtype))
         reconstruction = vqvae.decode_tokens(ids).sample.float().clamp(-1, 1)
-        psnr.update(reconstruction, sample)
+        rows = [sample, reconstruction]
+        ratios["psnr"].update(reconstruction, sample)
+        if teacher is not None:
+            wanted = teacher.decode_tokens(ids).sample.float().clamp(-1, 1)
+            rows.insert(1, wanted)
+            ratios["psnr_to_teacher"].update(reconstruction, wanted)
+            ratios["teacher_psnr"].update(wanted, sample)
         ssim.update(reconstruction, sample)
         if distance is not None:
             for pixels, real in ((sample, True), (reconstruction, False)):
                 distance.update(pixels.add(1).mul(127.5).round().to(torch.uint8), real=real)
         if not token_ids:
-            pictures = [sample[:num_pictures], reconstruction[:num_pictures]]
+            pictures = [row[:num_pictures] for row in rows]
         token_ids.append(ids)
     token_ids = torch.cat(token_ids)
     metrics = {
         "num_images": len(token_ids),
-        "psnr": psnr.compute().item(),
+        **{name: ratio.compute().item() for name, ratio in ratios.items()},
         "ssim": ssim.compute().item(),
         **vqvae.codebook_usage(token_ids),
         "codes_used": len(token_ids.unique()),

@@ -1,6 +1,6 @@
 from srdd.models.autoencoder_multiscale_vq import MultiScaleVQModel
 from srdd.models.token_critic import TokenCritic
-from srdd.models.transformer_scale_2d import ScaleKVCache, ScaleTransformer2DModel
+from srdd.models.transformer_scale_2d import ModulationCache, ScaleKVCache, ScaleTransformer2DModel
 
 
-__all__ = ["MultiScaleVQModel", "ScaleKVCache", "ScaleTransformer2DModel", "TokenCritic"]
+__all__ = ["ModulationCache", "MultiScaleVQModel", "ScaleKVCache", "ScaleTransformer2DModel", "TokenCritic"]

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -85,9 +86,16 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         num_residual_convs (`int`, defaults to 4): Residual convolutions `phi` shared among the scales.
         residual_ratio (`float`, defaults to 0.5): The `r` in `phi(x) = (1 - r) x + r conv(x)`.
         normalize_codes (`bool`, defaults to `False`): Find codes by cosine similarity.
+        decoder_block_out_channels (`tuple[int]`, *optional*): Channels of the decoder, where they are not the
+            encoder's `block_out_channels`; as many, finest first.
+        decoder_layers_per_block (`int`, *optional*): The decoder's `layers_per_block`; it has one more, so that 0 is
+            the fewest.
+        decoder_mid_block_add_attention (`bool`, *optional*): Whether the decoder's middle block attends.
+        decoder_norm_num_groups (`int`, *optional*): Groups of the decoder's group norms.
 
     Raises:
-        ValueError: If `scale_sizes` is no growing list of scales or does not end at the latent grid of `sample_size`.
+        ValueError: If `scale_sizes` is no growing list of scales or does not end at the latent grid of `sample_size`,
+            or a size of the decoder is none.
     """
 
     _supports_gradient_checkpointing = True
@@ -115,6 +123,10 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         num_residual_convs: int = 4,
         residual_ratio: float = 0.5,
         normalize_codes: bool = False,
+        decoder_block_out_channels: tuple[int, ...] | None = None,
+        decoder_layers_per_block: int | None = None,
+        decoder_mid_block_add_attention: bool | None = None,
+        decoder_norm_num_groups: int | None = None,
     ):
         super().__init__()
         scale_sizes = normalize_scale_sizes(scale_sizes)
@@ -124,11 +136,13 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             down_block_types=list(down_block_types),
             up_block_types=list(up_block_types),
             block_out_channels=list(block_out_channels),
+            decoder_block_out_channels=decoder_block_out_channels and list(decoder_block_out_channels),
             sample_size=sample_size if isinstance(sample_size, int) else list(sample_size),
         )
         self.spatial_compression_ratio = patch_size * 2 ** (len(block_out_channels) - 1)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self._check_grid(scale_sizes, self._grid_of(height, width))
+        decoder_sizes = self._decoder_sizes()
 
         self.encoder = Encoder(
             in_channels=in_channels * patch_size**2,
@@ -156,15 +170,43 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             in_channels=latent_channels,
             out_channels=out_channels * patch_size**2,
             up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            norm_num_groups=norm_num_groups,
             act_fn=act_fn,
-            mid_block_add_attention=mid_block_add_attention,
+            **decoder_sizes,
         )
         lighten(self.decoder)
         self.use_slicing = False
         self.use_fast_decoding = True
+
+    def _decoder_sizes(self) -> dict[str, Any]:
+        """The decoder's own arguments: those of the encoder that the configuration does not override."""
+        names = ("block_out_channels", "layers_per_block", "mid_block_add_attention", "norm_num_groups")
+        own = {name: self.config[f"decoder_{name}"] for name in names}
+        sizes = {name: self.config[name] if value is None else value for name, value in own.items()}
+        if all(value is None for value in own.values()):
+            return sizes
+
+        channels, groups = sizes["block_out_channels"], sizes["norm_num_groups"]
+        levels = len(self.config.block_out_channels)
+        if len(channels) != levels or not all(isinstance(width, int) and width > 0 for width in channels):
+            raise ValueError(
+                f"`decoder_block_out_channels` must be {levels} positive integers, as many as"
+                f" `block_out_channels`, got {channels}."
+            )
+        if not isinstance(sizes["layers_per_block"], int) or sizes["layers_per_block"] < 0:
+            raise ValueError(
+                f"`decoder_layers_per_block` must be an integer of at least 0, got {sizes['layers_per_block']!r}."
+            )
+        if not isinstance(sizes["mid_block_add_attention"], bool):
+            raise ValueError(
+                "`decoder_mid_block_add_attention` must be True, False or None, got"
+                f" {sizes['mid_block_add_attention']!r}."
+            )
+        if not isinstance(groups, int) or groups < 1 or any(width % groups for width in channels):
+            raise ValueError(
+                "`decoder_norm_num_groups` (by default `norm_num_groups`) must be a divisor of all of the decoder's"
+                f" channels {channels}, got {groups!r}."
+            )
+        return sizes
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         ratio = self.spatial_compression_ratio
@@ -213,9 +255,9 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if bytes_per_slice is None:
             return None
         # The last up-sampling writes the channels of the last block but one.
-        channels, levels = max(self.config.block_out_channels[:2]), len(self.config.block_out_channels)
-        pixels = math.prod(latents.shape[-2:]) * 4 ** (levels - 1)
-        return max(1, bytes_per_slice // (channels * pixels * latents.element_size()))
+        channels = self.config.decoder_block_out_channels or self.config.block_out_channels
+        pixels = math.prod(latents.shape[-2:]) * 4 ** (len(channels) - 1)
+        return max(1, bytes_per_slice // (max(channels[:2]) * pixels * latents.element_size()))
 
     def enable_fast_decoding(self) -> None:
         """

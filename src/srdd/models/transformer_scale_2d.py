@@ -4,6 +4,7 @@ Shape legend: B batch, K scales, N_k tokens in scale k, N tokens of the scales a
 channels, V codebook.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 
+from srdd.models.fast_linear import quicken, set_fast
 from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, scale_slices
 
 
@@ -41,44 +43,102 @@ class ScaleTransformer2DModelOutput(Transformer2DModelOutput):
     hidden_states: torch.Tensor | None = None
 
 
-@dataclass
 class ScaleKVCache:
     """
     Keys and values of the scales already drawn, for the attention patterns that look back.
 
     Pass one object to every [`ScaleTransformer2DModel.forward`] of a sampling run. A pass at a scale replaces what an
-    earlier pass stored there (pass a copy to leave it in place); scales are kept apart, so that nothing of a finer
-    scale is ever seen by a coarser one.
+    earlier pass stored there; scales are kept apart, so that nothing of a finer scale is ever seen by a coarser one.
+    Scales lie one behind the other in one buffer for each layer, so that looking back copies nothing. It is for
+    inference: buffers are written in place.
+
+    Args:
+        num_tokens (`int`, *optional*): Tokens of all scales to come; without it the buffers grow as needed.
     """
 
-    entries: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    def __init__(self, num_tokens: int | None = None):
+        self.num_tokens = num_tokens
+        self.is_read_only = False
+        self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.places: dict[int, slice] = {}
 
     def update(self, layer: int, timestep: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store keys and values `(B, N_k, H, D / H)` of one layer and scale."""
-        self.entries[layer, timestep] = key, value
+        if timestep not in self.places:
+            start = max([0, *(place.stop for place in self.places.values())])
+            self.places[timestep] = slice(start, start + key.shape[1])
+        place = self.places[timestep]
+        found = self.buffers.get(layer)
+        if found is None or found[0].shape[1] < place.stop:
+            size = max(self.num_tokens or 0, place.stop)
+            grown = tuple(states.new_empty(states.shape[0], size, *states.shape[2:]) for states in (key, value))
+            for states, stored in zip(grown, found or ()):
+                states[:, : stored.shape[1]] = stored
+            self.buffers[layer] = grown
+        for states, stored in zip((key, value), self.buffers[layer]):
+            stored[: len(states), place] = states
 
-    def get(self, layer: int, timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer and scale."""
-        return self.entries[layer, timestep]
+    def get(self, layer: int, timesteps: Sequence[int], batch_size: int | None = None) -> tuple[torch.Tensor, ...]:
+        """Keys and values of one layer and some scales, for the first images of the batch or all."""
+        places = [self.places[timestep] for timestep in timesteps]
+        if all(place.stop == following.start for place, following in zip(places, places[1:])):
+            places = [slice(places[0].start, places[-1].stop)]
+        parts = [[stored[:batch_size, place] for place in places] for stored in self.buffers[layer]]
+        return tuple(part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in parts)
 
-    def copy(self) -> "ScaleKVCache":
-        """A cache with the same tensors; storing in it leaves this one as it is."""
-        return ScaleKVCache(dict(self.entries))
+    def read_only(self) -> "ScaleKVCache":
+        """This cache for forwards that shall leave it as it is."""
+        view = copy.copy(self)
+        view.is_read_only = True
+        return view
+
+    def select(self, rows: torch.Tensor) -> "ScaleKVCache":
+        """A read-only cache of some images, by their rows in the batch."""
+        selected = self.read_only()
+        selected.buffers = {layer: tuple(part[rows] for part in pair) for layer, pair in self.buffers.items()}
+        return selected
 
     @property
     def timesteps(self) -> list[int]:
         """The scales stored, as timesteps, coarse to fine."""
-        return sorted({timestep for _, timestep in self.entries}, reverse=True)
+        return sorted(self.places, reverse=True)
+
+
+@dataclass
+class ModulationCache:
+    """
+    AdaLN modulations of some class labels. They are the same at all scales and passes of a sampling run.
+
+    Pass one object to every [`ScaleTransformer2DModel.forward`] with the same `class_labels`; the first fills it. It
+    is for inference.
+
+    Args:
+        blocks (`list`): For each block the modulations, `(batch, 6, dim)`.
+        out (`torch.Tensor`, *optional*): Those of the last norm, `(batch, 2 * dim)`.
+    """
+
+    blocks: list[torch.Tensor] = field(default_factory=list)
+    out: torch.Tensor | None = None
+
+    def select(self, rows: torch.Tensor) -> "ModulationCache":
+        """The modulations of some images, by their rows in the batch."""
+        if self.out is None:
+            return ModulationCache()
+        return ModulationCache([modulations[rows] for modulations in self.blocks], self.out[rows])
 
 
 @dataclass(frozen=True)
 class ScaleSegment:
-    """Where one scale lies in the packed input, and what its tokens may see: cached scales, then packed tokens."""
+    """
+    Where one scale lies in the packed input, and what its tokens may see: cached scales and a part of the packed
+    tokens, which `seen` names together, as timesteps.
+    """
 
     timestep: int
     tokens: slice
     context: slice
     cached: tuple[int, ...]
+    seen: tuple[int, ...]
 
 
 class ScaleAttnProcessor:
@@ -95,26 +155,36 @@ class ScaleAttnProcessor:
         kv_cache: ScaleKVCache | None = None,
     ) -> torch.Tensor:
         query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
-        attended = []
-        for segment in segments:
-            keys, values = key[:, segment.context], value[:, segment.context]
-            if kv_cache is not None:
-                kv_cache.update(attn.layer, segment.timestep, key[:, segment.tokens], value[:, segment.tokens])
-                if segment.cached:
-                    past = [kv_cache.get(attn.layer, timestep) for timestep in segment.cached]
-                    keys = torch.cat([*(pair[0] for pair in past), keys], dim=1)
-                    values = torch.cat([*(pair[1] for pair in past), values], dim=1)
-            attended.append(
-                dispatch_attention_fn(
-                    query[:, segment.tokens],
-                    keys,
-                    values,
-                    scale=attn.scale,
-                    backend=self._attention_backend,
-                    parallel_config=self._parallel_config,
-                )
+        if len(segments) == 1 and kv_cache is None:
+            # Nothing but the shape differs from scale to scale here, so that a compiled block serves them all.
+            seen = [(query, key, value)]
+        else:
+            seen = [
+                (query[:, segment.tokens], *self.context(attn.layer, segment, key, value, kv_cache))
+                for segment in segments
+            ]
+        attended = [
+            dispatch_attention_fn(
+                *states, scale=attn.scale, backend=self._attention_backend, parallel_config=self._parallel_config
             )
+            for states in seen
+        ]
         return attn.to_out[0](torch.cat(attended, dim=1).flatten(2, 3))  # (B, N, D)
+
+    @staticmethod
+    @torch.compiler.disable
+    def context(
+        layer: int, segment: ScaleSegment, key: torch.Tensor, value: torch.Tensor, kv_cache: ScaleKVCache | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Keys and values that a scale sees, which the cache receives unless it is read only."""
+        if kv_cache is not None and not kv_cache.is_read_only:
+            kv_cache.update(layer, segment.timestep, key[:, segment.tokens], value[:, segment.tokens])
+            return kv_cache.get(layer, segment.seen, len(key))
+        packed = key[:, segment.context], value[:, segment.context]
+        if kv_cache is None or not segment.cached:
+            return packed
+        past = kv_cache.get(layer, segment.cached, len(key))
+        return tuple(torch.cat(pair, dim=1) for pair in zip(past, packed))
 
 
 class MaskedScaleAttnProcessor(ScaleAttnProcessor):
@@ -179,6 +249,10 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.set_processor(self._default_processor_cls())
+
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        quicken(self, getattr(self.to_q, "fast", None))
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value of hidden states `(B, N, D)`, `(B, N, H, D / H)` each; the first two normalised."""
@@ -249,7 +323,8 @@ class ScaleTransformerBlock(nn.Module):
         conditioning: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | None = None,
-    ) -> torch.Tensor:
+        modulations: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, num_tokens, dim)`): Packed scales.
@@ -257,16 +332,21 @@ class ScaleTransformerBlock(nn.Module):
                 `(batch, 6 * dim)` and already projected if the model shares its AdaLN.
             segments (`Sequence[ScaleSegment]`): The packed scales and what they see.
             kv_cache ([`ScaleKVCache`], *optional*): Keys and values of scales not in the input.
+            modulations (`torch.Tensor` of shape `(batch, 6, dim)`, *optional*): What follows from `conditioning`, from
+                an earlier call.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Hidden states and modulations.
         """
-        if hasattr(self, "adaln"):
+        if modulations is None and hasattr(self, "adaln"):
             modulations = self.adaln(conditioning).unflatten(-1, (6, -1))  # (B, 6, D)
-        else:
+        elif modulations is None:
             modulations = conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
         gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
         branch = self.attn(modulate(self.norm1, hidden_states, scale1, shift1), segments, kv_cache)
         hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch))
         branch = self.ff(modulate(self.norm2, hidden_states, scale2, shift2))
-        return torch.addcmul(hidden_states, gate2, self.drop_path(branch))
+        return torch.addcmul(hidden_states, gate2, self.drop_path(branch)), modulations
 
 
 class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
@@ -308,7 +388,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
     _no_split_modules = ["ScaleTransformerBlock"]
     _repeated_blocks = ["ScaleTransformerBlock"]
     _skip_layerwise_casting_patterns = ["class_embed", "scale_embed", "norm"]
-    _skip_keys = ["kv_cache"]
+    _skip_keys = ["kv_cache", "modulation_cache"]
 
     @register_to_config
     def __init__(
@@ -371,6 +451,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.proj_out = nn.Linear(dim, codebook_size)
         self.gradient_checkpointing = False
         self.init_weights()
+        quicken(self)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -407,6 +488,18 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
         return self.config.attention_pattern != "markov"
 
+    def enable_fast_linears(self) -> None:
+        """
+        Let linear layers use kernels of oneDNN on CPUs where no gradient is asked for. By default they do where it is
+        known to be faster: for float32 on AMD's CPUs from Zen 5 on, for torchao's int8 weights wherever there is VNNI.
+        Logits agree with torch's to rounding; no copies of float32 weights are kept.
+        """
+        set_fast(self, True)
+
+    def disable_fast_linears(self) -> None:
+        """Leave linear layers to torch and torchao."""
+        set_fast(self, False)
+
     def _check_timesteps(self, timestep: Timesteps | None) -> list[int]:
         last = len(self.token_slices) - 1
         if timestep is None:
@@ -426,14 +519,16 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         for index, timestep in enumerate(timesteps):
             size = self.token_slices[-1 - timestep]
             tokens = slice(start, start + size.stop - size.start)
-            seen_from, seen_cached = start, ()
+            first, seen_cached = index, ()
             if pattern == "causal":
-                seen_from, seen_cached = 0, tuple(cached)
+                first, seen_cached = 0, tuple(cached)
             elif pattern == "banded" and index > 0:
-                seen_from = segments[-1].tokens.start
+                first = index - 1
             elif pattern == "banded":
                 seen_cached = tuple(cached[-1:])
-            segments.append(ScaleSegment(timestep, tokens, slice(seen_from, tokens.stop), seen_cached))
+            seen_from = segments[first].tokens.start if first < index else start
+            seen = (*seen_cached, *timesteps[first : index + 1])
+            segments.append(ScaleSegment(timestep, tokens, slice(seen_from, tokens.stop), seen_cached, seen))
             start = tokens.stop
         return segments
 
@@ -454,6 +549,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         timestep: Timesteps | None = None,
         class_labels: torch.LongTensor | None = None,
         kv_cache: ScaleKVCache | None = None,
+        modulation_cache: ModulationCache | None = None,
+        guidance_weight: float | None = None,
         return_hidden_states: bool = False,
         return_dict: bool = True,
     ) -> ScaleTransformer2DModelOutput | tuple[torch.Tensor, ...]:
@@ -469,6 +566,12 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             kv_cache ([`ScaleKVCache`], *optional*):
                 Gives the patterns "causal" and "banded" the scales that are not in `hidden_states`, and receives those
                 that are.
+            modulation_cache ([`ModulationCache`], *optional*):
+                Holds the AdaLN modulations of `class_labels` from call to call.
+            guidance_weight (`float`, *optional*):
+                The weight `w` of classifier-free guidance. The first half of the batch is then the conditional one,
+                the second the unconditional one, and the logits are those of `cond + w (cond - uncond)`, of half the
+                batch. The halves are merged before the last layer, which is linear.
             return_hidden_states (`bool`, defaults to `False`): Whether to return the last hidden states, too.
             return_dict (`bool`, defaults to `True`): Whether to return a [`ScaleTransformer2DModelOutput`].
 
@@ -491,6 +594,11 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         null_class = self.config.num_classes
         if class_labels is None:
             class_labels = torch.full((hidden_states.shape[0],), null_class, device=hidden_states.device)
+        if guidance_weight is not None and len(hidden_states) % 2:
+            raise ValueError(
+                "`hidden_states` must be two halves with `guidance_weight`, conditional and unconditional, got a batch"
+                f" of {len(hidden_states)}."
+            )
         if class_labels.shape != hidden_states.shape[:1]:
             raise ValueError(
                 f"`class_labels` must have shape ({hidden_states.shape[0]},), got {tuple(class_labels.shape)}."
@@ -501,19 +609,29 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
 
         class_embedding = self.class_embed(class_labels)  # (B, D)
         hidden_states = self._embed(hidden_states, class_embedding, timesteps)  # (B, N, D)
+        known = modulation_cache if modulation_cache is not None else ModulationCache()
+        is_known = known.out is not None
         condition = F.silu(class_embedding)
-        conditioning = condition if self.adaln is None else self.adaln(condition)
-        for block in self.blocks:
+        conditioning = condition if self.adaln is None or is_known else self.adaln(condition)
+        for layer, block in enumerate(self.blocks):
+            inputs = (hidden_states, conditioning, segments, kv_cache, known.blocks[layer] if is_known else None)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, conditioning, segments, kv_cache
-                )
+                hidden_states, modulations = self._gradient_checkpointing_func(block, *inputs)
             else:
-                hidden_states = block(hidden_states, conditioning, segments, kv_cache)
-        scale, shift = self.adaln_out(condition).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
+                hidden_states, modulations = block(*inputs)
+            if modulation_cache is not None and not is_known:
+                modulation_cache.blocks.append(modulations)
+        modulations = known.out if is_known else self.adaln_out(condition)
+        if modulation_cache is not None:
+            modulation_cache.out = modulations
+        scale, shift = modulations.unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
         hidden_states = modulate(self.norm_out, hidden_states, scale, shift)
+        merged = hidden_states
+        if guidance_weight is not None:
+            conditional, unconditional = hidden_states.chunk(2)
+            merged = torch.lerp(unconditional, conditional, 1.0 + guidance_weight)
         output = ScaleTransformer2DModelOutput(
-            sample=self.proj_out(hidden_states),  # (B, N, V)
+            sample=self.proj_out(merged),  # (B, N, V)
             hidden_states=hidden_states if return_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()

@@ -112,8 +112,7 @@ def log_likelihood(
     logits = pipe.transformer(inputs, timesteps, class_ids).sample.float()  # (B, N, V)
     if guidance_scale > 1 and bool((class_ids != num_classes).any()):
         unconditional = pipe.transformer(inputs, timesteps).sample.float()
-        weights = torch.tensor([scheduler.guidance_weight(t, guidance_scale) for t in timesteps])
-        weights = weights.repeat_interleave(torch.tensor(num_tokens_per_scale(scale_sizes))).to(logits)
+        weights = scheduler.guidance_weights(guidance_scale).to(logits)
         logits = torch.lerp(unconditional, logits, 1 + weights[:, None])
     chosen = logits.log_softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)  # (B, N)
     pipe.maybe_free_model_hooks()

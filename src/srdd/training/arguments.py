@@ -92,6 +92,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     card.add_argument("--hub_token", help="Default: the token of `hf auth login`.")
 
 
+def add_pixel_loss_arguments(group: argparse._ArgumentGroup) -> None:
+    """What the distances between pictures weigh (`srdd.training.pixel_losses`)."""
+    group.add_argument("--l1_weight", type=float, default=1.0)
+    group.add_argument("--l2_weight", type=float, default=1.0)
+    group.add_argument("--perceptual_weight", type=float, default=0.1, help="0 needs no EfficientNet.")
+
+
 def add_token_arguments(parser: argparse.ArgumentParser) -> None:
     """Where token pyramids come from."""
     tokens = parser.add_argument_group("tokens and labels")

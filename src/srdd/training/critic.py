@@ -36,7 +36,7 @@ def train_token_critic(
     """
     transformer, scale_sizes = pipe.transformer, inference_scales(pipe.scheduler)[1:]
     null_class, dropout = transformer.config.num_classes, transformer.config.class_dropout_prob
-    policy = {"resampling_policy": "learned", "resampling_feedback": "full"}
+    policy = {"resampling_policy": "learned", "resampling_feedback": None}
     scheduler = ScaleScheduler.from_config(
         pipe.scheduler.config, resampling_threshold=args.validation_threshold, **policy
     )
@@ -49,8 +49,8 @@ def train_token_critic(
     def compute_values(model: torch.nn.Module, batch: dict[str, torch.Tensor]):
         # Images are drawn without a class, too.
         dropped = torch.rand(batch["labels"].shape, device=batch["labels"].device) < dropout
-        hidden_states, is_right = examples(batch, torch.where(dropped, null_class, batch["labels"]))
-        overall, per_scale = critic_metrics(model(hidden_states).logits, is_right, scale_sizes)
+        hidden_states, token_ids, is_right = examples(batch, torch.where(dropped, null_class, batch["labels"]))
+        overall, per_scale = critic_metrics(model(hidden_states, token_ids).logits, is_right, scale_sizes)
         losses = {"loss": overall.pop("loss"), **by_scale("loss", scale_sizes, per_scale.pop("loss"))}
         for name, values in per_scale.items():
             overall.update(by_scale(name, scale_sizes, values))
@@ -62,8 +62,8 @@ def train_token_critic(
         logits, targets = [], []
         for batch in loader:
             batch = {name: tensor.to(averaged.device) for name, tensor in batch.items()}
-            hidden_states, is_right = examples(batch, batch["labels"], generator)
-            logits.append(averaged(hidden_states).logits)
+            hidden_states, token_ids, is_right = examples(batch, batch["labels"], generator)
+            logits.append(averaged(hidden_states, token_ids).logits)
             targets.append(is_right)
         overall, per_scale = critic_metrics(torch.cat(logits), torch.cat(targets), scale_sizes)
         metrics = {name: value.item() for name, value in overall.items()}
@@ -83,11 +83,12 @@ def critic_examples(
     class_labels: torch.LongTensor,
     guidance_scale: float,
     generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.BoolTensor]:
+) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor]:
     """
     What a critic sees and should say. A share of the tokens, uniform in [0, 1] for each image and scale, is drawn from
     the transformer given the true coarser scales. Each scale is fed back as in sampling, and the transformer's last
-    hidden states are the examples. The coarsest scale, whose input the transformer does not read, gives none.
+    hidden states and the tokens are the examples. The coarsest scale, whose input the transformer does not read, gives
+    none.
 
     Args:
         vqvae ([`MultiScaleVQModel`]): The tokenizer.
@@ -99,8 +100,8 @@ def critic_examples(
         generator (`torch.Generator`, *optional*): The only source of randomness; by default torch's own.
 
     Returns:
-        `tuple[torch.Tensor, torch.BoolTensor]`: Hidden states of shape `(batch, num_judged_tokens, dim)`, and for each
-        whether its token is the true one.
+        `tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor]`: Hidden states of shape `(batch, num_judged_tokens,
+        dim)`, the tokens, and for each whether it is the true one.
     """
     scale_sizes, timesteps = inference_scales(scheduler), scheduler.scale_timesteps()
     counts = num_tokens_per_scale(scale_sizes)
@@ -131,12 +132,13 @@ def critic_examples(
             part.to(transformer.dtype),
             which,
             class_labels,
-            kv_cache=None if kv_cache is None else kv_cache.copy(),
+            kv_cache=None if kv_cache is None else kv_cache.read_only(),
             return_hidden_states=True,
         ).hidden_states
         for part, which in packed
     ]
-    return torch.cat(hidden_states, dim=1), (mixed == token_ids)[:, counts[0] :]
+    judged = slice(counts[0], None)
+    return torch.cat(hidden_states, dim=1), mixed[:, judged], (mixed == token_ids)[:, judged]
 
 
 def critic_metrics(

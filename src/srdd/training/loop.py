@@ -5,7 +5,7 @@ import json
 import os
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import datasets
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +26,12 @@ from srdd.training.data import LabelledImages, load_labelled_images
 
 
 LOSS_LOG = "train_log.jsonl"
+
+# Called with a model and a batch; returns the losses, which must be finite and of which `"loss"` is minimised, and
+# what else is logged of the step.
+ComputeValues = Callable[
+    [torch.nn.Module, dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+]
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -46,12 +53,7 @@ def make_accelerator(args: Namespace) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
-            f" {launched}. Without GPUs, set ACCELERATE_USE_CPU=true."
-        )
+    check_processes(accelerator)
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         if report_to is not None:
@@ -62,6 +64,21 @@ def make_accelerator(args: Namespace) -> Accelerator:
         diffusers.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
     return accelerator
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """
+    Make sure that the processes that were launched work together.
+
+    Raises:
+        ValueError: If several processes were launched that do not know of each other.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
+            f" {launched}. Without GPUs, set ACCELERATE_USE_CPU=true."
+        )
 
 
 def load_images(args: Namespace, label_column: str | None, max_train_samples: int | None = None) -> LabelledImages:
@@ -293,6 +310,74 @@ class TrainingRun:
         self.progress.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def train_model(
+    args: Namespace,
+    accelerator: Accelerator,
+    model: ModelMixin,
+    parameters: Iterable,
+    dataset: Dataset,
+    compute_values: ComputeValues,
+    evaluate: Callable[[ModelMixin], tuple[dict, list[torch.Tensor]]],
+    count_items: Callable[[dict[str, torch.Tensor]], int],
+    unit: str,
+    picture: str,
+) -> ModelMixin:
+    """
+    A whole run of a model that has one optimizer.
+
+    Args:
+        args (`Namespace`): The common arguments.
+        accelerator (`Accelerator`): Nothing prepared yet.
+        model (`ModelMixin`): The model.
+        parameters (`Iterable`): Those that are trained, or groups of them.
+        dataset (`Dataset`): What batches are made of.
+        compute_values (`ComputeValues`): The loss of a batch.
+        evaluate (`Callable`): Called with the averaged model; returns metrics and rows of pictures in [-1, 1].
+        count_items (`Callable`): Of how many items a batch is, for the speed.
+        unit (`str`): Name of such an item.
+        picture (`str`): Name of the pictures.
+
+    Returns:
+        `ModelMixin`: A copy with the averaged weights.
+
+    Raises:
+        FloatingPointError: If loss or gradients are not finite; names the step and the losses.
+    """
+    loader = make_loader(args, dataset, accelerator.num_processes)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    averaged = evaluation_copy(model, accelerator)
+    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    run = TrainingRun(args, accelerator, model, schedule)
+    num_items = 0
+    for batch in run.batches(loader):
+        with accelerator.accumulate(model):
+            losses, statistics = compute_values(model, batch)
+            run.check_finite(losses)
+            accelerator.backward(losses["loss"])
+            run.clip_gradients(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        num_items += count_items(batch)
+        if not accelerator.sync_gradients:
+            continue
+        run.finish_step({**losses, **statistics}, num_items, unit)
+        num_items = 0
+        if run.is_due(args.validation_steps):
+            run.averaged_model(averaged)
+            if accelerator.is_main_process:
+                metrics, pictures = evaluate(averaged)
+                run.record({f"val_{name}": value for name, value in metrics.items()})
+                run.save_images(picture, picture_grid(pictures))
+                numbers = [f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float)]
+                run.progress.write(f"step {run.step}: validation {', '.join(numbers)}")
+        run.checkpoint()
+    run.averaged_model(averaged)
+    run.close()
+    return averaged
 
 
 def evaluation_copy(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:

@@ -19,6 +19,8 @@ from srdd.training.loop import LOSS_LOG
 CARD = "README.md"
 # Of the folder of a run, what does not belong to the finished model.
 NOT_PUBLISHED = ["checkpoint-*", "partial-*", "stage-*", "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"]
+# Of a configuration, what the card's table leaves out.
+NOT_IN_TABLE = ("id2label", "scale_sizes", "up_block_types", "down_block_types")
 SAVED_CONFIGS = [
     "model_index.json",
     "config.json",
@@ -42,24 +44,33 @@ image = pipe({labels}{guidance}).images[0]"""
 CRITIC_SNIPPET = """from srdd import ScaleScheduler, SRDDPipeline
 
 pipe = SRDDPipeline.from_pretrained("{name}")
-policy = {"resampling_policy": "learned", "resampling_threshold": {threshold}, "resampling_feedback": "full"}
+policy = {"resampling_policy": "learned", "resampling_threshold": {threshold}, "resampling_feedback": None}
 pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, **policy)
 image = pipe({labels}{guidance}).images[0]"""
 
 
-def finish_tokenizer(args: Namespace, model: MultiScaleVQModel, images: LabelledImages) -> None:
-    """Save a trained tokenizer with its card in `output_dir`, and upload it if asked to."""
+def finish_tokenizer(
+    args: Namespace, model: MultiScaleVQModel, images: LabelledImages, part: str | None = None
+) -> None:
+    """
+    Save a trained tokenizer with its card in `output_dir`, and upload it if asked to. `part` is what alone was
+    trained, or `None`.
+    """
     _cast(model, args.save_dtype)
     model.save_pretrained(args.output_dir)
-    _publish(args, images, {"tokenizer": model}, TOKENIZER_SNIPPET, "reconstruction")
+    _publish(args, images, {"tokenizer": model}, TOKENIZER_SNIPPET, "reconstruction", part)
 
 
-def finish_pipeline(args: Namespace, pipe: SRDDPipeline, images: LabelledImages) -> None:
-    """Save a trained pipeline with its card in `output_dir`, and upload it if asked to."""
+def finish_pipeline(args: Namespace, pipe: SRDDPipeline, images: LabelledImages, part: str | None = None) -> None:
+    """
+    Save a trained pipeline with its card in `output_dir`, and upload it if asked to. `part` is what alone was trained,
+    "token critic" or "decoder", or `None`.
+    """
     models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}
     snippet = PIPELINE_SNIPPET
     if pipe.token_critic is not None:
         models["token_critic"] = pipe.token_critic
+    if part == "token critic":
         snippet = CRITIC_SNIPPET.replace("{threshold}", str(args.validation_threshold))
     for model in models.values():
         _cast(model, args.save_dtype)
@@ -67,7 +78,8 @@ def finish_pipeline(args: Namespace, pipe: SRDDPipeline, images: LabelledImages)
     snippet = snippet.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
     distilled = pipe.transformer.config.guidance_distilled
     guidance = "" if distilled or not pipe.id2label else f", guidance_scale={args.validation_guidance_scale}"
-    _publish(args, images, models, snippet.replace("{guidance}", guidance), "samples")
+    picture = "reconstruction" if part == "decoder" else "samples"
+    _publish(args, images, models, snippet.replace("{guidance}", guidance), picture, part)
 
 
 def _cast(model: ModelMixin, dtype: str) -> None:
@@ -75,7 +87,9 @@ def _cast(model: ModelMixin, dtype: str) -> None:
     torch.nn.Module.to(model, getattr(torch, dtype))
 
 
-def _publish(args: Namespace, images: LabelledImages, models: dict, snippet: str, picture: str) -> None:
+def _publish(
+    args: Namespace, images: LabelledImages, models: dict, snippet: str, picture: str, part: str | None
+) -> None:
     folder = Path(args.output_dir)
     for name in SAVED_CONFIGS:
         _forget_local_paths(folder / name)
@@ -86,7 +100,7 @@ def _publish(args: Namespace, images: LabelledImages, models: dict, snippet: str
     draw_curve(log, folder / "training_curve.png")
 
     def write_card(repository: str) -> None:
-        text = model_card(args, images, models, snippet.replace("{name}", repository), picture, log)
+        text = model_card(args, images, models, snippet.replace("{name}", repository), picture, log, part)
         # The card comes last and at once: a folder with a card is finished.
         partial = folder / "README.partial"
         partial.write_text(text, encoding="utf-8")
@@ -141,7 +155,13 @@ def draw_curve(log: list[dict], path: Path) -> None:
 
 
 def model_card(
-    args: Namespace, images: LabelledImages, models: dict, snippet: str, picture: str, log: list[dict]
+    args: Namespace,
+    images: LabelledImages,
+    models: dict,
+    snippet: str,
+    picture: str,
+    log: list[dict],
+    part: str | None = None,
 ) -> str:
     """
     A model card in the Hub's format, from what a run knows about itself.
@@ -153,6 +173,7 @@ def model_card(
         snippet (`str`): How to use them.
         picture (`str`): Stem of the PNG file with results.
         log (`list[dict]`): The loss log.
+        part (`str`, *optional*): What alone was trained.
 
     Returns:
         `str`: Markdown with a YAML header.
@@ -168,7 +189,7 @@ def model_card(
     description = args.data_description or images.train.info.description or f"`{Path(source).name}`"
     classes = f", {len(images.id2label)} classes" if images.id2label else ", without labels"
     validation = f", {len(images.validation):,} for validation" if images.validation is not None else ""
-    part = ", of the token critic alone" if "token_critic" in models else ""
+    trained = f", of the {part} alone" if part else ""
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {Path(args.output_dir).name}\n",
@@ -181,7 +202,7 @@ def model_card(
         f" {args.license or 'not stated'}.\n",
         "## Training\n",
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, srdd {__version__}, seed {args.seed},"
-        f" {args.max_train_steps:,} steps of {args.train_batch_size} images per process{part}. The weights are"
+        f" {args.max_train_steps:,} steps of {args.train_batch_size} images per process{trained}. The weights are"
         f" averages over the steps (EMA {args.ema_decay}), stored as {args.save_dtype}.\n",
         f"```sh\n{_command(args)}\n```\n",
         "![Training curve](training_curve.png)\n",
@@ -215,7 +236,7 @@ def _model_table(models: dict) -> str:
         facts = {
             key: value
             for key, value in model.config.items()
-            if not key.startswith("_") and key not in ("id2label", "scale_sizes", "up_block_types", "down_block_types")
+            if value is not None and not key.startswith("_") and key not in NOT_IN_TABLE
         }
         text = ", ".join(f"{key} {value}" for key, value in facts.items())
         if "scale_sizes" in model.config:

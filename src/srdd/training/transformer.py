@@ -10,16 +10,8 @@ from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
 from srdd.models import ScaleKVCache
-from srdd.scale_sizes import num_tokens_per_scale
 from srdd.training.data import LabelledImages
-from srdd.training.loop import (
-    TrainingRun,
-    evaluation_copy,
-    make_loader,
-    make_optimizer,
-    picture_grid,
-    validation_images,
-)
+from srdd.training.loop import ComputeValues, train_model, validation_images
 from srdd.training.losses import TokenLoss, token_loss
 from srdd.training.token_cache import TokenDataset, cached_tokens
 
@@ -27,11 +19,6 @@ from srdd.training.token_cache import TokenDataset, cached_tokens
 # Called with the transformer and a batch of `"token_ids"` and `"labels"`; returns terms by name, `"loss"` being their
 # sum, and the cross-entropy's statistics.
 ComputeLoss = Callable[[torch.nn.Module, dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], TokenLoss]]
-
-# The same for any model: the losses, which must be finite, and what else is logged of the step.
-ComputeValues = Callable[
-    [torch.nn.Module, dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
-]
 
 # Called with the averaged model and batches of held-out pyramids; returns metrics, a `"loss"` among them, and rows of
 # pictures in [-1, 1].
@@ -181,40 +168,19 @@ def train_on_tokens(
     Raises:
         FloatingPointError: If loss or gradients are not finite; names the step and the losses.
     """
-    loader = make_loader(args, tokens.train, accelerator.num_processes)
     validation_loader = DataLoader(tokens.validation, batch_size=args.train_batch_size)
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    averaged = evaluation_copy(model, accelerator)
-    groups = parameter_groups(model, args.adam_weight_decay)
-    optimizer, schedule = make_optimizer(args, groups, accelerator.num_processes)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    run = TrainingRun(args, accelerator, model, schedule)
-    num_tokens = 0
-    for batch in run.batches(loader):
-        with accelerator.accumulate(model):
-            losses, statistics = compute_values(model, batch)
-            run.check_finite(losses)
-            accelerator.backward(losses["loss"])
-            run.clip_gradients(model.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
-        num_tokens += batch["token_ids"].numel()
-        if not accelerator.sync_gradients:
-            continue
-        run.finish_step({**losses, **statistics}, num_tokens, "tok")
-        num_tokens = 0
-        if run.is_due(args.validation_steps):
-            run.averaged_model(averaged)
-            if accelerator.is_main_process:
-                metrics, pictures = evaluate(averaged, validation_loader)
-                run.record({f"val_{name}": value for name, value in metrics.items()})
-                run.save_images("samples", picture_grid(pictures))
-                run.progress.write(f"step {run.step}: validation loss {metrics['loss']:.4f}")
-        run.checkpoint()
-    run.averaged_model(averaged)
-    run.close()
-    return averaged
+    return train_model(
+        args,
+        accelerator,
+        model,
+        parameter_groups(model, args.adam_weight_decay),
+        tokens.train,
+        compute_values,
+        evaluate=lambda averaged: evaluate(averaged, validation_loader),
+        count_items=lambda batch: batch["token_ids"].numel(),
+        unit="tok",
+        picture="samples",
+    )
 
 
 def inference_scales(scheduler: ScaleScheduler) -> list[list[int]]:
@@ -313,8 +279,6 @@ def guided_distribution(
     logits = teacher(inputs, timestep=timesteps, class_labels=class_labels, kv_cache=kv_cache).sample.float()
     if guidance_scale > 1:
         unconditional = teacher(inputs, timestep=timesteps).sample.float()
-        weights = torch.tensor([scheduler.guidance_weight(t, guidance_scale) for t in timesteps])
-        counts = torch.tensor(num_tokens_per_scale(inference_scales(scheduler)))
-        per_token = weights.repeat_interleave(counts).to(logits)[:, None]  # (N, 1)
-        logits = logits + per_token * (logits - unconditional)
+        weights = scheduler.guidance_weights(guidance_scale).to(logits)
+        logits = torch.lerp(unconditional, logits, 1 + weights[:, None])
     return logits.log_softmax(dim=-1)
