@@ -16,7 +16,8 @@ import sys
 import time
 
 import torch
-from samplers import device_name, draw_weights, synchronize
+from measuring import device_name, synchronize
+from samplers import draw_weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from srdd import MultiScaleVQModel

@@ -10,25 +10,14 @@ those of `speed.py`. Prints Markdown; `--output` takes JSON.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import torch
-from samplers import (
-    REFERENCE,
-    ROWS,
-    OfficialSampler,
-    PipelineSampler,
-    RecipeSampler,
-    Sampler,
-    add_model_arguments,
-    device_name,
-    our_pipeline,
-)
+from measuring import device_name, peak_memory
+from samplers import REFERENCE, ROWS, add_model_arguments, build_sampler
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,44 +28,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def build(args: argparse.Namespace, name: str) -> Sampler:
-    if name == REFERENCE and args.reference is not None:
-        return OfficialSampler(args)
-    pipe = our_pipeline(args)
-    if args.dtype != "float32":
-        pipe.to(getattr(torch, args.dtype))
-    return RecipeSampler(pipe) if name == REFERENCE else PipelineSampler(pipe, ROWS[name])
-
-
-def resident(field: str) -> float:
-    """MiB of this process: `VmRSS` now, `VmHWM` at the peak."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) / 1024
-
-
-def peak_memory(sampler: Sampler, labels: torch.LongTensor) -> float:
-    """MiB that a call needs at its peak beside what is there before it."""
-    gc.collect()
-    if labels.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        sampler(labels)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # Give back what the allocator keeps, and let the peak start anew.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    sampler(labels)
-    return resident("VmHWM") - before
-
-
 def measure(args: argparse.Namespace) -> dict[int, float]:
     """Peaks of one row by batch size."""
-    sampler = build(args, args.measure)
+    sampler = build_sampler(args, args.measure)
     labels = torch.arange(max(args.batch_sizes), device=args.device) % 1000
     sampler(labels[:1])  # libraries and kernels load themselves
-    return {size: peak_memory(sampler, labels[:size]) for size in args.batch_sizes}
+    return {size: peak_memory(partial(sampler, labels[:size]), labels.device) for size in args.batch_sizes}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,18 +1,17 @@
-"""What `speed.py` and `memory.py` run: our pipeline under several settings, and a reference with the same weights."""
+"""What the sampling benchmarks run: our pipeline under several settings, and a reference with the same weights."""
 
 import argparse
 import contextlib
 import copy
 import sys
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+from measuring import TimedCall
 
 from srdd import MultiScaleVQModel, ScaleKVCache, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.conversion import convert_checkpoints
@@ -26,21 +25,20 @@ GUIDANCE_SCALE, TOP_K, TOP_P = 2.5, 900, 0.96
 REFERENCE = "reference"
 PARTS = ("transformer", "sampling", "quantizer", "decoder")
 
-# A method or function to be timed: its owner, its name, and the part of the work that it does.
-TimedCall = tuple[Any, str, str]
-
 
 @dataclass(frozen=True)
 class Row:
     """
     A setting of our pipeline; `kept` are the scales it visits, by index among ten, all by default. `linears` are the
-    transformer's: its own choice by default, "torch" for torch's kernels, "int8" for torchao's int8 weights.
+    transformer's: its own choice by default, "torch" for torch's kernels, "int8" for torchao's int8 weights. Further
+    passes draw all tokens of every scale again.
     """
 
     attention_pattern: str
     kept: tuple[int, ...] | None = None
     guidance_scale: float = GUIDANCE_SCALE
     linears: str | None = None
+    num_further_passes: int = 0
 
 
 ROWS = {
@@ -76,46 +74,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for all that was measured.")
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-
-
-@contextlib.contextmanager
-def part_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds spent in every part, while the context is open; a call inside another counts for the outer one."""
-    seconds: dict[str, float] = defaultdict(float)
-    running: list[str] = []
-
-    def timed(function: Callable, part: str) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if running:
-                return function(*args, **kwargs)
-            synchronize(device)
-            running.append(part)
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                synchronize(device)
-                seconds[part] += time.perf_counter() - started
-                running.pop()
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for owner, name, part in calls:
-            own = name in vars(owner)
-            function = getattr(owner, name)
-            setattr(owner, name, timed(function, part))
-            stack.callback(setattr, owner, name, function) if own else stack.callback(delattr, owner, name)
-        yield seconds
-
-
 def with_linears(transformer: ScaleTransformer2DModel, linears: str | None) -> ScaleTransformer2DModel:
     """A transformer whose linear layers are those of [`Row`]; it shares what it can with the given one."""
     if linears is None:
@@ -144,7 +102,14 @@ class PipelineSampler:
             raise ValueError(f"`--rows` with fewer scales need ten to choose from, got {len(sizes)}.")
         scales = None if row.kept is None else [sizes[index] for index in row.kept]
         self.schedulers = {
-            greedy: ScaleScheduler(scale_sizes=sizes, scales=scales, top_k=top_k, top_p=top_p)
+            greedy: ScaleScheduler(
+                scale_sizes=sizes,
+                scales=scales,
+                top_k=top_k,
+                top_p=top_p,
+                resampling_policy="simple" if row.num_further_passes else "none",
+                num_resampling_passes=row.num_further_passes,
+            )
             for greedy, top_k, top_p in ((False, TOP_K, TOP_P), (True, 1, 1.0))
         }
         self.token_ids: torch.LongTensor | None = None
@@ -353,3 +318,15 @@ def convert(official: OfficialSampler) -> SRDDPipeline:
                 parameter.data = parameter.data.clone()  # out of the file
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(official.device)
+
+
+def build_sampler(args: argparse.Namespace, name: str, num_further_passes: int = 0) -> Sampler:
+    """The reference or one of `ROWS`, on random weights; only rows make further passes."""
+    if name == REFERENCE and args.reference is not None:
+        return OfficialSampler(args)
+    pipe = our_pipeline(args)
+    if args.dtype != "float32":
+        pipe.to(getattr(torch, args.dtype))
+    if name == REFERENCE:
+        return RecipeSampler(pipe)
+    return PipelineSampler(pipe, replace(ROWS[name], num_further_passes=num_further_passes))

@@ -21,8 +21,10 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
+from measuring import device_name, part_times, seconds_of, synchronize
 from samplers import (
     GUIDANCE_SCALE,
     PARTS,
@@ -35,10 +37,7 @@ from samplers import (
     Sampler,
     add_model_arguments,
     convert,
-    device_name,
     our_pipeline,
-    part_times,
-    synchronize,
 )
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
@@ -110,14 +109,6 @@ def matrix_product_speed(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def seconds_of(sampler: Sampler, labels: torch.LongTensor) -> float:
-    synchronize(labels.device)
-    started = time.perf_counter()
-    sampler(labels)
-    synchronize(labels.device)
-    return time.perf_counter() - started
-
-
 def run(args: argparse.Namespace) -> dict:
     """All that is measured."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -145,7 +136,7 @@ def run(args: argparse.Namespace) -> dict:
     seconds = {name: [] for name in samplers}
     for _ in tqdm(range(args.num_rounds)):
         for name, sampler in samplers.items():
-            seconds[name].append(seconds_of(sampler, labels))
+            seconds[name].append(seconds_of(partial(sampler, labels), device))
         peaks.append(matrix_product_speed(device, dtype))
     parts, mebibytes = {}, {}
     for name, sampler in samplers.items():
@@ -153,7 +144,7 @@ def run(args: argparse.Namespace) -> dict:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         with part_times(sampler.timed_calls(), device) as spent:
-            total = seconds_of(sampler, labels)
+            total = seconds_of(partial(sampler, labels), device)
         parts[name] = {**spent, "other": total - sum(spent.values())}
         if device.type == "cuda":
             mebibytes[name] = (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -19,7 +19,8 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("samplers", "speed", "memory", "light_decoder", "linear_layers"):
+    benchmarks = ("speed", "memory", "light_decoder", "linear_layers", "training_step")
+    for name in ("measuring", "samplers", *benchmarks):
         sys.modules.pop(name, None)
 
 
@@ -65,10 +66,10 @@ def test_speed_refuses_to_time_what_differs(load):
 
 
 def test_timers_are_taken_off_again(load):
-    samplers = load("samplers")
+    measuring, samplers = load("measuring"), load("samplers")
     module = torch.nn.Linear(2, 2)
     calls = [(module, "forward", "transformer"), (samplers, "draw_weights", "sampling")]
-    with samplers.part_times(calls, torch.device("cpu")) as seconds:
+    with measuring.part_times(calls, torch.device("cpu")) as seconds:
         module(torch.ones(1, 2))
     assert set(seconds) == {"transformer"}
     assert "forward" not in vars(module)
@@ -106,3 +107,65 @@ def test_memory(load):
     peaks = memory.measure(memory.parse_args([*TINY, "--batch_sizes", "1", "2", "--measure", "sdd"]))
     assert set(peaks) == {1, 2}
     assert all(peak >= 0 for peak in peaks.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("mebibytes", [200, 50])
+def test_peak_memory_of_a_known_allocation(load, mebibytes):
+    measuring, cpu = load("measuring"), torch.device("cpu")
+
+    def allocate(mebibytes):
+        return torch.ones(mebibytes * 2**18).sum()  # float32, freed before the call ends
+
+    allocate(400)  # an earlier peak must not count
+    kept = torch.ones(100 * 2**18)  # nor what is there before
+    assert measuring.peak_memory(lambda: allocate(mebibytes), cpu) == pytest.approx(mebibytes, rel=0.1)
+    assert measuring.peak_memory(lambda: None, cpu) < 5
+    assert kept.all()
+
+
+TINY_STEP = ["--num_layers", "1", "--batch_size", "1", "--num_rounds", "1", "--device", "cpu"]
+
+
+def test_training_step(load, tmp_path, capsys):
+    training_step = load("training_step")
+    path = tmp_path / "step.json"
+    training_step.main(training_step.parse_args([*TINY_STEP, "--grid_size", "2", "--output", str(path)]))
+    report, found = capsys.readouterr().out, json.loads(path.read_text())
+    assert set(found["seconds"]) == set(training_step.VARIANTS)
+    assert found["difference"] < 1e-4
+    for name in training_step.VARIANTS:
+        assert len(found["seconds"][name]) == 1
+        assert f"| {name} |" in report
+
+
+def test_training_steps_that_would_not_fit_are_left_out(load, tmp_path, capsys):
+    training_step = load("training_step")
+    words = [*TINY_STEP, "--grid_size", "16"]
+    step = training_step.Step(training_step.parse_args(words))
+    per_scale, masked = (step.expected_memory(f"causal (VAR), {how}") for how in ("a call per scale", "N x N mask"))
+    path, between = tmp_path / "step.json", (per_scale + masked) / 2 / 1024
+    words += ["--memory", str(between), "--output", str(path)]
+    training_step.main(training_step.parse_args(words))
+    printed, found = capsys.readouterr(), json.loads(path.read_text())
+    assert set(found["seconds"]) == {"markov, a call per scale", "causal (VAR), a call per scale"}
+    assert found["difference"] is None  # there was nothing to compare with
+    assert f"| markov, N x N mask | left out: only {between * 1024:,.0f} MiB | | | {masked:,.0f} |" in printed.out
+    assert f"markov, N x N mask is left out: it needs {masked:,.0f} MiB" in printed.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("options", [[], ["--gradient_checkpointing"], ["--batch_size", "2"]])
+@pytest.mark.parametrize("name", ["markov, a call per scale", "causal (VAR), N x N mask"])
+def test_training_steps_need_what_is_expected(load, options, name):
+    training_step = load("training_step")
+    words = [*TINY_STEP, "--grid_size", "16", "--num_layers", "2", *options]
+    step = training_step.Step(training_step.parse_args(words))
+    step.time(name)  # the optimizer makes its state
+    assert step.peak_memory(name) == pytest.approx(step.expected_memory(name), rel=0.25)
+
+
+def test_training_step_refuses_no_memory(load, capsys):
+    with pytest.raises(SystemExit):
+        load("training_step").parse_args(["--memory", "0"])
+    assert "`--memory` must be above 0, got 0.0." in capsys.readouterr().err

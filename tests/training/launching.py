@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import threading
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -96,9 +97,8 @@ def start(
     Returns:
         [`Run`]
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the server, which is started once
+    start_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_BY_SERVER)
     port, processes = free_port(), []
     for rank in range(num_processes):
         variables = dict(environment or {})
@@ -115,6 +115,13 @@ def start(
         process.start()
         processes.append(process)
     return Run(processes, output)
+
+
+def start_server() -> None:
+    """Start the server, unless it runs: a test process has one for all that it forks."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_BY_SERVER)
+    forkserver.ensure_running()
 
 
 def _run(script: str, arguments: list[str], environment: dict, output: Path, largest_file: int | None) -> None:

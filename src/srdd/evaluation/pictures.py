@@ -2,9 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def labelled_grid(images: list[Image.Image], names: list[str], columns: int) -> Image.Image:
@@ -39,7 +44,17 @@ def save_curves(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
+    draw_curves(figure.subplots(), curves, x_label, y_label)
+    figure.savefig(path, dpi=100)
+
+
+def draw_curves(
+    axes: "Axes",
+    curves: dict[str, tuple[Sequence, Sequence[float], Sequence[tuple[float, float] | None]]],
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Draw what [`save_curves`] saves into one of a figure's axes."""
     positions = [position for xs, _, _ in curves.values() for position in xs]
     numeric = all(isinstance(position, (int, float)) for position in positions)
     if numeric and min(positions) > 0 and max(positions) > 50 * min(positions):
@@ -55,4 +70,3 @@ def save_curves(
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=100)

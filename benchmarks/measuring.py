@@ -1,0 +1,91 @@
+"""How the benchmarks measure: seconds of a call, seconds by part of the work, and peak memory."""
+
+import contextlib
+import ctypes
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+# A method or function to be timed: its owner, its name, and the part of the work that it does.
+TimedCall = tuple[Any, str, str]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a call takes."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def part_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds spent in every part, while the context is open; a call inside another counts for the outer one."""
+    seconds: dict[str, float] = defaultdict(float)
+    running: list[str] = []
+
+    def timed(function: Callable, part: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if running:
+                return function(*args, **kwargs)
+            synchronize(device)
+            running.append(part)
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronize(device)
+                seconds[part] += time.perf_counter() - started
+                running.pop()
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, part in calls:
+            own = name in vars(owner)
+            function = getattr(owner, name)
+            setattr(owner, name, timed(function, part))
+            stack.callback(setattr, owner, name, function) if own else stack.callback(delattr, owner, name)
+        yield seconds
+
+
+def process_memory(field: str) -> float:
+    """MiB of this process: resident now (`VmRSS`) and at the peak (`VmHWM`), or what it may write to (`VmData`)."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) / 1024
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
+    """
+    MiB that a call needs at its peak beside what is there before it: on CUDA what torch allocates, on a CPU the
+    resident set (Linux). There, the call is slower than others, as the allocator starts with empty hands.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # Give back what the allocator keeps, and let the peak start anew.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = process_memory("VmRSS")
+    call()
+    return process_memory("VmHWM") - before
