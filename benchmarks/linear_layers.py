@@ -58,6 +58,8 @@ def kernels(in_features: int, out_features: int) -> dict[str, torch.nn.Module]:
     found = {"torch": layer, "oneDNN": copy.deepcopy(layer), "torchao": with_int8(layer), "int8": with_int8(layer)}
     for name, module in found.items():
         module[0].fast = name in ("oneDNN", "int8")
+    with torch.no_grad():
+        found["int8"](torch.zeros(1, in_features))  # packs the weight
     return found
 
 
