@@ -41,7 +41,7 @@ from pathlib import Path
 
 import torch
 from measuring import device_name, peak_memory, process_memory, seconds_of
-from samplers import GUIDANCE_SCALE, REFERENCE, ROWS, add_model_arguments, build_sampler
+from samplers import GUIDANCE_SCALE, REFERENCE, add_model_arguments, build_sampler, row_of
 from tqdm.auto import tqdm
 
 from srdd.evaluation.pictures import draw_curves
@@ -139,7 +139,7 @@ def problems_of(args: argparse.Namespace) -> list[str]:
     for size in sorted(sizes):
         if size < 16 or size % 16:
             problems.append(f"Image sizes must be multiples of 16, got {size}.")
-        elif any(ROWS[row].kept for row in args.rows) and len(default_scale_sizes(size // 16)) != 10:
+        elif any(row_of(row).kept for row in args.rows) and len(default_scale_sizes(size // 16)) != 10:
             problems.append(f"`--rows` with fewer scales need ten to choose from, which {size}px do not have.")
     if args.reference is not None and not (args.reference / "models").is_dir():
         problems.append(f"`--reference` must be a checkout of the official VAR code, got {args.reference}.")

@@ -17,6 +17,7 @@ from srdd import MultiScaleVQModel, ScaleKVCache, ScaleScheduler, ScaleTransform
 from srdd.conversion import convert_checkpoints
 from srdd.pipelines.scale_sampling import GuidedTransformer
 from srdd.scale_sizes import default_scale_sizes, split_scales
+from srdd.training.light_decoder import light_tokenizer
 
 
 # VAR's published settings; its `cfg` is `guidance_scale - 1`.
@@ -29,29 +30,73 @@ PARTS = ("transformer", "sampling", "quantizer", "decoder")
 @dataclass(frozen=True)
 class Row:
     """
-    A setting of our pipeline; `kept` are the scales it visits, by index among ten, all by default. `linears` are the
-    transformer's: its own choice by default, "torch" for torch's kernels, "int8" for torchao's int8 weights. Further
-    passes draw all tokens of every scale again.
+    A setting of our pipeline.
+
+    Args:
+        attention_pattern (`str`): The transformer's.
+        kept (`tuple[int, ...]`, *optional*): The scales to visit, by index among ten; all by default.
+        guidance_scale (`float`): 1 for a student of the guided distribution, which needs no second half.
+        guidance_stop (`float`): As in [`ScaleScheduler`].
+        linears (`str`, *optional*): The transformer's linear layers: its own choice by default, "torch" for torch's
+            kernels, "int8" for torchao's int8 weights.
+        dtype (`torch.dtype`, *optional*): Of weights, in place of `--dtype`.
+        light_decoder (`bool`): Whether a decoder as `distill_decoder.py` makes it stands in for the tokenizer's.
+        num_further_passes (`int`): Passes that draw all tokens of every scale again.
     """
 
     attention_pattern: str
     kept: tuple[int, ...] | None = None
     guidance_scale: float = GUIDANCE_SCALE
+    guidance_stop: float = 1.0
     linears: str | None = None
+    dtype: torch.dtype | None = None
+    light_decoder: bool = False
     num_further_passes: int = 0
 
 
-ROWS = {
-    "causal": Row("causal"),
-    "sdd": Row("markov"),
-    "sdd-6": Row("markov", (0, 2, 4, 6, 8, 9)),
-    "sdd-5": Row("markov", (0, 4, 6, 8, 9)),
-    # What a student of the guided distribution costs.
-    "sdd-6-unguided": Row("markov", (0, 2, 4, 6, 8, 9), guidance_scale=1.0),
-    "sdd-torch": Row("markov", linears="torch"),
-    "sdd-int8": Row("markov", linears="int8"),
-    "sdd-6-int8": Row("markov", (0, 2, 4, 6, 8, 9), linears="int8"),
+ATTENTION_PATTERNS = {"causal": "causal", "sdd": "markov"}
+
+# What a row's name may say after its pattern, and what that means.
+ROW_OPTIONS = {
+    "6": {"kept": (0, 2, 4, 6, 8, 9)},
+    "5": {"kept": (0, 4, 6, 8, 9)},
+    "unguided": {"guidance_scale": 1.0},
+    "interval": {"guidance_stop": 0.8},
+    "torch": {"linears": "torch"},
+    "int8": {"linears": "int8"},
+    "bf16": {"dtype": torch.bfloat16},
+    "light": {"light_decoder": True},
 }
+
+
+def row_of(name: str) -> Row:
+    """
+    The row of a name such as `"sdd-6-unguided"`.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    pattern, *options = name.split("-")
+    changes = [ROW_OPTIONS.get(option) for option in options]
+    fields = [field for change in changes if change for field in change]
+    if pattern not in ATTENTION_PATTERNS or None in changes or len(set(fields)) < len(fields):
+        raise ValueError(
+            f"Rows must be named {' or '.join(ATTENTION_PATTERNS)}, with any of {', '.join(ROW_OPTIONS)} after a '-'"
+            f" each, and none twice, got {name!r}."
+        )
+    row = Row(ATTENTION_PATTERNS[pattern])
+    for change in changes:
+        row = replace(row, **change)
+    return row
+
+
+def row_name(text: str) -> str:
+    """The name of a row, from the command line."""
+    try:
+        row_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 class Sampler(Protocol):
@@ -66,7 +111,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", type=Path, help="A checkout of the official VAR code, for the reference.")
     parser.add_argument("--depth", type=int, default=16, help="Width is 64 times this, 64 per head, as in VAR.")
     parser.add_argument("--image_size", type=int, default=256)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=["causal", "sdd", "sdd-6"])
+    parser.add_argument(
+        "--rows",
+        type=row_name,
+        nargs="+",
+        default=["causal", "sdd", "sdd-6"],
+        help=f"{' or '.join(ATTENTION_PATTERNS)}, and after a '-' each any of {', '.join(ROW_OPTIONS)}; such as"
+        " sdd-6-unguided-light.",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae_channels", type=int, default=160, help="Channels at the full resolution.")
@@ -84,18 +136,31 @@ def with_linears(transformer: ScaleTransformer2DModel, linears: str | None) -> S
     else:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-        quantize_(shared, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+        quantize_(
+            shared,
+            Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
+            filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and name != "proj_in",
+        )
     return shared
 
 
+def with_light_decoder(vqvae: MultiScaleVQModel) -> MultiScaleVQModel:
+    """A tokenizer with a light decoder of random weights in the place of its own."""
+    light = light_tokenizer(vqvae).eval()
+    draw_weights(light.decoder)
+    return light.to(vqvae.device, vqvae.dtype)
+
+
 class PipelineSampler:
-    """Our pipeline under one of `ROWS`."""
+    """Our pipeline under a [`Row`]."""
 
     def __init__(self, pipe: SRDDPipeline, row: Row):
-        if row.linears is not None:
-            transformer = with_linears(pipe.transformer, row.linears)
-            pipe = SRDDPipeline(vqvae=pipe.vqvae, transformer=transformer, scheduler=pipe.scheduler)
-            pipe.set_progress_bar_config(disable=True)
+        transformer = with_linears(pipe.transformer, row.linears)
+        vqvae = with_light_decoder(pipe.vqvae) if row.light_decoder else pipe.vqvae
+        if row.dtype is not None:
+            transformer, vqvae = copy.deepcopy(transformer).to(row.dtype), copy.deepcopy(vqvae).to(row.dtype)
+        pipe = SRDDPipeline(vqvae=vqvae, transformer=transformer, scheduler=pipe.scheduler)
+        pipe.set_progress_bar_config(disable=True)
         self.pipe, self.row = pipe, row
         sizes = pipe.transformer.config.scale_sizes
         if row.kept is not None and len(sizes) != 10:
@@ -105,6 +170,7 @@ class PipelineSampler:
             greedy: ScaleScheduler(
                 scale_sizes=sizes,
                 scales=scales,
+                guidance_stop=row.guidance_stop,
                 top_k=top_k,
                 top_p=top_p,
                 resampling_policy="simple" if row.num_further_passes else "none",
@@ -321,7 +387,7 @@ def convert(official: OfficialSampler) -> SRDDPipeline:
 
 
 def build_sampler(args: argparse.Namespace, name: str, num_further_passes: int = 0) -> Sampler:
-    """The reference or one of `ROWS`, on random weights; only rows make further passes."""
+    """The reference or a row, on random weights; only rows make further passes."""
     if name == REFERENCE and args.reference is not None:
         return OfficialSampler(args)
     pipe = our_pipeline(args)
@@ -329,4 +395,4 @@ def build_sampler(args: argparse.Namespace, name: str, num_further_passes: int =
         pipe.to(getattr(torch, args.dtype))
     if name == REFERENCE:
         return RecipeSampler(pipe)
-    return PipelineSampler(pipe, replace(ROWS[name], num_further_passes=num_further_passes))
+    return PipelineSampler(pipe, replace(row_of(name), num_further_passes=num_further_passes))

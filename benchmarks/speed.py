@@ -10,9 +10,12 @@ checkout the reference is VAR's recipe in our modules.
 
 Reference and rows run in turn, round by round, in one process. Prints, as Markdown, medians, and the ratios' median
 and range over the rounds; the arithmetic, and its share of what a matrix product reaches on the machine; and, from one
-more run of each, where the time goes. `--output` takes JSON. `sdd-6` and `sdd-5` visit 6 and 5 of ten scales, as
-distilled models do; `sdd-6-unguided` has no unconditional half, as a student of the guided distribution. `sdd-torch`
-leaves linear layers to torch, the rows `int8` have torchao's int8 weights in all of them.
+more run of each, where the time goes. `--output` takes JSON.
+
+A row is `causal` (VAR) or `sdd` and what is different about it: `6` and `5` visit so many of ten scales, as distilled
+models do; `unguided` has no unconditional half, as a student of the guided distribution; `interval` has none at the
+finest two of ten scales; `torch` leaves linear layers to torch; `int8` has torchao's int8 weights in them, all but
+`proj_in`'s; `bf16` is all in bfloat16; `light` has a light decoder. `sdd-6-unguided-int8-light` is all of that at once.
 """
 
 import argparse
@@ -29,7 +32,6 @@ from samplers import (
     GUIDANCE_SCALE,
     PARTS,
     REFERENCE,
-    ROWS,
     OfficialSampler,
     PipelineSampler,
     RecipeSampler,
@@ -38,6 +40,7 @@ from samplers import (
     add_model_arguments,
     convert,
     our_pipeline,
+    row_of,
 )
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
@@ -76,7 +79,7 @@ def check_equal(pipe: SRDDPipeline, reference: Sampler, labels: torch.LongTensor
     Raises:
         RuntimeError: If they do not.
     """
-    causal = PipelineSampler(pipe, ROWS["causal"])
+    causal = PipelineSampler(pipe, Row("causal"))
     ours, theirs = causal(labels, greedy=True), reference(labels, greedy=True)
     if not torch.equal(causal.token_ids, reference.token_ids):
         share = (causal.token_ids != reference.token_ids).float().mean().item()
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> dict:
     if dtype != torch.float32:
         pipe.to(dtype)
 
-    samplers = {REFERENCE: reference, **{name: PipelineSampler(pipe, ROWS[name]) for name in args.rows}}
+    samplers = {REFERENCE: reference, **{name: PipelineSampler(pipe, row_of(name)) for name in args.rows}}
     gigaflops, peaks = {}, [matrix_product_speed(device, dtype)]
     for name, sampler in samplers.items():
         with FlopCounterMode(display=False, custom_mapping=CPU_OPERATORS) as counter:  # warms up as well

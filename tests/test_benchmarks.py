@@ -76,16 +76,51 @@ def test_timers_are_taken_off_again(load):
     assert samplers.draw_weights.__module__ == "samplers"
 
 
-def test_speed_of_other_linear_layers(load):
+def test_rows_by_name(load):
+    samplers = load("samplers")
+    assert samplers.row_of("causal") == samplers.Row("causal")
+    assert samplers.row_of("sdd-6-unguided-int8-light") == samplers.Row(
+        "markov", kept=(0, 2, 4, 6, 8, 9), guidance_scale=1.0, linears="int8", light_decoder=True
+    )
+    for name in ("var", "sdd-7", "sdd-int8-torch", "sdd-6-6", ""):
+        with pytest.raises(ValueError, match=rf"Rows must be named causal or sdd, .* got '{name}'"):
+            samplers.row_of(name)
+
+
+def test_speed_refuses_unknown_rows(load, capsys):
+    with pytest.raises(SystemExit):
+        load("speed").parse_args(["--rows", "sdd", "sdd-fast"])
+    assert "got 'sdd-fast'." in capsys.readouterr().err
+
+
+def test_rows_change_what_they_say_and_nothing_else(load):
     speed, samplers = load("speed"), load("samplers")
     pipe = samplers.our_pipeline(speed.parse_args(TINY))
+    labels = torch.tensor([0, 1])
+
+    def sampler(name):
+        return samplers.PipelineSampler(pipe, samplers.row_of(name))
+
+    def layer(name):
+        return sampler(name).pipe.transformer.blocks[0].ff.net[2]
+
     layers = pipe.transformer.blocks[0].ff.net
-    torchs = samplers.PipelineSampler(pipe, samplers.Row("markov", linears="torch")).pipe.transformer.blocks[0].ff.net
-    assert torchs[2].fast is False
-    assert torchs[2].weight is layers[2].weight
+    assert layer("sdd-torch").fast is False
+    assert layer("sdd-torch").weight is layers[2].weight
+    assert layer("sdd-bf16").weight.dtype == torch.bfloat16
+    light = sampler("sdd-light")
+    assert light.pipe.transformer is pipe.transformer
+    assert sum(p.numel() for p in light.pipe.vqvae.decoder.parameters()) < sum(
+        p.numel() for p in pipe.vqvae.decoder.parameters()
+    )
+    images, light_images = sampler("sdd")(labels, greedy=True), light(labels, greedy=True)
+    assert light_images.shape == images.shape
+    assert not torch.equal(light_images, images)
+    for name in ("sdd-bf16-light", "sdd-interval-torch", "sdd-unguided"):
+        assert sampler(name)(labels).shape == images.shape
+    assert torch.equal(sampler("sdd")(labels, greedy=True), images)
     pytest.importorskip("torchao")
-    int8 = samplers.PipelineSampler(pipe, samplers.Row("markov", linears="int8")).pipe.transformer.blocks[0].ff.net
-    assert int8[2].weight.qdata.dtype == torch.int8
+    assert layer("sdd-int8").weight.qdata.dtype == torch.int8
     assert layers[2].weight.dtype == torch.float32
     assert layers[2].fast is None
 

@@ -269,7 +269,7 @@ def folder(tmp_path):
 
 def load(folder, config) -> ScaleTransformer2DModel:
     return ScaleTransformer2DModel.from_pretrained(
-        folder, subfolder="transformer", quantization_config=config, torch_dtype=torch.float32
+        folder, subfolder="transformer", quantization_config=config, dtype=torch.float32
     )
 
 
@@ -316,10 +316,10 @@ def test_a_quantized_model_loads_draws_and_is_saved(config, folder, tmp_path):
     # One rounding that goes the other way makes a difference to all layers after it.
     assert relative_error(logits_of(model, fast=False), logits) < 0.01
     model.save_pretrained(tmp_path / "int8")
-    again = ScaleTransformer2DModel.from_pretrained(tmp_path / "int8", torch_dtype=torch.float32)
+    again = ScaleTransformer2DModel.from_pretrained(tmp_path / "int8", dtype=torch.float32)
     assert torch.equal(logits_of(again, fast=True), logits)
     mapping = PipelineQuantizationConfig(quant_mapping={"transformer": config})
-    pipe = SRDDPipeline.from_pretrained(folder, quantization_config=mapping, torch_dtype=torch.float32)
+    pipe = SRDDPipeline.from_pretrained(folder, quantization_config=mapping, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert count(INT8, pipe.transformer, *random_inputs()) == NUM_LINEARS
     images = pipe([1, 2], generator=torch.Generator().manual_seed(0), output_type="pt").images
