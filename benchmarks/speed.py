@@ -15,7 +15,7 @@ more run of each, where the time goes. `--output` takes JSON.
 A row is `causal` (VAR) or `sdd` and what is different about it: `6` and `5` visit so many of ten scales, as distilled
 models do; `unguided` has no unconditional half, as a student of the guided distribution; `interval` has none at the
 finest two of ten scales; `torch` leaves linear layers to torch; `int8` has torchao's int8 weights in them, all but
-`proj_in`'s; `bf16` is all in bfloat16; `light` has a light decoder. `sdd-6-unguided-int8-light` is all of that at once.
+`proj_in`'s; `bf16` is all in bfloat16; `light` has a light decoder. They combine: `sdd-6-unguided-int8-light`.
 """
 
 import argparse

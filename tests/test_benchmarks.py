@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_vqvae
+from tiny_models import tiny_pipeline, tiny_vqvae
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -19,7 +19,7 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    benchmarks = ("speed", "memory", "light_decoder", "linear_layers", "training_step")
+    benchmarks = ("speed", "memory", "light_decoder", "linear_layers", "training_step", "table_speed")
     for name in ("measuring", "samplers", *benchmarks):
         sys.modules.pop(name, None)
 
@@ -123,6 +123,41 @@ def test_rows_change_what_they_say_and_nothing_else(load):
     assert layer("sdd-int8").weight.qdata.dtype == torch.int8
     assert layers[2].weight.dtype == torch.float32
     assert layers[2].fast is None
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table of two rows for a tiny model, as words of the command line."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    rows = {"SDD": {"model": "tiny"}, "SR": {"model": "tiny", "scheduler": {"resampling_policy": "simple"}}}
+    tables = [
+        {"name": "policies", "title": "Policies", "kind": "samples", "rows": rows},
+        {"name": "bits", "title": "B", "kind": "likelihood", "rows": {"SDD": {"model": "tiny"}}},
+    ]
+    (tmp_path / "tables.json").write_text(json.dumps({"tables": tables}))
+    words = ["--config", str(tmp_path / "tables.json"), "--model", f"tiny={tmp_path / 'model'}", "--device", "cpu"]
+    return [*words, "--num_rounds", "2", "--batch_size", "3"]
+
+
+def test_table_speed(load, table, tmp_path, capsys):
+    table_speed = load("table_speed")
+    cells = {f"seed {seed}": {"metrics": {"frechet_distance": 100.0 + seed}} for seed in (0, 2)}
+    (tmp_path / "found.json").write_text(json.dumps({"cells": {"policies": {"SR": cells}}}))
+    words = [*table, "--table", "policies", "--measurements", str(tmp_path / "found.json")]
+    table_speed.main(table_speed.parse_args(words))
+    sdd, sr = capsys.readouterr().out.splitlines()[-2:]
+    assert sdd.startswith("| SDD | ")
+    assert sdd.endswith(" | 1.00 (1.00–1.00) |  |")
+    assert sr.startswith("| SR | ")
+    assert sr.endswith(" | 101 (88–114) |")  # Student's: 12.71 standard errors to either side
+
+
+def test_table_speed_refuses_what_draws_nothing(load, table):
+    table_speed = load("table_speed")
+    with pytest.raises(ValueError, match="`table` must be one that draws samples, got 'bits', whose kind is 'likelih"):
+        table_speed.main(table_speed.parse_args([*table, "--table", "bits"]))
+    with pytest.raises(ValueError, match=r"`table` must be among \['policies', 'bits'\], got \['passes'\]"):
+        table_speed.main(table_speed.parse_args([*table, "--table", "passes"]))
 
 
 def test_linear_layers(load, capsys):

@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from srdd import SRDDPipeline
 from srdd.evaluation.ablation_cells import AblationCells
 from srdd.evaluation.ablation_report import markdown, save_sweep
-from srdd.evaluation.ablations import NO_MODEL, AblationTable, Measurements, read_tables
+from srdd.evaluation.ablations import Measurements, load_pipelines, read_tables
 from srdd.evaluation.features import load_features
 from srdd.training.arguments import add_data_arguments
 from srdd.training.data import image_to_tensor
@@ -51,27 +50,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load_pipelines(args: argparse.Namespace, tables: list[AblationTable]) -> dict[str, SRDDPipeline]:
-    """The models that the tables name."""
-    folders = dict(model.partition("=")[::2] for model in args.model)
-    wanted = {row.model for table in tables for row in table.rows} - {NO_MODEL}
-    if not wanted or wanted - set(folders):
-        raise ValueError(f"`model` must say where {sorted(wanted)} lie, as NAME=FOLDER, got {args.model}.")
-    pipelines = {name: SRDDPipeline.from_pretrained(folders[name]).to(args.device) for name in sorted(wanted)}
-    sizes = sorted({pipe.sample_size for pipe in pipelines.values()})
-    if len(sizes) > 1:
-        raise ValueError(f"`model` must name models of one image size, got {sizes}.")
-    return pipelines
-
-
 def main(args: argparse.Namespace) -> None:
-    tables = read_tables(args.config)
-    if args.table:
-        unknown = sorted(set(args.table) - {table.name for table in tables})
-        if unknown:
-            raise ValueError(f"`table` must be among {[table.name for table in tables]}, got {unknown}.")
-        tables = [table for table in tables if table.name in args.table]
-    pipelines = load_pipelines(args, tables)
+    tables = read_tables(args.config, args.table)
+    pipelines = load_pipelines(args.model, tables, args.device)
     data = load_images(args, args.label_column)
     num_held_out = max([table.num_images for table in tables if table.kind != "samples"], default=0)
     split = validation_images(data, max(args.num_reference_images, num_held_out))

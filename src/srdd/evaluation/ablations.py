@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.evaluation.editing import EDITING_TASKS
@@ -71,7 +73,7 @@ class AblationTable:
     axis: str | None = None
 
 
-def read_tables(path: str | Path) -> list[AblationTable]:
+def read_tables(path: str | Path, names: Sequence[str] | None = None) -> list[AblationTable]:
     """
     Tables of a JSON file.
 
@@ -83,15 +85,46 @@ def read_tables(path: str | Path) -> list[AblationTable]:
 
     Args:
         path (`str` or `Path`): The file.
+        names (`Sequence[str]`, *optional*): The tables to return; all by default.
 
     Raises:
-        ValueError: If a field, a kind or a task is unknown, or two rows of a table have one name.
+        ValueError: If a field, a kind, a task or a table is unknown, or two rows of a table have one name.
     """
     content = json.loads(Path(path).read_text())
     unknown = sorted(set(content) - {"defaults", "tables"})
     if unknown or "tables" not in content:
         raise ValueError(f"`{path}` must hold 'tables' and perhaps 'defaults', got {sorted(content)}.")
-    return [_read_table({**content.get("defaults", {}), **table}) for table in content["tables"]]
+    tables = [_read_table({**content.get("defaults", {}), **table}) for table in content["tables"]]
+    known = [table.name for table in tables]
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise ValueError(f"`table` must be among {known}, got {unknown}.")
+    return [table for table in tables if not names or table.name in names]
+
+
+def load_pipelines(
+    models: Sequence[str], tables: Sequence[AblationTable], device: str | torch.device
+) -> dict[str, SRDDPipeline]:
+    """
+    The models that tables name.
+
+    Args:
+        models (`Sequence[str]`): Where they lie, as `"NAME=FOLDER"`; folders or Hub ids.
+        tables (`Sequence[AblationTable]`): The tables.
+        device (`str` or `torch.device`): Where to run them.
+
+    Raises:
+        ValueError: If one is missing, no table names any, or their image sizes differ.
+    """
+    folders = dict(model.partition("=")[::2] for model in models)
+    wanted = {row.model for table in tables for row in table.rows} - {NO_MODEL}
+    if not wanted or wanted - set(folders):
+        raise ValueError(f"`model` must say where {sorted(wanted)} lie, as NAME=FOLDER, got {list(models)}.")
+    pipelines = {name: SRDDPipeline.from_pretrained(folders[name]).to(device) for name in sorted(wanted)}
+    sizes = sorted({pipe.sample_size for pipe in pipelines.values()})
+    if len(sizes) > 1:
+        raise ValueError(f"`model` must name models of one image size, got {sizes}.")
+    return pipelines
 
 
 def _read_table(fields: dict[str, Any]) -> AblationTable:
