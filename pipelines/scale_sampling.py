@@ -129,25 +129,28 @@ class GuidedTransformer:
         kv_cache: ScaleKVCache | None = None,
         keep_unconditional: bool = False,
         rows: torch.LongTensor | None = None,
+        token_indices: torch.LongTensor | None = None,
         return_hidden_states: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, num_tokens, latent_channels)`): Inputs of one scale, or of
-                several packed ones.
+                several packed ones, of the whole batch.
             timestep (`int` or `list[int]`): Their timesteps.
             guidance_weight (`float`): The weight `w`; at 0 the unconditional half is not computed.
             kv_cache ([`ScaleKVCache`], *optional*): Cache for patterns that look back.
             keep_unconditional (`bool`, defaults to `False`): Compute the unconditional half even at weight 0, because
                 later scales will look back at it.
             rows (`torch.LongTensor` of shape `(num_rows,)`, *optional*): The images to compute, by their places in the
-                batch. The cache is then only read.
+                batch; all by default.
+            token_indices (`torch.LongTensor` of shape `(num_rows, num_indices)`, *optional*): The tokens of the scale
+                to compute; all by default.
             return_hidden_states (`bool`, defaults to `False`): Also return the last hidden states of the conditional
                 half.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: Logits of shape `(num_rows, num_tokens, codebook_size)`, and
-            the hidden states, of shape `(num_rows, num_tokens, dim)`, or `None`.
+            `tuple[torch.Tensor, torch.Tensor | None]`: Logits of the images and tokens asked for, of shape `(num_rows,
+            num_tokens, codebook_size)`, and the hidden states, of shape `(num_rows, num_tokens, dim)`, or `None`.
         """
         two_halves = guidance_weight != 0 or keep_unconditional
         class_labels, modulation_cache = self.class_labels[two_halves], self.modulation_caches[two_halves]
@@ -156,6 +159,9 @@ class GuidedTransformer:
             rows = torch.cat([rows, rows + len(class_labels) // 2]) if two_halves else rows
             class_labels, modulation_cache = class_labels[rows], modulation_cache.select(rows)
             kv_cache = kv_cache.select(rows) if kv_cache is not None else None
+        if token_indices is not None:
+            hidden_states = hidden_states.take_along_dim(token_indices.unsqueeze(-1), dim=1)
+            token_indices = torch.cat([token_indices, token_indices]) if two_halves else token_indices
         output = self.transformer(
             torch.cat([hidden_states, hidden_states]) if two_halves else hidden_states,
             timestep,
@@ -163,6 +169,7 @@ class GuidedTransformer:
             kv_cache=kv_cache,
             modulation_cache=modulation_cache,
             guidance_weight=guidance_weight if two_halves else None,
+            token_indices=token_indices,
             return_hidden_states=return_hidden_states,
         )
         last_hidden_states = output.hidden_states[: len(hidden_states)] if return_hidden_states else None
@@ -211,14 +218,19 @@ def sample_scales(
     time_travel = scheduler.resampling_feedback == "time_travel"
     learned = scheduler.config.resampling_policy == "learned" and token_critic is not None
     start, state_before, model_state, resample_mask, logits = latents, latents, latents, None, None
+    scale_cache, was_guided = None, False
     known_ids = torch.full_like(token_ids, MASK_TOKEN_ID)
     for index, timestep in enumerate(timesteps):
         tokens, size = scheduler.token_slice(timestep), scheduler.scale_size(timestep)
-        pass_cache, rows = kv_cache, None
+        weight = scheduler.guidance_weight(timestep, guidance_scale)
+        pass_cache, rows, token_indices = kv_cache, None, None
         # Guided scales look back at what the unconditional half has seen of all scales before.
         keep_unconditional = kv_cache is not None and guided_from_start and timestep >= last_guided
         if index == 0 or timesteps[index - 1] != timestep:
             state_before, model_state, resample_mask = latents, latents, None
+            scale_cache, was_guided = None, weight != 0
+            if scheduler.has_partial_passes and kv_cache is None and timesteps.count(timestep) > 1:
+                pass_cache = scale_cache = ScaleKVCache()
             if known is not None:
                 found = known.token_ids(vqvae, state_before - start, scheduler.coarser_scales(timestep), size)
                 known_ids[:, tokens] = found
@@ -235,6 +247,10 @@ def sample_scales(
             state_before = model_state = torch.where(travels[:, None, None, None], revised, state_before)
             if kv_cache is not None:
                 refill_cache(vqvae, guided, scheduler, coarse_ids, timestep, kv_cache, keep_unconditional, grid_size)
+        elif scheduler.has_partial_passes and (kv_cache is not None or was_guided == (weight != 0)):
+            # Only what is drawn again is computed. It sees all other tokens as the pass did that accepted them.
+            scale_cache = kv_cache.clone() if scale_cache is None else scale_cache
+            pass_cache, token_indices = scale_cache, indices_of(resample_mask[resample_mask.any(dim=1)])
         elif kv_cache is not None:
             # Later scales look back at what the model was trained to see of this one: its first pass.
             pass_cache = kv_cache.read_only()
@@ -244,12 +260,22 @@ def sample_scales(
             rows = None if unfinished.all() else unfinished.nonzero().squeeze(1)
         known_mask = known_ids[:, tokens] >= 0 if known is not None else None
         hidden_states = scheduler.scale_model_input(model_state, timestep).to(transformer.dtype)
-        weight = scheduler.guidance_weight(timestep, guidance_scale)
         judged = learned and resample_mask is not None
         computed, last_hidden_states = guided(
-            hidden_states, timestep, weight, pass_cache, keep_unconditional, rows, return_hidden_states=judged
+            hidden_states,
+            timestep,
+            weight,
+            pass_cache,
+            keep_unconditional,
+            rows,
+            token_indices,
+            return_hidden_states=judged,
         )
-        logits = computed if rows is None else logits.index_copy(0, rows, computed)
+        if token_indices is not None:
+            images = torch.arange(len(computed), device=computed.device) if rows is None else rows
+            logits[images.unsqueeze(1), token_indices] = computed
+        else:
+            logits = computed if rows is None else logits.index_copy(0, rows, computed)
         confidence = None
         if judged:
             # What the transformer made of the tokens fed back tells which of them are wrong.
@@ -284,6 +310,16 @@ def sample_scales(
             kept = vqvae.residual_map(token_map, grid_size, mask=output.feedback_mask.unflatten(1, size))
             model_state = state_before + kept.float()
     return latents, token_ids
+
+
+def indices_of(mask: torch.BoolTensor) -> torch.LongTensor:
+    """
+    Where a mask `(batch, num_tokens)` is true, row by row in order, as `(batch, num_indices)`. Rows with fewer places
+    than others repeat their first one.
+    """
+    counts = mask.sum(dim=1, keepdim=True)
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : counts.max()]
+    return torch.where(torch.arange(order.shape[1], device=mask.device) < counts, order, order[:, :1])
 
 
 def refill_cache(

@@ -80,6 +80,10 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             state before the scale, re-tokenised from the state after it. `"redraw"`: nothing; low tokens are drawn
             again from the same logits, which costs no pass. By default `"kept"` with the policy `"masked"`, where it
             never hurt (`benchmarks/ABLATIONS.md`), and `"full"` with the others, which keep no token or judge all.
+        keep_accepted_tokens (`bool`, defaults to `False`): Whether tokens that a pass of the policy `"masked"` leaves
+            at or above the threshold stay. Fed back as `"full"` or `"kept"`, further passes then compute nothing but
+            the tokens that they draw again, which see the others as the pass did that accepted them. Otherwise every
+            pass computes and judges all tokens anew.
 
     Raises:
         ValueError: If a value is not one of those above.
@@ -103,6 +107,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         resampling_threshold: float = 0.01,
         num_resampling_passes: int | list[int] = 5,
         resampling_feedback: str | None = None,
+        keep_accepted_tokens: bool = False,
     ):
         scale_sizes = normalize_scale_sizes(scale_sizes)
         if scales is not None:
@@ -158,6 +163,12 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         """What a further pass is fed: the config's choice, or the policy's."""
         default = "kept" if self.config.resampling_policy == "masked" else "full"
         return self.config.resampling_feedback or default
+
+    @property
+    def has_partial_passes(self) -> bool:
+        """Whether further passes compute only the tokens that they draw again."""
+        keeps = self.config.resampling_policy == "masked" and self.config.keep_accepted_tokens
+        return keeps and self.resampling_feedback in ("full", "kept")
 
     @property
     def num_train_timesteps(self) -> int:
@@ -347,8 +358,11 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             wanted = self._resample_mask(probabilities)
             if known_mask is not None:
                 wanted = wanted & ~known_mask
-            # An image without tokens to draw again is finished at this scale, whatever its neighbours still need.
-            resample_mask = wanted if resample_mask is None else wanted & resample_mask.any(dim=1, keepdim=True)
+            if resample_mask is not None:
+                # An image without tokens to draw again is finished at this scale, whatever its neighbours still need.
+                keeps = self.config.resampling_policy == "masked" and self.config.keep_accepted_tokens
+                wanted = wanted & (resample_mask if keeps else resample_mask.any(dim=1, keepdim=True))
+            resample_mask = wanted
             if not resample_mask.any():
                 break
 

@@ -283,9 +283,69 @@ def test_selected_rows_of_the_caches_give_the_rows_of_the_batch(pattern):
     model(inputs[:, :3], [3, 2], labels, kv_cache=cache, modulation_cache=modulations)
     rows = torch.tensor([1])
     expected = model(inputs[:, 3:], [1, 0], labels, kv_cache=cache.read_only()).sample[rows]
-    selected = {"kv_cache": cache.select(rows), "modulation_cache": modulations.select(rows)}
+    selected = {"kv_cache": cache.read_only().select(rows), "modulation_cache": modulations.select(rows)}
     logits = model(inputs[rows, 3:], [1, 0], labels[rows], **selected).sample
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def cache_of(model, inputs, labels, num_scales: int) -> ScaleKVCache:
+    """The cache after the coarsest scales, one after the other."""
+    cache = ScaleKVCache()
+    for scale in range(num_scales):
+        model(inputs[:, TOKENS[scale]], LAST - scale, labels, kv_cache=cache)
+    return cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["causal", "banded", "markov"])
+@pytest.mark.parametrize("scale", range(LAST + 1))
+def test_some_tokens_of_a_scale_are_computed_as_all_of_them_are(pattern, scale):
+    model, inputs, labels = make_transformer(pattern), random_inputs(), torch.tensor([2, 5])
+    expected = model(inputs[:, TOKENS[scale]], LAST - scale, labels, kv_cache=cache_of(model, inputs, labels, scale))
+    num_tokens = TOKENS[scale].stop - TOKENS[scale].start
+    indices = torch.stack([torch.arange(num_tokens)[::2], torch.arange(num_tokens).flip(0)[::2]])
+    indices[1, -1] = indices[1, 0]  # twice
+    states = inputs[:, TOKENS[scale]].take_along_dim(indices[..., None], dim=1)
+    cache = cache_of(model, inputs, labels, scale + 1)
+    logits = model(states, LAST - scale, labels, kv_cache=cache, token_indices=indices).sample
+    torch.testing.assert_close(logits, expected.sample.take_along_dim(indices[..., None], dim=1), atol=1e-5, rtol=0)
+    # One image of the batch, by its row.
+    row = torch.tensor([1])
+    logits = model(states[row], LAST - scale, labels[row], kv_cache=cache.select(row), token_indices=indices[row])
+    expected = expected.sample[row].take_along_dim(indices[row, :, None], dim=1)
+    torch.testing.assert_close(logits.sample, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["causal", "banded", "markov"])
+def test_tokens_with_new_inputs_see_the_others_as_they_were(pattern):
+    # In one block, keys and values follow from a token's own input.
+    model, inputs, labels = make_transformer(pattern, num_layers=1), random_inputs(), torch.tensor([2, 5])
+    cache, others = cache_of(model, inputs, labels, 3), cache_of(model, inputs, labels, 2)
+    indices, states = torch.tensor([[0, 3], [5, 1]]), random_inputs(seed=9)[:, :2]
+    mixed = inputs[:, TOKENS[2]].scatter(1, indices[..., None].expand_as(states), states)
+    expected = model(mixed, LAST - 2, labels, kv_cache=others).sample.take_along_dim(indices[..., None], dim=1)
+    copied, before = cache.clone(), cache.get(0, [LAST - 2])[0].clone()
+    logits = model(states, LAST - 2, labels, kv_cache=copied, token_indices=indices).sample
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert torch.equal(cache.get(0, [LAST - 2])[0], before)
+    torch.testing.assert_close(copied.get(0, [LAST - 2])[0], others.get(0, [LAST - 2])[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_some_tokens_need_a_cache_that_knows_the_others():
+    model, inputs = make_transformer(), random_inputs()
+    indices, states = torch.tensor([[0, 1], [1, 0]]), inputs[:, :2]
+    for cache, found in ((None, "None"), (ScaleKVCache(), r"\[\]"), (ScaleKVCache().read_only(), "a read-only one")):
+        with pytest.raises(ValueError, match=f"`kv_cache` must hold the timestep 2 and not be .* got {found}"):
+            model(states, LAST - 1, kv_cache=cache, token_indices=indices)
+    cache = cache_of(model, inputs, None, 2)
+    with pytest.raises(ValueError, match=r"`timestep` must be one scale's with `token_indices`, got \[3, 2\]"):
+        model(states, [LAST, LAST - 1], kv_cache=cache, token_indices=indices)
+    with pytest.raises(ValueError, match=r"`token_indices` must lie in \[0, 1\], got \[0, 2\]"):
+        model(states, LAST - 1, kv_cache=cache, token_indices=torch.tensor([[0, 2], [1, 0]]))
+    with pytest.raises(ValueError, match=r"`hidden_states` must have shape \(batch, 2, 8\)"):
+        model(inputs[:, :3], LAST - 1, kv_cache=cache, token_indices=indices)
 
 
 @torch.no_grad()

@@ -21,13 +21,18 @@ POLICIES = {
     "masked-time_travel": {"resampling_policy": "masked", "resampling_feedback": "time_travel"},
     "masked-redraw": {"resampling_policy": "masked", "resampling_feedback": "redraw"},
 }
+KEEPING = {
+    f"{name}-keeping": {**settings, "keep_accepted_tokens": True}
+    for name, settings in POLICIES.items()
+    if name.startswith("masked")
+}
 
 TOKENS = {2: slice(0, 1), 1: slice(1, 5), 0: slice(5, 21)}
 
 
 def make_scheduler(policy: str, **overrides):
     settings = {"num_resampling_passes": 3, "resampling_threshold": 0.05}
-    return tiny_scheduler(**{**settings, **POLICIES[policy], **overrides})
+    return tiny_scheduler(**{**settings, **{**POLICIES, **KEEPING}[policy], **overrides})
 
 
 def lively_pipeline(pattern: str = "markov", **settings):
@@ -48,19 +53,25 @@ def latents_of(pipe, class_labels, **arguments):
     return output.images, output.token_ids
 
 
-def forward_batches(pipe, **arguments) -> list[int]:
-    """Batch size of every pass through the transformer during a run."""
-    sizes = []
-    handle = pipe.transformer.proj_in.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+def forward_shapes(pipe, **arguments) -> list[tuple[int, int]]:
+    """Batch size and number of tokens of every pass through the transformer during a run."""
+    shapes = []
+    handle = pipe.transformer.proj_in.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     pipe(output_type="latent", **arguments)
     handle.remove()
-    return sizes
+    return [tuple(shape[:2]) for shape in shapes]
+
+
+def forward_batches(pipe, **arguments) -> list[int]:
+    """Batch size of every pass through the transformer during a run."""
+    return [batch_size for batch_size, _ in forward_shapes(pipe, **arguments)]
 
 
 def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Generator) -> torch.Tensor:
     """
     The whole method for one image, without cache, slices or shared code: every pass is a forward over all scales so
-    far. Returns the token pyramid.
+    far. Returns the token pyramid. Where accepted tokens are kept this is right for a transformer of one block, where
+    what others see of a token follows from its input.
     """
     config, transformer, vqvae = pipe.scheduler.config, pipe.transformer, pipe.vqvae
     sizes, last = config.scale_sizes, len(config.scale_sizes) - 1
@@ -68,7 +79,7 @@ def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Gener
     null = transformer.config.num_classes
     state, inputs, maps = torch.zeros(1, LATENT_CHANNELS, *sizes[-1]), [], []
     for k, size in enumerate(sizes):
-        before, seen, tokens, low = state, state, None, None
+        before, seen, tokens, low, last_input = state, state, None, None, None
         for number in range(passes):
             if number > 0 and not low.any():
                 break
@@ -84,6 +95,9 @@ def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Gener
                     rest, before, maps = rest - added, before + added, [*maps, codes]
                 seen = before
             x = F.adaptive_avg_pool2d(seen, size)
+            if number > 0 and config.keep_accepted_tokens and config.resampling_feedback != "time_travel":
+                x = torch.where(low.view(1, 1, *size), x, last_input)
+            last_input = x
             packed = torch.cat([part.flatten(2) for part in [*inputs[:k], x]], dim=2).transpose(1, 2)
             timesteps = list(range(last, last - k - 1, -1))
             cond, uncond = (
@@ -96,9 +110,12 @@ def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Gener
             drawn = (logits.softmax(-1) / noise).argmax(-1)
             tokens = drawn if number == 0 else torch.where(low, drawn, tokens)
             probabilities = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
+            was_low = torch.ones_like(tokens, dtype=torch.bool) if number == 0 else low
             low = torch.ones_like(tokens, dtype=torch.bool)
             if config.resampling_policy == "masked":
                 low = probabilities < config.resampling_threshold
+            if config.keep_accepted_tokens:
+                low = low & was_low
             if number == 0 or config.resampling_feedback == "time_travel":
                 # Later scales look back at what the first pass saw, unless the past itself was rewritten.
                 inputs = [*inputs[:k], x]
@@ -121,6 +138,70 @@ def test_tokens_are_those_of_the_plain_algorithm(pattern, policy):
         assert torch.equal(token_ids, expected)
 
 
+@pytest.mark.parametrize("policy", [name for name in KEEPING if name != "masked-redraw-keeping"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_accepted_tokens_are_kept_as_in_the_plain_algorithm(pattern, policy):
+    transformer = tiny_transformer(pattern, num_layers=1)
+    pipe = lively_pipeline(transformer=transformer, scheduler=make_scheduler(policy, num_resampling_passes=6))
+    for label, seed in ((1, 0), (4, 1)):
+        token_ids = latents_of(pipe, label, guidance_scale=3.0, generator=generators(seed))[1]
+        with torch.no_grad():
+            expected = plain_sample(pipe, label, 3.0, *generators(seed))
+        assert torch.equal(token_ids, expected)
+
+
+@pytest.mark.parametrize("policy", ["masked-full-keeping", "masked-kept-keeping"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_passes_compute_no_token_that_an_earlier_one_accepted(pattern, policy):
+    pipe = lively_pipeline(pattern, scheduler=make_scheduler(policy, num_resampling_passes=8))
+    draw = {"class_labels": [1, 2, 3], "guidance_scale": 1.0, "generator": generators(0, 1, 2)}
+    states = []
+
+    def on_step_end(pipe, index, timestep, tensors):
+        states.append((timestep, tensors["token_ids"]))
+        return {}
+
+    draw["callback_on_step_end"] = on_step_end
+    shapes = forward_shapes(pipe, **draw, callback_on_step_end_tensor_inputs=["token_ids"])
+    assert len(shapes) == len(states)
+    previous, num_partial = None, 0
+    for (batch_size, num_computed), (timestep, token_ids) in zip(shapes, states):
+        tokens = TOKENS[timestep]
+        if previous is None or previous[0] != timestep:
+            assert (batch_size, num_computed) == (3, tokens.stop - tokens.start)
+        else:
+            changed = (previous[1] != token_ids)[:, tokens]
+            assert changed.any(dim=1).sum() <= batch_size <= previous[2]
+            assert changed.sum(dim=1).max() <= num_computed <= previous[3]
+            num_partial += num_computed < tokens.stop - tokens.start
+        previous = (timestep, token_ids, batch_size, num_computed)
+    assert num_partial > 3
+
+
+@pytest.mark.parametrize("policy", ["masked-full", "masked-kept"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_keeping_changes_nothing_where_nothing_is_accepted(pattern, policy):
+    found = []
+    for name in (policy, f"{policy}-keeping"):
+        pipe = lively_pipeline(pattern, scheduler=make_scheduler(name, resampling_threshold=1.0))
+        found.append(latents_of(pipe, [1, 2], guidance_scale=3.0, generator=generators(0, 1))[1])
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_guidance_that_comes_and_goes_between_passes(pattern):
+    def on_step_end(pipe, index, timestep, tensors):
+        pipe._guidance_scale = 3.0 if index % 2 else 1.0
+        return {}
+
+    scheduler = make_scheduler("masked-kept-keeping", guidance_schedule="constant")
+    pipe = lively_pipeline(pattern, scheduler=scheduler)
+    draw = {"guidance_scale": 3.0, "callback_on_step_end": on_step_end}
+    batch = latents_of(pipe, [1, 2], generator=generators(0, 1), **draw)[1]
+    alone = [latents_of(pipe, label, generator=generators(label - 1), **draw)[1] for label in (1, 2)]
+    assert torch.equal(batch, torch.cat(alone))
+
+
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ("none", "masked-redraw")])
 def test_resampling_changes_greedy_tokens(policy):
     settings = {"temperature": 0.0, "resampling_threshold": 0.5}
@@ -129,7 +210,7 @@ def test_resampling_changes_greedy_tokens(policy):
     assert not torch.equal(refined, plain)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, *KEEPING])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_batch_equals_single_runs(pattern, policy):
     pipe = tiny_pipeline(pattern, scheduler=make_scheduler(policy, top_k=12, top_p=0.95))
@@ -142,7 +223,7 @@ def test_a_batch_equals_single_runs(pattern, policy):
     assert not torch.equal(token_ids[1], token_ids[3])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, *KEEPING])
 def test_latents_are_the_state_of_the_tokens(policy):
     pipe = tiny_pipeline(scheduler=make_scheduler(policy))
     latents, token_ids = latents_of(pipe, [1, 2, 3], generator=torch.Generator().manual_seed(0))
@@ -150,7 +231,7 @@ def test_latents_are_the_state_of_the_tokens(policy):
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, *KEEPING])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_only_time_travel_changes_finished_scales(pattern, policy):
     pipe = tiny_pipeline(pattern, scheduler=make_scheduler(policy))
@@ -173,7 +254,7 @@ def test_only_time_travel_changes_finished_scales(pattern, policy):
     assert changed == ("time_travel" in policy)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, *KEEPING])
 def test_seeds_reproduce_images(policy):
     pipe = tiny_pipeline(scheduler=make_scheduler(policy))
     for make in (lambda seed: torch.Generator().manual_seed(seed), lambda seed: generators(seed, seed + 100)):

@@ -59,11 +59,13 @@ class ScaleKVCache:
     def __init__(self, num_tokens: int | None = None):
         self.num_tokens = num_tokens
         self.is_read_only = False
+        self.rows: torch.LongTensor | None = None
+        self.token_indices: torch.LongTensor | None = None
         self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.places: dict[int, slice] = {}
 
     def update(self, layer: int, timestep: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store keys and values `(B, N_k, H, D / H)` of one layer and scale."""
+        """Store keys and values `(B, N_k, H, D / H)` of one layer and scale, or of those of its tokens at hand."""
         if timestep not in self.places:
             start = max([0, *(place.stop for place in self.places.values())])
             self.places[timestep] = slice(start, start + key.shape[1])
@@ -75,15 +77,20 @@ class ScaleKVCache:
             for states, stored in zip(grown, found or ()):
                 states[:, : stored.shape[1]] = stored
             self.buffers[layer] = grown
+        rows, tokens = slice(len(key)) if self.rows is None else self.rows, place
+        if self.token_indices is not None:
+            rows = torch.arange(len(key), device=key.device) if self.rows is None else rows
+            rows, tokens = rows.unsqueeze(1), place.start + self.token_indices
         for states, stored in zip((key, value), self.buffers[layer]):
-            stored[: len(states), place] = states
+            stored[rows, tokens] = states
 
     def get(self, layer: int, timesteps: Sequence[int], batch_size: int | None = None) -> tuple[torch.Tensor, ...]:
         """Keys and values of one layer and some scales, for the first images of the batch or all."""
         places = [self.places[timestep] for timestep in timesteps]
         if all(place.stop == following.start for place, following in zip(places, places[1:])):
             places = [slice(places[0].start, places[-1].stop)]
-        parts = [[stored[:batch_size, place] for place in places] for stored in self.buffers[layer]]
+        rows = slice(batch_size) if self.rows is None else self.rows
+        parts = [[stored[rows, place] for place in places] for stored in self.buffers[layer]]
         return tuple(part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in parts)
 
     def read_only(self) -> "ScaleKVCache":
@@ -92,11 +99,23 @@ class ScaleKVCache:
         view.is_read_only = True
         return view
 
-    def select(self, rows: torch.Tensor) -> "ScaleKVCache":
-        """A read-only cache of some images, by their rows in the batch."""
-        selected = self.read_only()
-        selected.buffers = {layer: tuple(part[rows] for part in pair) for layer, pair in self.buffers.items()}
-        return selected
+    def select(
+        self, rows: torch.LongTensor | None = None, token_indices: torch.LongTensor | None = None
+    ) -> "ScaleKVCache":
+        """
+        This cache for a forward of some images of the batch, by their rows, and of some tokens of a scale that it
+        holds, `(num_rows, num_indices)`.
+        """
+        view = copy.copy(self)
+        view.rows, view.token_indices = rows, token_indices
+        return view
+
+    def clone(self) -> "ScaleKVCache":
+        """A cache of the same content, for forwards that others shall not see."""
+        cloned = copy.copy(self)
+        cloned.buffers = {layer: tuple(part.clone() for part in pair) for layer, pair in self.buffers.items()}
+        cloned.places = dict(self.places)
+        return cloned
 
     @property
     def timesteps(self) -> list[int]:
@@ -511,6 +530,42 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             raise ValueError(f"`timestep` must be falling integers in [0, {last}], got {values}.")
         return values
 
+    def _check_token_indices(
+        self, token_indices: torch.LongTensor, timesteps: list[int], kv_cache: ScaleKVCache | None
+    ) -> None:
+        if len(timesteps) > 1:
+            raise ValueError(f"`timestep` must be one scale's with `token_indices`, got {timesteps}.")
+        if kv_cache is None or kv_cache.is_read_only or timesteps[0] not in kv_cache.places:
+            found = None if kv_cache is None else kv_cache.timesteps
+            raise ValueError(
+                f"`kv_cache` must hold the timestep {timesteps[0]} and not be read only with `token_indices`, got"
+                f" {found if kv_cache is None or not kv_cache.is_read_only else 'a read-only one'}."
+            )
+        tokens = self.token_slices[-1 - timesteps[0]]
+        low, high = (bound.item() for bound in token_indices.aminmax())
+        if low < 0 or high >= tokens.stop - tokens.start:
+            raise ValueError(
+                f"`token_indices` must lie in [0, {tokens.stop - tokens.start - 1}], got [{low}, {high}]."
+            )
+
+    def _check_token_indices(
+        self, token_indices: torch.LongTensor, timesteps: list[int], kv_cache: ScaleKVCache | None
+    ) -> None:
+        if len(timesteps) > 1:
+            raise ValueError(f"`timestep` must be one scale's with `token_indices`, got {timesteps}.")
+        if kv_cache is None or kv_cache.is_read_only or timesteps[0] not in kv_cache.places:
+            found = None if kv_cache is None else kv_cache.timesteps
+            raise ValueError(
+                f"`kv_cache` must hold the timestep {timesteps[0]} and not be read only with `token_indices`, got"
+                f" {found if kv_cache is None or not kv_cache.is_read_only else 'a read-only one'}."
+            )
+        tokens = self.token_slices[-1 - timesteps[0]]
+        low, high = (bound.item() for bound in token_indices.aminmax())
+        if low < 0 or high >= tokens.stop - tokens.start:
+            raise ValueError(
+                f"`token_indices` must lie in [0, {tokens.stop - tokens.start - 1}], got [{low}, {high}]."
+            )
+
     def _segments(self, timesteps: list[int], kv_cache: ScaleKVCache | None) -> list[ScaleSegment]:
         """What each packed scale sees under the attention pattern."""
         pattern = self.config.attention_pattern
@@ -532,16 +587,24 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             start = tokens.stop
         return segments
 
-    def _embed(self, hidden_states: torch.Tensor, class_embedding: torch.Tensor, timesteps: list[int]):
+    def _embed(
+        self,
+        hidden_states: torch.Tensor,
+        class_embedding: torch.Tensor,
+        timesteps: list[int],
+        token_indices: torch.LongTensor | None,
+    ) -> torch.Tensor:
         """Input, position and scale embeddings; the coarsest scale starts from the class embedding (SOS)."""
         embedded = self.proj_in(hidden_states)  # (B, N, D)
         if timesteps[0] == len(self.token_slices) - 1:
-            start = class_embedding.unsqueeze(1) + self.start_pos_embed
+            start_pos_embed = self.start_pos_embed if token_indices is None else self.start_pos_embed[0, token_indices]
+            start = class_embedding.unsqueeze(1) + start_pos_embed
             embedded = torch.cat([start, embedded[:, start.shape[1] :]], dim=1)
         scale_ids = [len(self.token_slices) - 1 - timestep for timestep in timesteps]
         scales = self.scale_embed(torch.tensor(scale_ids, device=embedded.device))  # (K, D)
         positions = [self.pos_embed[:, self.token_slices[k]] + scale for k, scale in zip(scale_ids, scales)]
-        return embedded + torch.cat(positions, dim=1)
+        positions = torch.cat(positions, dim=1)
+        return embedded + (positions if token_indices is None else positions[0, token_indices])
 
     def forward(
         self,
@@ -551,6 +614,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         kv_cache: ScaleKVCache | None = None,
         modulation_cache: ModulationCache | None = None,
         guidance_weight: float | None = None,
+        token_indices: torch.LongTensor | None = None,
         return_hidden_states: bool = False,
         return_dict: bool = True,
     ) -> ScaleTransformer2DModelOutput | tuple[torch.Tensor, ...]:
@@ -572,6 +636,10 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
                 The weight `w` of classifier-free guidance. The first half of the batch is then the conditional one,
                 the second the unconditional one, and the logits are those of `cond + w (cond - uncond)`, of half the
                 batch. The halves are merged before the last layer, which is linear.
+            token_indices (`torch.LongTensor` of shape `(batch, num_tokens)`, *optional*):
+                Which tokens of its scale `hidden_states` holds, if not all. It holds one scale then, and `kv_cache`
+                must have it from an earlier forward: the keys and values of these tokens are replaced there, and they
+                see the others as the cache has them. An index may occur twice with the same input.
             return_hidden_states (`bool`, defaults to `False`): Whether to return the last hidden states, too.
             return_dict (`bool`, defaults to `True`): Whether to return a [`ScaleTransformer2DModelOutput`].
 
@@ -580,12 +648,17 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             codebook_size)` and, if asked for, the hidden states.
 
         Raises:
-            ValueError: If `timestep` is not falling or out of range, `hidden_states` does not hold those scales, or
-                there is not one class label for each image.
+            ValueError: If `timestep` is not falling or out of range, `hidden_states` does not hold those scales or
+                tokens, there is not one class label for each image, or `token_indices` come without a cache that holds
+                their scale.
         """
         timesteps = self._check_timesteps(timestep)
         segments = self._segments(timesteps, kv_cache)
         expected = (segments[-1].tokens.stop, self.config.latent_channels)
+        if token_indices is not None:
+            self._check_token_indices(token_indices, timesteps, kv_cache)
+            expected = (token_indices.shape[1], self.config.latent_channels)
+            kv_cache = kv_cache.select(kv_cache.rows, token_indices)
         if hidden_states.ndim != 3 or tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(
                 f"`hidden_states` must have shape (batch, {expected[0]}, {expected[1]}) for the timesteps {timesteps},"
@@ -608,7 +681,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             class_labels = torch.where(dropped, null_class, class_labels)
 
         class_embedding = self.class_embed(class_labels)  # (B, D)
-        hidden_states = self._embed(hidden_states, class_embedding, timesteps)  # (B, N, D)
+        hidden_states = self._embed(hidden_states, class_embedding, timesteps, token_indices)  # (B, N, D)
         known = modulation_cache if modulation_cache is not None else ModulationCache()
         is_known = known.out is not None
         condition = F.silu(class_embedding)
