@@ -275,11 +275,17 @@ def test_the_policy_chooses_the_feedback_unless_told(policy, given, used):
     )
 
 
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("feedback", ["full", "kept", "time_travel"])
-def test_masked_resampling_draws_only_wanted_tokens_of_its_scale(feedback):
+def test_masked_resampling_draws_only_wanted_tokens_of_its_scale(feedback, keeps):
     scheduler = tiny_scheduler(
-        resampling_policy="masked", resampling_threshold=0.05, resampling_feedback=feedback, num_resampling_passes=4
+        resampling_policy="masked",
+        resampling_threshold=0.05,
+        resampling_feedback=feedback,
+        num_resampling_passes=4,
+        keep_accepted_tokens=keeps,
     )
+    assert scheduler.has_partial_passes == (keeps and feedback != "time_travel")
     sample, mask = random_token_ids(batch_size=4), None
     random = generators(0, 1, 2, 3)
     masks = []
@@ -291,7 +297,8 @@ def test_masked_resampling_draws_only_wanted_tokens_of_its_scale(feedback):
         if mask is not None:
             assert not changed[:, TOKENS[0]][~mask].any()
             assert changed[:, TOKENS[0]][mask].any()
-        assert torch.equal(output.resample_mask, output.token_probabilities < 0.05)
+        low = output.token_probabilities < 0.05
+        assert torch.equal(output.resample_mask, low if mask is None or not keeps else low & mask)
         if feedback == "kept":
             assert torch.equal(output.feedback_mask, ~output.resample_mask)
         else:
@@ -311,6 +318,12 @@ def test_simple_resampling_draws_all_tokens_of_its_scale_again():
     changed = first.prev_sample != second.prev_sample
     assert changed[:, TOKENS[0]].float().mean() > 0.3
     assert not changed[:, : TOKENS[0].start].any()
+
+
+@pytest.mark.parametrize("policy", ["none", "simple", "learned"])
+def test_only_masked_resampling_accepts_tokens(policy):
+    scheduler = tiny_scheduler(resampling_policy=policy, keep_accepted_tokens=True)
+    assert not scheduler.has_partial_passes
 
 
 def test_an_image_that_is_finished_stays_finished():
