@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_models import LATENT_CHANNELS, LIGHT_DECODER, tiny_vqvae
+from tiny_models import LATENT_CHANNELS, LIGHT_DECODER, tiny_pipeline, tiny_vqvae
 
 from srdd import MultiScaleVQModel
 from srdd.models import fast_linear
@@ -193,6 +193,15 @@ def test_new_weights_count_at_once():
     torch.testing.assert_close(conv(inputs) - conv.bias[:, None, None], before, atol=1e-5, rtol=0)
     conv.weight = nn.Parameter(-conv.weight)
     torch.testing.assert_close(conv(inputs) - conv.bias[:, None, None], -before, atol=1e-5, rtol=0)
+
+
+@needs_vnni
+def test_what_a_pipeline_draws_serves_as_examples():
+    pipe, seed = tiny_pipeline(), torch.Generator().manual_seed
+    expected = pipe([1, 2], generator=seed(0), output_type="pt").images
+    pipe.vqvae.enable_int8_decoding(pipe("apple", num_images_per_prompt=8, output_type="latent").images)
+    images = pipe([1, 2], generator=seed(0), output_type="pt").images
+    assert 0 < relative_error(images, expected) < 0.05
 
 
 @needs_vnni

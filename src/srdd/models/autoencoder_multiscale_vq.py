@@ -283,7 +283,8 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Bounds of the feature maps are found on examples, which should be like what will be decoded: a few dozen
         latent states, such as a pipeline's `pipe(class_labels, output_type="latent").images`, or
         `latent_states(tokenize(sample))[-1]` of given images. What lies outside of the bounds later is moved to them.
-        No image depends on others in its batch.
+        As they stay, no image depends on others in its batch, unless float32 layers round in another order in larger
+        batches: such a difference can then become a step of int8.
 
         Weights stay in float32 beside their int8 versions: training, autocast, compiled code, other dtypes and other
         devices use them, as does `decode` after `disable_fast_decoding`, and `save_pretrained` saves them. **Bounds
