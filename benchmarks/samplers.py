@@ -41,6 +41,7 @@ class Row:
             kernels, "int8" for torchao's int8 weights.
         dtype (`torch.dtype`, *optional*): Of weights, in place of `--dtype`.
         light_decoder (`bool`): Whether a decoder as `distill_decoder.py` makes it stands in for the tokenizer's.
+        int8_decoder (`bool`): Whether the tokenizer's decoder multiplies int8.
         num_further_passes (`int`): Passes that draw all tokens of every scale again.
     """
 
@@ -51,6 +52,7 @@ class Row:
     linears: str | None = None
     dtype: torch.dtype | None = None
     light_decoder: bool = False
+    int8_decoder: bool = False
     num_further_passes: int = 0
 
 
@@ -66,6 +68,7 @@ ROW_OPTIONS = {
     "int8": {"linears": "int8"},
     "bf16": {"dtype": torch.bfloat16},
     "light": {"light_decoder": True},
+    "int8vae": {"int8_decoder": True},
 }
 
 
@@ -151,6 +154,15 @@ def with_light_decoder(vqvae: MultiScaleVQModel) -> MultiScaleVQModel:
     return light.to(vqvae.device, vqvae.dtype)
 
 
+def with_int8_decoder(vqvae: MultiScaleVQModel) -> MultiScaleVQModel:
+    """A tokenizer that decodes in int8, with bounds from random tokens; it shares parameters with the given one."""
+    shared = copy.deepcopy(vqvae, {id(parameter): parameter for parameter in vqvae.parameters()})
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(vqvae.config.codebook_size, (1, vqvae.num_tokens), generator=generator)
+    shared.enable_int8_decoding(shared.latent_states(token_ids)[-1])
+    return shared
+
+
 class PipelineSampler:
     """Our pipeline under a [`Row`]."""
 
@@ -159,6 +171,8 @@ class PipelineSampler:
         vqvae = with_light_decoder(pipe.vqvae) if row.light_decoder else pipe.vqvae
         if row.dtype is not None:
             transformer, vqvae = copy.deepcopy(transformer).to(row.dtype), copy.deepcopy(vqvae).to(row.dtype)
+        if row.int8_decoder:
+            vqvae = with_int8_decoder(vqvae)
         pipe = SRDDPipeline(vqvae=vqvae, transformer=transformer, scheduler=pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
         self.pipe, self.row = pipe, row

@@ -15,7 +15,8 @@ more run of each, where the time goes. `--output` takes JSON.
 A row is `causal` (VAR) or `sdd` and what is different about it: `6` and `5` visit so many of ten scales, as distilled
 models do; `unguided` has no unconditional half, as a student of the guided distribution; `interval` has none at the
 finest two of ten scales; `torch` leaves linear layers to torch; `int8` has torchao's int8 weights in them, all but
-`proj_in`'s; `bf16` is all in bfloat16; `light` has a light decoder. They combine: `sdd-6-unguided-int8-light`.
+`proj_in`'s; `bf16` is all in bfloat16; `light` has a light decoder; `int8vae` has int8 in the decoder's convolutions.
+They combine: `sdd-6-unguided-int8-light`.
 """
 
 import argparse
@@ -50,13 +51,16 @@ from srdd import SRDDPipeline
 
 MATRIX_SIDES = {"cpu": 2048, "cuda": 8192}
 
-# Operators of CPUs that torch does not count: attention, and linear layers by oneDNN.
+# Operators of CPUs that torch does not count: attention, and linear layers and int8 convolutions by oneDNN.
 CPU_OPERATORS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
     ),
     torch.ops.mkldnn._linear_pointwise: lambda states, weight, *_, **__: 2 * math.prod(states) * weight[0],
     torch.ops.onednn.qlinear_pointwise: lambda states, _, __, weight, *___, **____: 2 * math.prod(states) * weight[1],
+    torch.ops.onednn.qconv_pointwise: (
+        lambda _, __, ___, weight, *____, out_shape, **_____: 2 * math.prod(out_shape) * math.prod(weight[1:])
+    ),
 }
 
 

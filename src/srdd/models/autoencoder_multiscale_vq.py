@@ -12,7 +12,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from srdd.models import int8_decoding
 from srdd.models.decoding import decoding_path, lighten, set_fast
+from srdd.models.fast_linear import multiplies_int8
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
 from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
 
@@ -272,6 +274,55 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Decode with diffusers' own code, the whole batch at once unless `enable_slicing` was called."""
         self.use_fast_decoding = False
         set_fast(self.decoder, False)
+
+    def enable_int8_decoding(self, latents: torch.Tensor) -> None:
+        """
+        Let `decode` multiply int8 in the decoder's 3 x 3 convolutions but the first and the last, on a CPU in float32
+        where no gradient is asked for. Pixels change a little; what that gains and costs is in `benchmarks/SPEED.md`.
+
+        Bounds of the feature maps are found on examples, which should be like what will be decoded: a few dozen
+        latent states, such as a pipeline's `pipe(class_labels, output_type="latent").images`, or
+        `latent_states(tokenize(sample))[-1]` of given images. What lies outside of the bounds later is moved to them.
+        As they stay, no image depends on others in its batch, unless float32 layers round in another order in larger
+        batches: such a difference can then become a step of int8.
+
+        Weights stay in float32 beside their int8 versions: training, autocast, compiled code, other dtypes and other
+        devices use them, as does `decode` after `disable_fast_decoding`, and `save_pretrained` saves them. **Bounds
+        are not saved: a model that was loaded decodes in float32 until this is called again.** Call it again, too,
+        for new weights; those that were changed behind `.data` are not even noticed before.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`): The examples,
+                finite, on the CPU.
+
+        Raises:
+            ValueError: If `latents` are none, the decoder's weights are not in float32 on the CPU, or the CPU lacks
+                VNNI.
+        """
+        if not multiplies_int8():
+            raise ValueError(
+                "`enable_int8_decoding` needs oneDNN and a CPU with VNNI (`avx512_vnni`, `avx_vnni` or `amx_int8`)."
+            )
+        weights = {f"{weight.dtype} on {weight.device}" for weight in self.decoder.parameters()}
+        if weights != {"torch.float32 on cpu"}:
+            raise ValueError(
+                f"`enable_int8_decoding` needs a decoder in torch.float32 on cpu, got {', '.join(sorted(weights))}."
+            )
+        shape, channels = tuple(latents.shape), self.config.latent_channels
+        if len(shape) != 4 or shape[1] != channels or 0 in shape or latents.device.type != "cpu":
+            raise ValueError(
+                f"`latents` must be of shape (batch, {channels}, height, width) on cpu, got {shape} on"
+                f" {latents.device}."
+            )
+        if not latents.isfinite().all():
+            raise ValueError("`latents` must be finite, got infinities or NaN.")
+        self.disable_int8_decoding()
+        int8_decoding.quantize(self.decoder, lambda: self.decode(latents))
+        set_fast(self.decoder, self.use_fast_decoding)
+
+    def disable_int8_decoding(self) -> None:
+        """Decode in float32 again, with the very weights that there were."""
+        int8_decoding.dequantize(self.decoder)
 
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> MultiScaleVQEncoderOutput | tuple:

@@ -8,6 +8,7 @@ decided in one place, [`decoding_path`].
 Shape legend: B batch, O and I output and input channels, H W height and width of the input.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -40,16 +41,20 @@ class DecodingPath:
             the multiplications.
         bytes_per_slice (`int`, *optional*): A batch is decoded so many images at a time that their largest feature map
             stays below this, and at least one. The decoder needs about four times as much.
+        int8 (`bool`, defaults to `False`): Convolutions that were quantized multiply int8.
     """
 
     in_place: bool = False
     channels_last: bool = False
     merged_kernels: bool = False
     bytes_per_slice: int | None = None
+    int8: bool = False
 
 
 PLAIN = DecodingPath()
-FLOAT32_ON_CPU = DecodingPath(in_place=True, channels_last=True, merged_kernels=True, bytes_per_slice=8 * MIB)
+FLOAT32_ON_CPU = DecodingPath(
+    in_place=True, channels_last=True, merged_kernels=True, bytes_per_slice=8 * MIB, int8=True
+)
 HALF_ON_CPU = DecodingPath(in_place=True, bytes_per_slice=8 * MIB)
 ACCELERATOR = DecodingPath(in_place=True, bytes_per_slice=256 * MIB)
 
@@ -108,7 +113,7 @@ class MergedUpsample2D(Upsample2D):
     def forward(self, hidden_states: torch.Tensor, output_size: int | None = None) -> torch.Tensor:
         merged = decoding_path(hidden_states, self.training, self.fast).merged_kernels and output_size is None
         # An adapter around the convolution wants to see the up-sampled map.
-        if merged and type(self.conv) is UpsamplingConv2d:
+        if merged and isinstance(self.conv, UpsamplingConv2d):
             return self.conv(hidden_states, upsample=True)
         return super().forward(hidden_states, output_size)
 
@@ -125,9 +130,6 @@ class UpsamplingConv2d(nn.Conv2d):
     def forward(self, hidden_states: torch.Tensor, upsample: bool = False) -> torch.Tensor:
         if not upsample:
             return super().forward(hidden_states)
-        taps = self.weight.new_tensor(TAPS)
-        kernels = self.weight.flatten(2) @ torch.kron(taps, taps).T  # (O, I, 16)
-        kernels = kernels.unflatten(-1, (2, 2, 2, 2))  # (O, I, row phase, row, column phase, column)
         height, width = hidden_states.shape[-2:]
         output = torch.empty(
             (len(hidden_states), self.out_channels, 2 * height, 2 * width),
@@ -135,11 +137,23 @@ class UpsamplingConv2d(nn.Conv2d):
             device=hidden_states.device,
             memory_format=torch.channels_last,
         )  # (B, O, 2H, 2W)
-        for row in range(2):
-            for column in range(2):
-                phase = F.conv2d(hidden_states, kernels[:, :, row, :, column], self.bias, padding=1)
-                output[..., row::2, column::2] = phase[..., row : row + height, column : column + width]
+        for index, phase in enumerate(self.phases(hidden_states)):
+            row, column = divmod(index, 2)
+            output[..., row::2, column::2] = phase[..., row : row + height, column : column + width]
         return output
+
+    def phases(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The input's convolutions by the four kernels, with a margin of one pixel, (B, O, H + 1, W + 1)."""
+        for kernel in merged_kernels(self.weight):
+            yield F.conv2d(hidden_states, kernel, self.bias, padding=1)
+
+
+def merged_kernels(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The 2 x 2 kernels (O, I, 2, 2) of even and odd rows, and in either of even and odd columns."""
+    taps = weight.new_tensor(TAPS)
+    kernels = (weight.flatten(2) @ torch.kron(taps, taps).T).unflatten(-1, (2, 2, 2, 2))
+    # (O, I, row phase, row, column phase, column)
+    return [kernels[:, :, row, :, column] for row in range(2) for column in range(2)]
 
 
 def recast(module: nn.Module, cls: type[Module]) -> Module:
@@ -166,5 +180,5 @@ def lighten(decoder: Decoder) -> None:
 def set_fast(decoder: Decoder, fast: bool) -> None:
     """Whether the modules of a lightened decoder may take another path than diffusers' own."""
     for module in decoder.modules():
-        if isinstance(module, (InPlaceSiLU, LeanResnetBlock2D, MergedUpsample2D)):
+        if hasattr(type(module), "fast"):
             module.fast = fast
