@@ -1,10 +1,13 @@
 import json
 
 import pytest
+import torch
 from tiny_models import tiny_pipeline
 
 from srdd.evaluation.ablation_report import markdown, mean_and_interval, save_sweep
 from srdd.evaluation.ablations import Measurements, read_tables
+from srdd.evaluation.image_sources import PipelineImages
+from srdd.models.fast_linear import multiplies_int8
 
 
 ROW = {"model": "SDD"}
@@ -69,6 +72,18 @@ def test_rows_change_the_scheduler_and_leave_the_pipeline(tmp_path):
     assert changed.scheduler.config.resampling_policy == "masked"
     assert pipe.scheduler.config.resampling_policy == "none"
     assert changed.transformer is pipe.transformer
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not multiplies_int8(), reason="The CPU has no VNNI.")
+def test_rows_decode_in_int8_and_leave_the_pipeline(tmp_path):
+    (table,) = read(tmp_path, {**TABLE, "rows": {"float32": ROW, "int8": {**ROW, "int8_decoding": True}}})
+    pipe = tiny_pipeline()
+    latents = PipelineImages(pipe, 4).draw(range(4), "latent")
+    pictures = [row.pipeline(pipe).vqvae.decode(latents).sample for row in table.rows]
+    assert torch.equal(pictures[0], pipe.vqvae.decode(latents).sample)
+    assert not torch.equal(*pictures)
+    assert (pictures[0] - pictures[1]).std() < 0.05 * pictures[0].std()
 
 
 def test_cells_are_measured_once_until_their_row_changes(tmp_path):

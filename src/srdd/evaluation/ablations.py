@@ -1,5 +1,6 @@
 """Tables and figures that one JSON file describes: which models, under which settings, measured how."""
 
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -11,12 +12,16 @@ import torch
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.evaluation.editing import EDITING_TASKS
+from srdd.evaluation.image_sources import PipelineImages
 
 
 TABLE_KINDS = ("samples", "editing", "likelihood", "signal_to_noise")
 
 # In rows of editing tables: nothing is drawn, holes are filled as the option "filling" says.
 NO_MODEL = "none"
+
+# Images that show the bounds of int8 decoding, of a seed that no table has.
+NUM_EXAMPLES, EXAMPLE_SEED = 64, 1000
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class AblationRow:
         guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
         scheduler (`dict`): Values that replace those of the pipeline's scheduler.
         options (`dict`): More arguments of the editing pipelines, or of `fill`.
+        int8_decoding (`bool`): Whether a copy of the tokenizer decodes in int8, between bounds of `NUM_EXAMPLES`
+            images that the pipeline draws, of all classes alike.
     """
 
     name: str
@@ -37,12 +44,18 @@ class AblationRow:
     guidance_scale: float | None = None
     scheduler: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    int8_decoding: bool = False
 
     def pipeline(self, pipe: SRDDPipeline) -> SRDDPipeline:
-        """A pipeline of the same weights with the row's scheduler."""
+        """A pipeline of the same weights with the row's scheduler and decoding."""
         scheduler = ScaleScheduler.from_config(pipe.scheduler.config, **self.scheduler)
         changed = SRDDPipeline(**{**pipe.components, "scheduler": scheduler})
         changed.set_progress_bar_config(disable=True)
+        if self.int8_decoding:
+            source = PipelineImages(changed, NUM_EXAMPLES, self.guidance_scale, EXAMPLE_SEED)
+            latents = source.draw(range(NUM_EXAMPLES), "latent")
+            changed.register_modules(vqvae=copy.deepcopy(pipe.vqvae))
+            changed.vqvae.enable_int8_decoding(latents)
         return changed
 
 

@@ -60,14 +60,17 @@ class PipelineImages:
 
     def read(self, indices: range) -> torch.Tensor:
         """uint8 images of shape `(len(indices), 3, height, width)`."""
-        images = self.pipe(
+        return self.draw(indices, "pt").mul(255).round().to(torch.uint8).cpu()
+
+    def draw(self, indices: range, output_type: str) -> torch.Tensor:
+        """Images, or latent states, by index, as the pipeline gives them under an `output_type`."""
+        return self.pipe(
             [index % self.num_classes for index in indices] if self.num_classes else None,
             guidance_scale=self.guidance_scale,
             num_images_per_prompt=1 if self.num_classes else len(indices),
             generator=[torch.Generator().manual_seed(SEED_STRIDE * self.seed + index) for index in indices],
-            output_type="pt",
+            output_type=output_type,
         ).images
-        return images.mul(255).round().to(torch.uint8).cpu()
 
 
 class DataSetImages:
