@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, tiny_transformer
 from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import MarkStepBox
 
 from srdd import ScaleKVCache, ScaleTransformer2DModel
 from srdd.models import ModulationCache
@@ -388,6 +389,37 @@ def test_modulations_are_computed_once_for_all_scales(shared_adaln):
     ]
     assert len(calls) == len(linears) + 1
     assert all(torch.equal(*pair) for pair in zip(logits, expected))
+
+
+@torch.no_grad()
+def test_what_blocks_return_may_be_overwritten_by_the_next_forward():
+    # As a CUDA graph does that is replayed.
+    model, inputs, labels = make_transformer("markov"), random_inputs(), torch.tensor([2, 5])
+    cache, returned = ModulationCache(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: returned.extend(output))
+    coarse = model(inputs[:, TOKENS[0]], LAST, labels, modulation_cache=cache).sample
+    kept = coarse.clone()
+    for tensor in returned:
+        tensor.fill_(math.nan)
+    assert torch.equal(coarse, kept)
+    fine = model(inputs[:, TOKENS[1]], LAST - 1, labels, modulation_cache=cache).sample
+    assert torch.equal(fine, model(inputs[:, TOKENS[1]], LAST - 1, labels).sample)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}, {}])
+def test_every_forward_is_one_step_of_cuda_graphs(arguments):
+    model, steps = make_transformer("markov"), []
+    model.compile_repeated_blocks(**arguments)
+    for block in model.blocks:
+        block._compiled_call_impl = None  # what is traced is not the matter here
+        block.register_forward_pre_hook(lambda *_: steps.append(MarkStepBox.mark_step_counter))
+    before = MarkStepBox.mark_step_counter
+    for scale in (1, 2):
+        model(random_inputs()[:, TOKENS[scale]], LAST - scale)
+    per_forward = 1 if arguments else 0
+    assert steps == [before - per_forward] * 2 + [before - 2 * per_forward] * 2
 
 
 @torch.no_grad()

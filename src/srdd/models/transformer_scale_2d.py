@@ -29,6 +29,9 @@ ATTENTION_PATTERNS = ("causal", "markov", "banded")
 
 Timesteps = int | Sequence[int] | torch.Tensor
 
+# Modes of `torch.compile` that replay CUDA graphs.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
 
 @dataclass
 class ScaleTransformer2DModelOutput(Transformer2DModelOutput):
@@ -188,11 +191,7 @@ class ScaleAttnProcessor:
     @staticmethod
     @torch.compiler.disable
     def context(
-        layer: int,
-        segment: ScaleSegment,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: ScaleKVCache | None,
+        layer: int, segment: ScaleSegment, key: torch.Tensor, value: torch.Tensor, kv_cache: ScaleKVCache | None
     ) -> tuple[torch.Tensor, ...]:
         """Keys and values that a scale sees, which the cache receives unless it is read only."""
         if kv_cache is not None and not kv_cache.is_read_only:
@@ -424,6 +423,11 @@ class ScaleTransformerBlock(nn.Module):
         return torch.addcmul(hidden_states, gate2, self.drop_path(branch)), modulations
 
 
+def begin_step(*_) -> None:
+    """A hook: outputs of earlier forwards may be overwritten from here on, those within this one may not."""
+    torch.compiler.cudagraph_mark_step_begin()
+
+
 class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     r"""
     Predicts the tokens of a scale from the latent state before it: `p_theta(z_k | x_k, k, y)`.
@@ -563,6 +567,19 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
         return self.config.attention_pattern != "markov"
 
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """
+        Compile the blocks, as [`~diffusers.ModelMixin.compile_repeated_blocks`] does, with the arguments of
+        `torch.compile`.
+
+        With CUDA graphs (`mode="reduce-overhead"`) every forward is then one step of them. Left alone, torch takes
+        each call of a compiled block for one, and frees what the block before has returned, which is its input.
+        """
+        super().compile_repeated_blocks(*args, **kwargs)
+        options = kwargs.get("options") or {}
+        if kwargs.get("mode") in CUDA_GRAPH_MODES or options.get("triton.cudagraphs"):
+            self.register_forward_pre_hook(begin_step)
+
     def enable_fast_linears(self) -> None:
         """
         Let linear layers use kernels of oneDNN on CPUs where no gradient is asked for. By default they do where it is
@@ -697,7 +714,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             else:
                 hidden_states, modulations = block(*inputs)
             if modulation_cache is not None and not is_known:
-                modulation_cache.blocks.append(modulations)
+                # A copy: where a block is replayed as a CUDA graph, the next forward writes over what it returned.
+                modulation_cache.blocks.append(modulations.clone())
         modulations = known.out if is_known else self.adaln_out(condition)
         if modulation_cache is not None:
             modulation_cache.out = modulations
