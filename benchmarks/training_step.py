@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
 What a training step costs: one attention call per scale against VAR's N x N mask, and cached tokens against tokenising
-in every epoch.
+in every epoch. On CUDA devices also FlexAttention, which skips what the mask forbids, in compiled blocks.
 
     python benchmarks/training_step.py --num_layers 16 --batch_size 2 --grid_size 16
 
@@ -16,6 +16,7 @@ and batch 1 that is 1.5 GiB at depth 4 and 4.1 at depth 8, with the mask 2.8 and
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from measuring import device_name, peak_memory, seconds_of
 from tqdm.auto import tqdm
 
@@ -37,6 +39,11 @@ VARIANTS = {
     "markov, N x N mask": ("markov", MaskedScaleAttnProcessor),
     "causal (VAR), a call per scale": ("causal", ScaleAttnProcessor),
     "causal (VAR), N x N mask": ("causal", MaskedScaleAttnProcessor),
+}
+# Only where flex attention has gradients, and in compiled blocks.
+FLEX_VARIANTS = {
+    "markov, flex": ("markov", MaskedScaleAttnProcessor),
+    "causal (VAR), flex": ("causal", MaskedScaleAttnProcessor),
 }
 REFERENCE = "causal (VAR), N x N mask"
 TOKENISING = "markov, a call per scale, tokenising"
@@ -66,6 +73,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def twin(model: torch.nn.Module) -> torch.nn.Module:
+    """A model with the same parameters, not with equal ones, that can be compiled while the other is not."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 class Step:
     """One training step of a transformer whose pattern and processor can be exchanged."""
 
@@ -83,6 +95,11 @@ class Step:
         self.model.train()
         if args.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
+        self.variants, self.compiled = dict(VARIANTS), None
+        if self.device.type == "cuda":
+            self.variants.update(FLEX_VARIANTS)
+            self.compiled = twin(self.model)
+            self.compiled.compile_repeated_blocks(fullgraph=True, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
         shape = (args.batch_size, sum(num_tokens_per_scale(self.scale_sizes)))
         self.token_ids = torch.randint(4096, shape, device=self.device)
@@ -95,9 +112,13 @@ class Step:
             self.images = torch.randn(args.batch_size, 3, side, side, device=self.device)
 
     def select(self, name: str) -> None:
-        pattern, processor = VARIANTS.get(name, VARIANTS["markov, a call per scale"])
-        self.model.register_to_config(attention_pattern=pattern)
-        self.model.set_attn_processor(processor())
+        pattern, processor = self.variants.get(name, VARIANTS["markov, a call per scale"])
+        self.selected = self.compiled if name in FLEX_VARIANTS else self.model
+        self.selected.register_to_config(attention_pattern=pattern)
+        self.selected.set_attn_processor(processor())
+        if name in FLEX_VARIANTS:
+            with attention_backend():  # diffusers would make it the default of the other variants
+                self.selected.set_attention_backend("flex")
 
     def backward(self, tokenise: bool = False) -> torch.Tensor:
         """Logits of a forward, with gradients in place."""
@@ -107,7 +128,7 @@ class Step:
                 token_ids = self.vqvae.tokenize(self.images)
         torch.manual_seed(1)  # the same labels are dropped
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.mixed_precision == "bf16"):
-            logits = self.model(self.inputs, class_labels=self.labels).sample
+            logits = self.selected(self.inputs, class_labels=self.labels).sample
             loss = token_loss(logits, token_ids, self.scale_sizes).loss
         loss.backward()
         return logits.detach()
@@ -145,7 +166,7 @@ class Step:
         numbers = sum(parameter.numel() for parameter in self.model.parameters())  # gradients
         numbers += batch_size * num_tokens * LOGITS_COPIES * self.model.config.codebook_size
         numbers += batch_size * num_tokens * (BLOCK_COPIES * kept + num_layers) * dim
-        if VARIANTS.get(name, (None, ScaleAttnProcessor))[1] is MaskedScaleAttnProcessor:
+        if VARIANTS.get(name, (None, None))[1] is MaskedScaleAttnProcessor:
             numbers += num_tokens**2 * (kept + 0.25)  # attention keeps a mask of numbers, made of one of booleans
         if name == TOKENISING:
             channels = self.vqvae.config.block_out_channels[0]
@@ -171,17 +192,18 @@ class Step:
 def check_equal(step: Step, names: list[str]) -> float | None:
     """
     The largest difference between the processors, relative to the largest value, over logits and gradients; `None` if
-    no pattern has both.
+    no pattern has several.
     """
     worst = None
     tolerance = 2e-2 if step.args.mixed_precision == "bf16" else 1e-4
     for pattern in ("markov", "causal (VAR)"):
-        pair = [f"{pattern}, a call per scale", f"{pattern}, N x N mask"]
-        if not set(pair) <= set(names):
-            continue
-        for ours, theirs in zip(*map(step.gradients, pair)):
-            difference = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
-            worst = max(worst or 0.0, difference)
+        ways = ("a call per scale", "N x N mask", "flex")
+        first, *others = [f"{pattern}, {way}" for way in ways if f"{pattern}, {way}" in names] or [None]
+        expected = step.gradients(first) if others else []
+        for name in others:
+            for ours, theirs in zip(expected, step.gradients(name)):
+                difference = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
+                worst = max(worst or 0.0, difference)
     if worst is not None and worst > tolerance:
         raise RuntimeError(f"The variants differ by {worst:.1e}, more than {tolerance:.0e}: nothing was timed.")
     return worst
@@ -211,7 +233,9 @@ def report(args: argparse.Namespace, step: Step, found: dict) -> str:
 
 def main(args: argparse.Namespace) -> None:
     step = Step(args)
-    expected = {name: step.expected_memory(name) for name in [*VARIANTS, *([TOKENISING] if args.tokenizer else [])]}
+    expected = {
+        name: step.expected_memory(name) for name in [*step.variants, *([TOKENISING] if args.tokenizer else [])]
+    }
     available = step.available_memory()
     names = [name for name, needed in expected.items() if available is None or needed <= available]
     for name in [name for name in expected if name not in names]:

@@ -351,7 +351,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         if known_mask is not None:
             resample_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
         redraws = self._num_further_passes(timestep) if self.resampling_feedback == "redraw" else 0
-        for _ in range(1 + redraws):
+        for index in range(1 + redraws):
             token_ids = self._draw(model_output, token_ids, resample_mask, generator)
             chosen = model_output.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
             probabilities = (chosen - log_normalizer).exp()
@@ -363,7 +363,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 keeps = self.config.resampling_policy == "masked" and self.config.keep_accepted_tokens
                 wanted = wanted & (resample_mask if keeps else resample_mask.any(dim=1, keepdim=True))
             resample_mask = wanted
-            if not resample_mask.any():
+            # Asking the device makes it wait, so only where there is something to decide.
+            if index < redraws and not resample_mask.any():
                 break
 
         prev_sample = sample.clone()

@@ -232,6 +232,18 @@ def test_training_step(load, tmp_path, capsys):
         assert f"| {name} |" in report
 
 
+def test_compiled_training_steps_train_the_same_weights(load):
+    training_step = load("training_step")
+    step = training_step.Step(training_step.parse_args([*TINY_STEP, "--grid_size", "2"]))
+    assert step.compiled is None  # on a CPU there are no variants to compile for
+    assert not set(step.variants) & set(training_step.FLEX_VARIANTS)
+    twin = training_step.twin(step.model)
+    assert all(ours is theirs for ours, theirs in zip(twin.parameters(), step.model.parameters(), strict=True))
+    twin.register_to_config(attention_pattern="causal")
+    assert step.model.config.attention_pattern == "markov"
+    assert twin.blocks[0].attn is not step.model.blocks[0].attn
+
+
 def test_training_steps_that_would_not_fit_are_left_out(load, tmp_path, capsys):
     training_step = load("training_step")
     words = [*TINY_STEP, "--grid_size", "16"]

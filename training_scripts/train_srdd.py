@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from diffusers.models.attention_dispatch import attention_backend
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS
+from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS, MaskedScaleAttnProcessor
 from srdd.training.arguments import add_training_arguments, add_transformer_arguments
 from srdd.training.loop import load_images, make_accelerator
 from srdd.training.publish import finish_pipeline
@@ -35,6 +36,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--pretrained_vqvae_name_or_path", required=True, help="Folder or Hub id of the tokenizer.")
     model.add_argument("--pretrained_model_name_or_path", help="Start from this transformer.")
     model.add_argument("--attention_pattern", choices=ATTENTION_PATTERNS, help="Default: markov, or as pretrained.")
+    model.add_argument(
+        "--attention_backend", help="One of diffusers' while training; 'flex': one call for all scales, compiled."
+    )
     model.add_argument("--num_layers", type=int, default=6)
     model.add_argument("--num_attention_heads", type=int, default=4)
     model.add_argument("--attention_head_dim", type=int, default=64)
@@ -110,6 +114,17 @@ def add_lora(model: ScaleTransformer2DModel, args: argparse.Namespace) -> None:
     model.class_embed.requires_grad_(True)
 
 
+def select_attention(model: ScaleTransformer2DModel, backend: str, device: torch.device) -> None:
+    """Let the transformer train with another backend of diffusers' for its attention."""
+    if backend == "flex" and device.type == "cpu":
+        raise ValueError("`--attention_backend` must be one that has gradients on a CPU, got 'flex'.")
+    if backend == "flex":
+        model.set_attn_processor(MaskedScaleAttnProcessor())
+        model.compile_repeated_blocks(dynamic=False)
+    with attention_backend():  # diffusers would make it the default of all models, the averaged copy among them
+        model.set_attention_backend(backend)
+
+
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed)  # FSDP takes a part of the new weights from every process: they must be the same
@@ -120,6 +135,8 @@ def main(args: argparse.Namespace) -> None:
     model = build_model(args, vqvae, images.id2label)
     if args.lora_rank:
         add_lora(model, args)
+    if args.attention_backend:
+        select_attention(model, args.attention_backend, accelerator.device)
     set_seed(args.seed, device_specific=True)
     scheduler = ScaleScheduler(scale_sizes=vqvae.config.scale_sizes)
     tokens = load_tokens(args, accelerator, vqvae, images, vqvae.config.scale_sizes)

@@ -5,11 +5,15 @@ Shape legend: B batch, N tokens, D width, H heads.
 """
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, tiny_transformer
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import MarkStepBox
 
 from srdd import ScaleKVCache, ScaleTransformer2DModel
 from srdd.models import ModulationCache
@@ -41,7 +45,7 @@ def sees(pattern: str, query_scale: int, key_scale: int) -> bool:
     return key_scale <= query_scale
 
 
-def dense_mask(pattern: str, scales: list[int]) -> torch.Tensor:
+def sees_by_token(pattern: str, scales: Sequence[int]) -> torch.Tensor:
     """`(N, N)`, true where attention is allowed; the scale before another is the one before it in `scales`."""
     order = [place for place, scale in enumerate(scales) for _ in range(TOKENS[scale].stop - TOKENS[scale].start)]
     return torch.tensor([[sees(pattern, query, key) for key in order] for query in order])
@@ -70,7 +74,7 @@ def plain_logits(model, inputs: torch.Tensor, labels: torch.Tensor, scales=(0, 1
     if scales[0] == 0:
         x = torch.cat([condition[:, None] + model.start_pos_embed, x[:, 1:]], dim=1)
     x = x + torch.cat(positions)
-    mask = dense_mask(model.config.attention_pattern, list(scales))
+    mask = sees_by_token(model.config.attention_pattern, scales)
     activated = condition * torch.sigmoid(condition)
     for block in model.blocks:
         if model.adaln is None:
@@ -112,13 +116,93 @@ def test_one_call_under_a_mask_gives_the_same_logits(pattern, scales):
     torch.testing.assert_close(model(inputs, timesteps).sample, expected, atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_the_masked_processor_draws_with_a_cache_too():
-    model, inputs = make_transformer("causal"), random_inputs()
-    expected, cache = model(inputs).sample, ScaleKVCache()
+def masked_transformer(pattern: str, backend: str, **overrides) -> ScaleTransformer2DModel:
+    """A model with one call for all scales by a backend, which other models do not get."""
+    model = make_transformer(pattern, **overrides)
     model.set_attn_processor(MaskedScaleAttnProcessor())
+    with attention_backend():
+        model.set_attention_backend(backend)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["native", "flex"])
+def test_the_masked_processor_draws_with_a_cache_too(backend):
+    inputs, cache = random_inputs(), ScaleKVCache()
+    expected = make_transformer("causal")(inputs).sample
+    model = masked_transformer("causal", backend)
     logits = [model(inputs[:, :3], [3, 2], kv_cache=cache).sample, model(inputs[:, 3:], [1, 0], kv_cache=cache).sample]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_flex_attention_gives_the_same_logits(pattern):
+    model, inputs, labels = make_transformer(pattern), random_inputs(), torch.tensor([2, 5])
+    logits = masked_transformer(pattern, "flex")(inputs, class_labels=labels).sample
+    torch.testing.assert_close(logits, model(inputs, class_labels=labels).sample, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_flex_attention_is_left_to_calls_under_a_mask(pattern):
+    # On a CPU and with gradients it raises.
+    model, inputs = masked_transformer(pattern, "flex"), random_inputs()[:, TOKENS[2]]
+    assert torch.equal(model(inputs, 1).sample, make_transformer(pattern)(inputs, 1).sample)
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        model(random_inputs())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_masks_allow_what_the_pattern_does(pattern):
+    segments = make_transformer(pattern)._segments([3, 2, 1, 0], None)
+    processor, device = MaskedScaleAttnProcessor(), torch.device("cpu")
+    expected = sees_by_token(pattern, range(4))
+    dense = processor.attention_mask(segments, None, device)
+    assert torch.equal(dense[0, 0], expected)
+    processor._attention_backend = AttentionBackendName.FLEX
+    block_mask = processor.attention_mask(segments, None, device)
+    positions = torch.arange(NUM_TOKENS)
+    assert torch.equal(block_mask.mask_mod(0, 0, positions[:, None], positions), expected)
+    # Once for all layers and calls.
+    assert (
+        processor.attention_mask(make_transformer(pattern)._segments([3, 2, 1, 0], None), None, device) is block_mask
+    )
+    assert processor.attention_mask(segments[:1], None, device) is None
+    assert processor.attention_mask(segments, ScaleKVCache(), device) is None
+    assert ScaleAttnProcessor().attention_mask(segments, None, device) is None
+
+
+@pytest.mark.parametrize(("pattern", "num_tiles"), [("markov", 9 * 9 + 3 * 3 - 1), ("causal", 9 * 11 + 2 * 3)])
+def test_flex_attention_skips_tiles_that_are_forbidden(pattern, num_tiles):
+    # 1297 tokens are 11 x 11 tiles of 128: scales 1 to 3 lie in the first three rows, scale 4 from the third on.
+    model, processor = make_transformer(pattern, scale_sizes=[1, 4, 16, 32]), MaskedScaleAttnProcessor()
+    processor._attention_backend = AttentionBackendName.FLEX
+    block_mask = processor.attention_mask(model._segments([3, 2, 1, 0], None), None, torch.device("cpu"))
+    tiles = block_mask.to_dense()[0, 0]
+    assert tiles.shape == (11, 11)
+    assert tiles.sum() == num_tiles
+
+
+@torch.no_grad()
+def test_compiled_blocks_are_given_the_mask():
+    inputs, labels = random_inputs(), torch.tensor([2, 5])
+    model = masked_transformer("markov", "flex")
+    torch.compiler.reset()
+    counters.clear()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=False)
+    counts = []
+    for pattern in ("markov", "causal", "markov"):
+        model.register_to_config(attention_pattern=pattern)
+        plain = make_transformer(pattern)
+        expected = plain(inputs, class_labels=labels).sample
+        for _ in range(2):
+            logits = model(inputs, class_labels=labels).sample
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+        counts.append(counters["stats"]["unique_graphs"])
+    # One graph for all layers and calls with a layout.
+    assert counts[0] == 1
+    assert counts[1] == counts[2] <= 2
 
 
 @torch.no_grad()
@@ -365,6 +449,37 @@ def test_modulations_are_computed_once_for_all_scales(shared_adaln):
     ]
     assert len(calls) == len(linears) + 1
     assert all(torch.equal(*pair) for pair in zip(logits, expected))
+
+
+@torch.no_grad()
+def test_what_blocks_return_may_be_overwritten_by_the_next_forward():
+    # As a CUDA graph does that is replayed.
+    model, inputs, labels = make_transformer("markov"), random_inputs(), torch.tensor([2, 5])
+    cache, returned = ModulationCache(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: returned.extend(output))
+    coarse = model(inputs[:, TOKENS[0]], LAST, labels, modulation_cache=cache).sample
+    kept = coarse.clone()
+    for tensor in returned:
+        tensor.fill_(math.nan)
+    assert torch.equal(coarse, kept)
+    fine = model(inputs[:, TOKENS[1]], LAST - 1, labels, modulation_cache=cache).sample
+    assert torch.equal(fine, model(inputs[:, TOKENS[1]], LAST - 1, labels).sample)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [{"mode": "reduce-overhead"}, {"options": {"triton.cudagraphs": True}}, {}])
+def test_every_forward_is_one_step_of_cuda_graphs(arguments):
+    model, steps = make_transformer("markov"), []
+    model.compile_repeated_blocks(**arguments)
+    for block in model.blocks:
+        block._compiled_call_impl = None  # what is traced is not the matter here
+        block.register_forward_pre_hook(lambda *_: steps.append(MarkStepBox.mark_step_counter))
+    before = MarkStepBox.mark_step_counter
+    for scale in (1, 2):
+        model(random_inputs()[:, TOKENS[scale]], LAST - scale)
+    per_forward = 1 if arguments else 0
+    assert steps == [before - per_forward] * 2 + [before - 2 * per_forward] * 2
 
 
 @torch.no_grad()

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -322,15 +324,20 @@ def test_scales_without_guidance_are_drawn_at_half_the_cost(pattern, interval, e
         assert torch.equal((cond + guided * (cond - uncond)).argmax(dim=-1), token_ids[:, tokens])
 
 
-@pytest.mark.parametrize(("pattern", "num_graphs"), [("markov", 4), ("causal", 16)])
-def test_compiled_blocks_serve_all_scales(pattern, num_graphs):
+def ten_scales(pattern: str, **overrides):
     sizes = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    models = tiny_vqvae(scale_sizes=sizes, sample_size=20), tiny_transformer(pattern, scale_sizes=sizes)
+    models = tiny_vqvae(scale_sizes=sizes, sample_size=20), tiny_transformer(pattern, scale_sizes=sizes, **overrides)
     pipe = SRDDPipeline(*models, make_scheduler("none", scale_sizes=sizes))
     pipe.set_progress_bar_config(disable=True)
-    expected = [latents_of(pipe, [1, 2], generator=generators(seed, seed + 1))[1] for seed in (0, 1, 2)]
     torch.compiler.reset()
     counters.clear()
+    return pipe
+
+
+@pytest.mark.parametrize(("pattern", "num_graphs"), [("markov", 4), ("causal", 8)])
+def test_compiled_blocks_serve_all_scales(pattern, num_graphs):
+    pipe = ten_scales(pattern)
+    expected = [latents_of(pipe, [1, 2], generator=generators(seed, seed + 1))[1] for seed in (0, 1, 2)]
     # The backend "eager" runs what was traced as it is: what is tested is how often something is traced.
     pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=pattern == "markov")
     found, counts = [], []
@@ -339,6 +346,42 @@ def test_compiled_blocks_serve_all_scales(pattern, num_graphs):
         counts.append(counters["stats"]["unique_graphs"])
     assert all(torch.equal(*pair) for pair in zip(found, expected))
     assert 0 < counts[1] == counts[2] <= num_graphs
+
+
+@pytest.mark.slow
+def test_blocks_compiled_for_any_shape_serve_all_batches():
+    pipe = ten_scales("markov", num_layers=1)
+    draws = [([1, 2], 4.0), ([3], 4.0), ([1, 2], 1.0), ([1], 1.0), ([1, 2, 3], 4.0)]
+    expected = [
+        latents_of(pipe, labels, guidance_scale=scale, generator=generators(*labels)) for labels, scale in draws
+    ]
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=True)
+    for (labels, scale), (_, token_ids) in zip(draws, expected):
+        found = latents_of(pipe, labels, guidance_scale=scale, generator=generators(*labels))[1]
+        assert torch.equal(found, token_ids)
+    # Far from the 8 after which torch refuses to trace again: batches and scales of 1 are cases of their own.
+    assert counters["stats"]["unique_graphs"] <= 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
+def test_compiled_code_draws_the_same_tokens():
+    pipe = ten_scales("markov")
+
+    def draw(*seeds):
+        class_labels = [1, 2][: len(seeds)]
+        return latents_of(pipe, class_labels, guidance_scale=4.0, generator=generators(*seeds))[1]
+
+    expected = [draw(*seeds) for seeds in ((0, 1), (2, 3), (4,), (5,))]
+    # On a CPU this mode goes without CUDA graphs.
+    pipe.transformer.compile_repeated_blocks(mode="reduce-overhead", fullgraph=True, dynamic=True)
+    found, counts = [], []
+    for seeds in ((0, 1), (2, 3), (4,), (5,)):
+        found.append(draw(*seeds))
+        counts.append(counters["stats"]["unique_graphs"])
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+    assert counts[0] == counts[1]
+    assert counts[2] == counts[3]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

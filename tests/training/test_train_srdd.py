@@ -14,6 +14,7 @@ from tiny_models import tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, load_script, read_log, train_transformer, weights
 
 from srdd import ScaleTransformer2DModel, SRDDPipeline
+from srdd.models.transformer_scale_2d import MaskedScaleAttnProcessor
 
 
 SCRIPT = load_script("train_srdd")
@@ -77,6 +78,27 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
     with pytest.raises(SystemExit):
         parse(*arguments)
     assert message in capsys.readouterr().err
+
+
+def test_an_attention_backend_for_training(run, plain):
+    # The same attention by another name: nothing else changes.
+    native = run("native", "--class_dropout_prob", 0, "--attention_backend", "native")
+    assert_same_weights(load(native), load(plain))
+    with pytest.raises(ValueError, match="must be one that has gradients on a CPU, got 'flex'"):
+        run("flex", "--attention_backend", "flex")
+    with pytest.raises(ValueError, match="must be one of the following"):
+        run("fast", "--attention_backend", "fast")
+
+
+def test_flex_attention_is_trained_in_compiled_blocks():
+    model = tiny_transformer()
+    SCRIPT.select_attention(model, "flex", torch.device("cuda"))
+    for block in model.blocks:
+        assert isinstance(block.attn.processor, MaskedScaleAttnProcessor)
+        assert block.attn.processor._attention_backend == "flex"
+        assert block._compiled_call_impl is not None
+    # Other models keep their attention: that of flex has no gradients here.
+    tiny_transformer()(torch.zeros(1, 21, 8)).sample.sum().backward()
 
 
 def test_a_tokenizer_is_needed(capsys):

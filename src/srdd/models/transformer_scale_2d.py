@@ -5,6 +5,7 @@ channels, V codebook.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from srdd.models.fast_linear import quicken, set_fast
 from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, scale_slices
@@ -26,6 +28,9 @@ from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, scale_slices
 ATTENTION_PATTERNS = ("causal", "markov", "banded")
 
 Timesteps = int | Sequence[int] | torch.Tensor
+
+# Modes of `torch.compile` that replay CUDA graphs.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 @dataclass
@@ -166,12 +171,24 @@ class ScaleAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
+    @property
+    def unmasked_backend(self) -> AttentionBackendName | None:
+        """The backend of calls that need no mask."""
+        return self._attention_backend
+
+    def attention_mask(
+        self, segments: Sequence[ScaleSegment], kv_cache: ScaleKVCache | None, device: torch.device
+    ) -> torch.BoolTensor | BlockMask | None:
+        """The mask that a call wants, made ahead of it: compiled blocks are given it and do not make it."""
+        return None
+
     def __call__(
         self,
         attn: "ScaleAttention",
         hidden_states: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | None = None,
+        attention_mask: torch.BoolTensor | BlockMask | None = None,
     ) -> torch.Tensor:
         query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
         if len(segments) == 1 and kv_cache is None:
@@ -184,7 +201,7 @@ class ScaleAttnProcessor:
             ]
         attended = [
             dispatch_attention_fn(
-                *states, scale=attn.scale, backend=self._attention_backend, parallel_config=self._parallel_config
+                *states, scale=attn.scale, backend=self.unmasked_backend, parallel_config=self._parallel_config
             )
             for states in seen
         ]
@@ -206,12 +223,69 @@ class ScaleAttnProcessor:
         return tuple(torch.cat(pair, dim=1) for pair in zip(past, packed))
 
 
+# Of each packed scale: where its queries start and stop, and where the keys that they see do.
+MaskLayout = tuple[tuple[int, int, int, int], ...]
+
+
+@functools.lru_cache(maxsize=8)
+def dense_mask(layout: MaskLayout, device: torch.device) -> torch.BoolTensor:
+    """`(1, 1, N, N)`, true where attention is allowed. Masks are made once for all layers and calls."""
+    num_tokens = layout[-1][1]
+    mask = torch.zeros(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=device)
+    for start, stop, first, last in layout:
+        mask[..., start:stop, first:last] = True
+    return mask
+
+
+@functools.lru_cache(maxsize=8)
+def block_mask(layout: MaskLayout, device: torch.device) -> BlockMask:
+    """[`dense_mask`] as FlexAttention reads it: tiles that it forbids altogether are not computed."""
+    sizes = torch.tensor([stop - start for start, stop, _, _ in layout])
+    first, last = (
+        torch.tensor(bounds).repeat_interleave(sizes).to(device)  # (N,)
+        for bounds in zip(*(keys for _, _, *keys in layout))
+    )
+
+    def is_seen(batch, head, query, key):
+        return (first[query] <= key) & (key < last[query])
+
+    num_tokens = layout[-1][1]
+    return create_block_mask(is_seen, None, None, num_tokens, num_tokens, device)
+
+
 class MaskedScaleAttnProcessor(ScaleAttnProcessor):
     """
-    One attention call for all scales under an N x N mask, as VAR trains: the same numbers, with more arithmetic in
-    fewer calls. `transformer.set_attn_processor(MaskedScaleAttnProcessor())` selects it; inputs of a single scale, and
-    calls with a cache, need no mask and go the usual way.
+    One attention call for all packed scales under an N x N mask, as VAR trains: the same numbers in fewer calls.
+
+    By default the mask is dense, and what it forbids is computed all the same. With the backend "flex" it is a
+    `BlockMask`, and most of that is left out. FlexAttention wants compiled blocks: without a compiler it holds the
+    scores of all pairs of tokens, and on CPUs it has no gradients.
+
+    ```py
+    transformer.set_attn_processor(MaskedScaleAttnProcessor())
+    with attention_backend():  # of diffusers.models.attention_dispatch: other models keep theirs
+        transformer.set_attention_backend("flex")  # after the processor: a new one has the default backend
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    ```
+
+    Inputs of a single scale, and calls with a cache, need no mask. They go the usual way, and under "flex" to
+    torch's own attention.
     """
+
+    @property
+    def unmasked_backend(self) -> AttentionBackendName | None:
+        is_flex = self._attention_backend == AttentionBackendName.FLEX
+        return AttentionBackendName.NATIVE if is_flex else self._attention_backend
+
+    def attention_mask(
+        self, segments: Sequence[ScaleSegment], kv_cache: ScaleKVCache | None, device: torch.device
+    ) -> torch.BoolTensor | BlockMask | None:
+        if kv_cache is not None or len(segments) == 1:
+            return None
+        layout = tuple((s.tokens.start, s.tokens.stop, s.context.start, s.context.stop) for s in segments)
+        make_mask = block_mask if self._attention_backend == AttentionBackendName.FLEX else dense_mask
+        with torch.inference_mode(False):  # training may want what an evaluation has made
+            return make_mask(layout, device)
 
     def __call__(
         self,
@@ -219,19 +293,16 @@ class MaskedScaleAttnProcessor(ScaleAttnProcessor):
         hidden_states: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | None = None,
+        attention_mask: torch.BoolTensor | BlockMask | None = None,
     ) -> torch.Tensor:
-        if kv_cache is not None or len(segments) == 1:
+        if attention_mask is None:
             return super().__call__(attn, hidden_states, segments, kv_cache)
         query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
-        num_tokens = hidden_states.shape[1]
-        mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool, device=hidden_states.device)
-        for segment in segments:
-            mask[segment.tokens, segment.context] = True
         attended = dispatch_attention_fn(
             query,
             key,
             value,
-            attn_mask=mask[None, None],
+            attn_mask=attention_mask,
             scale=attn.scale,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
@@ -291,8 +362,9 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
         hidden_states: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | None = None,
+        attention_mask: torch.BoolTensor | BlockMask | None = None,
     ) -> torch.Tensor:
-        return self.processor(self, hidden_states, segments, kv_cache)
+        return self.processor(self, hidden_states, segments, kv_cache, attention_mask)
 
 
 def modulate(norm: nn.LayerNorm, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor):
@@ -343,6 +415,7 @@ class ScaleTransformerBlock(nn.Module):
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | None = None,
         modulations: torch.Tensor | None = None,
+        attention_mask: torch.BoolTensor | BlockMask | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -353,6 +426,7 @@ class ScaleTransformerBlock(nn.Module):
             kv_cache ([`ScaleKVCache`], *optional*): Keys and values of scales not in the input.
             modulations (`torch.Tensor` of shape `(batch, 6, dim)`, *optional*): What follows from `conditioning`, from
                 an earlier call.
+            attention_mask (`torch.BoolTensor` or `BlockMask`, *optional*): What the attention processor asked for.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Hidden states and modulations.
@@ -362,10 +436,15 @@ class ScaleTransformerBlock(nn.Module):
         elif modulations is None:
             modulations = conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
         gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
-        branch = self.attn(modulate(self.norm1, hidden_states, scale1, shift1), segments, kv_cache)
+        branch = self.attn(modulate(self.norm1, hidden_states, scale1, shift1), segments, kv_cache, attention_mask)
         hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch))
         branch = self.ff(modulate(self.norm2, hidden_states, scale2, shift2))
         return torch.addcmul(hidden_states, gate2, self.drop_path(branch)), modulations
+
+
+def begin_step(*_) -> None:
+    """A hook: outputs of earlier forwards may be overwritten from here on, those within this one may not."""
+    torch.compiler.cudagraph_mark_step_begin()
 
 
 class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
@@ -506,6 +585,19 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
     def needs_kv_cache(self) -> bool:
         """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
         return self.config.attention_pattern != "markov"
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """
+        Compile the blocks, as [`~diffusers.ModelMixin.compile_repeated_blocks`] does, with the arguments of
+        `torch.compile`.
+
+        With CUDA graphs (`mode="reduce-overhead"`) every forward is then one step of them. Left alone, torch takes
+        each call of a compiled block for one, and frees what the block before has returned, which is its input.
+        """
+        super().compile_repeated_blocks(*args, **kwargs)
+        options = kwargs.get("options") or {}
+        if kwargs.get("mode") in CUDA_GRAPH_MODES or options.get("triton.cudagraphs"):
+            self.register_forward_pre_hook(begin_step)
 
     def enable_fast_linears(self) -> None:
         """
@@ -687,13 +779,16 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         condition = F.silu(class_embedding)
         conditioning = condition if self.adaln is None or is_known else self.adaln(condition)
         for layer, block in enumerate(self.blocks):
-            inputs = (hidden_states, conditioning, segments, kv_cache, known.blocks[layer] if is_known else None)
+            modulations = known.blocks[layer] if is_known else None
+            attention_mask = block.attn.processor.attention_mask(segments, kv_cache, hidden_states.device)
+            inputs = (hidden_states, conditioning, segments, kv_cache, modulations, attention_mask)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states, modulations = self._gradient_checkpointing_func(block, *inputs)
             else:
                 hidden_states, modulations = block(*inputs)
             if modulation_cache is not None and not is_known:
-                modulation_cache.blocks.append(modulations)
+                # A copy: where a block is replayed as a CUDA graph, the next forward writes over what it returned.
+                modulation_cache.blocks.append(modulations.clone())
         modulations = known.out if is_known else self.adaln_out(condition)
         if modulation_cache is not None:
             modulation_cache.out = modulations

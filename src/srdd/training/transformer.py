@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
 from srdd.models import ScaleKVCache
+from srdd.models.transformer_scale_2d import ScaleAttnProcessor
 from srdd.training.data import LabelledImages
 from srdd.training.loop import ComputeValues, train_model, validation_images
 from srdd.training.losses import TokenLoss, token_loss
@@ -133,6 +134,8 @@ def train_transformer(
         return losses, by_scale("accuracy", scale_sizes, statistics.accuracy)
 
     def evaluate(averaged: torch.nn.Module, loader: DataLoader):
+        # A backend for training may want what the copy does not have: compiled blocks.
+        averaged.set_attn_processor(ScaleAttnProcessor())
         return validate(averaged, vqvae, loader, scheduler), draw(args, averaged, vqvae, scheduler)
 
     return train_on_tokens(args, accelerator, model, tokens, compute_values, evaluate)
