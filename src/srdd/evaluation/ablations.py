@@ -119,7 +119,7 @@ def load_pipelines(
     models: Sequence[str], tables: Sequence[AblationTable], device: str | torch.device
 ) -> dict[str, SRDDPipeline]:
     """
-    The models that tables name.
+    The models that tables name, in float32; what is quantized stays so.
 
     Args:
         models (`Sequence[str]`): Where they lie, as `"NAME=FOLDER"`; folders or Hub ids.
@@ -133,7 +133,9 @@ def load_pipelines(
     wanted = {row.model for table in tables for row in table.rows} - {NO_MODEL}
     if not wanted or wanted - set(folders):
         raise ValueError(f"`model` must say where {sorted(wanted)} lie, as NAME=FOLDER, got {list(models)}.")
-    pipelines = {name: SRDDPipeline.from_pretrained(folders[name]).to(device) for name in sorted(wanted)}
+    pipelines = {
+        name: SRDDPipeline.from_pretrained(folders[name], dtype=torch.float32).to(device) for name in sorted(wanted)
+    }
     sizes = sorted({pipe.sample_size for pipe in pipelines.values()})
     if len(sizes) > 1:
         raise ValueError(f"`model` must name models of one image size, got {sizes}.")
