@@ -78,12 +78,14 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         resampling_feedback (`str`, *optional*): What a further pass is fed, which the paper leaves open. `"full"`: the
             state with all tokens of the last pass. `"kept"`: with those that are not drawn again. `"time_travel"`: the
             state before the scale, re-tokenised from the state after it. `"redraw"`: nothing; low tokens are drawn
-            again from the same logits, which costs no pass. By default `"kept"` with the policy `"masked"`, where it
-            never hurt (`benchmarks/ABLATIONS.md`), and `"full"` with the others, which keep no token or judge all.
-        keep_accepted_tokens (`bool`, defaults to `False`): Whether tokens that a pass of the policy `"masked"` leaves
-            at or above the threshold stay. Fed back as `"full"` or `"kept"`, further passes then compute nothing but
-            the tokens that they draw again, which see the others as the pass did that accepted them. Otherwise every
-            pass computes and judges all tokens anew.
+            again from the same logits, which costs no pass. By default `"kept"` with the policy `"masked"` where
+            `keep_accepted_tokens` is false, `"full"` otherwise.
+        keep_accepted_tokens (`bool`, defaults to `True`): With the policy `"masked"` and the feedback `"full"` or
+            `"kept"`, whether tokens at or above the threshold are final. Further passes then compute nothing but the
+            tokens that they draw again, which see the others as the pass did that accepted them. Otherwise every pass
+            computes and judges all tokens anew, as the paper may be read: it takes longer and, with the feedback
+            `"full"`, spoils the images of a well-trained model. The defaults are the best of what was measured
+            (`benchmarks/ABLATIONS.md`).
 
     Raises:
         ValueError: If a value is not one of those above.
@@ -107,7 +109,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         resampling_threshold: float = 0.01,
         num_resampling_passes: int | list[int] = 5,
         resampling_feedback: str | None = None,
-        keep_accepted_tokens: bool = False,
+        keep_accepted_tokens: bool = True,
     ):
         scale_sizes = normalize_scale_sizes(scale_sizes)
         if scales is not None:
@@ -161,12 +163,12 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
     @property
     def resampling_feedback(self) -> str:
         """What a further pass is fed: the config's choice, or the policy's."""
-        default = "kept" if self.config.resampling_policy == "masked" else "full"
-        return self.config.resampling_feedback or default
+        judges_anew = self.config.resampling_policy == "masked" and not self.config.keep_accepted_tokens
+        return self.config.resampling_feedback or ("kept" if judges_anew else "full")
 
     @property
     def has_partial_passes(self) -> bool:
-        """Whether further passes compute only the tokens that they draw again."""
+        """Whether accepted tokens stay, and further passes compute only those that they draw again."""
         keeps = self.config.resampling_policy == "masked" and self.config.keep_accepted_tokens
         return keeps and self.resampling_feedback in ("full", "kept")
 
@@ -360,8 +362,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 wanted = wanted & ~known_mask
             if resample_mask is not None:
                 # An image without tokens to draw again is finished at this scale, whatever its neighbours still need.
-                keeps = self.config.resampling_policy == "masked" and self.config.keep_accepted_tokens
-                wanted = wanted & (resample_mask if keeps else resample_mask.any(dim=1, keepdim=True))
+                may_be = resample_mask if self.has_partial_passes else resample_mask.any(dim=1, keepdim=True)
+                wanted = wanted & may_be
             resample_mask = wanted
             # Asking the device makes it wait, so only where there is something to decide.
             if index < redraws and not resample_mask.any():

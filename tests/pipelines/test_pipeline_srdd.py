@@ -18,16 +18,12 @@ POLICIES = {
     "none": {},
     "simple-full": {"resampling_policy": "simple"},
     "simple-time_travel": {"resampling_policy": "simple", "resampling_feedback": "time_travel"},
-    "masked-full": {"resampling_policy": "masked", "resampling_feedback": "full"},
-    "masked-kept": {"resampling_policy": "masked", "resampling_feedback": "kept"},
+    "masked-full": {"resampling_policy": "masked", "resampling_feedback": "full", "keep_accepted_tokens": False},
+    "masked-kept": {"resampling_policy": "masked", "resampling_feedback": "kept", "keep_accepted_tokens": False},
     "masked-time_travel": {"resampling_policy": "masked", "resampling_feedback": "time_travel"},
     "masked-redraw": {"resampling_policy": "masked", "resampling_feedback": "redraw"},
 }
-KEEPING = {
-    f"{name}-keeping": {**settings, "keep_accepted_tokens": True}
-    for name, settings in POLICIES.items()
-    if name.startswith("masked")
-}
+KEEPING = {f"{name}-keeping": {**POLICIES[name], "keep_accepted_tokens": True} for name in ("masked-full", "masked-kept")}
 
 TOKENS = {2: slice(0, 1), 1: slice(1, 5), 0: slice(5, 21)}
 
@@ -78,6 +74,7 @@ def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Gener
     config, transformer, vqvae = pipe.scheduler.config, pipe.transformer, pipe.vqvae
     sizes, last = config.scale_sizes, len(config.scale_sizes) - 1
     passes = 1 if config.resampling_policy == "none" else 1 + config.num_resampling_passes
+    keeps = pipe.scheduler.has_partial_passes
     null = transformer.config.num_classes
     state, inputs, maps = torch.zeros(1, LATENT_CHANNELS, *sizes[-1]), [], []
     for k, size in enumerate(sizes):
@@ -97,7 +94,7 @@ def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Gener
                     rest, before, maps = rest - added, before + added, [*maps, codes]
                 seen = before
             x = F.adaptive_avg_pool2d(seen, size)
-            if number > 0 and config.keep_accepted_tokens and config.resampling_feedback != "time_travel":
+            if number > 0 and keeps:
                 x = torch.where(low.view(1, 1, *size), x, last_input)
             last_input = x
             packed = torch.cat([part.flatten(2) for part in [*inputs[:k], x]], dim=2).transpose(1, 2)
@@ -116,7 +113,7 @@ def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Gener
             low = torch.ones_like(tokens, dtype=torch.bool)
             if config.resampling_policy == "masked":
                 low = probabilities < config.resampling_threshold
-            if config.keep_accepted_tokens:
+            if keeps:
                 low = low & was_low
             if number == 0 or config.resampling_feedback == "time_travel":
                 # Later scales look back at what the first pass saw, unless the past itself was rewritten.
@@ -140,7 +137,7 @@ def test_tokens_are_those_of_the_plain_algorithm(pattern, policy):
         assert torch.equal(token_ids, expected)
 
 
-@pytest.mark.parametrize("policy", [name for name in KEEPING if name != "masked-redraw-keeping"])
+@pytest.mark.parametrize("policy", KEEPING)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_accepted_tokens_are_kept_as_in_the_plain_algorithm(pattern, policy):
     transformer = tiny_transformer(pattern, num_layers=1)
@@ -152,7 +149,7 @@ def test_accepted_tokens_are_kept_as_in_the_plain_algorithm(pattern, policy):
         assert torch.equal(token_ids, expected)
 
 
-@pytest.mark.parametrize("policy", ["masked-full-keeping", "masked-kept-keeping"])
+@pytest.mark.parametrize("policy", KEEPING)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_passes_compute_no_token_that_an_earlier_one_accepted(pattern, policy):
     pipe = lively_pipeline(pattern, scheduler=make_scheduler(policy, num_resampling_passes=8))

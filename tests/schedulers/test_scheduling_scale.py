@@ -254,17 +254,21 @@ def test_masked_policy_wants_the_tokens_below_the_threshold(threshold):
 
 
 @pytest.mark.parametrize(
-    ("policy", "given", "used"),
+    ("policy", "keeps", "given", "used"),
     [
-        ("masked", None, "kept"),
-        ("masked", "full", "full"),
-        ("simple", None, "full"),
-        ("learned", None, "full"),
-        ("simple", "time_travel", "time_travel"),
+        ("masked", True, None, "full"),
+        ("masked", False, None, "kept"),
+        ("masked", False, "full", "full"),
+        ("masked", True, "kept", "kept"),
+        ("simple", True, None, "full"),
+        ("simple", False, None, "full"),
+        ("learned", True, None, "full"),
+        ("simple", True, "time_travel", "time_travel"),
     ],
 )
-def test_the_policy_chooses_the_feedback_unless_told(policy, given, used):
-    scheduler = tiny_scheduler(resampling_policy=policy, resampling_feedback=given)
+def test_the_policy_chooses_the_feedback_unless_told(policy, keeps, given, used):
+    scheduler = tiny_scheduler(resampling_policy=policy, resampling_feedback=given, keep_accepted_tokens=keeps)
+    assert scheduler.has_partial_passes == (policy == "masked" and keeps)
     assert scheduler.resampling_feedback == used
     output = scheduler.step(random_logits(16), 0, random_token_ids(), generator=torch.Generator().manual_seed(0))
     assert (output.feedback_mask is not None) == (used == "kept")
@@ -298,7 +302,8 @@ def test_masked_resampling_draws_only_wanted_tokens_of_its_scale(feedback, keeps
             assert not changed[:, TOKENS[0]][~mask].any()
             assert changed[:, TOKENS[0]][mask].any()
         low = output.token_probabilities < 0.05
-        assert torch.equal(output.resample_mask, low if mask is None or not keeps else low & mask)
+        may_be = mask if mask is not None and scheduler.has_partial_passes else torch.ones_like(low)
+        assert torch.equal(output.resample_mask, low & may_be)
         if feedback == "kept":
             assert torch.equal(output.feedback_mask, ~output.resample_mask)
         else:
@@ -320,14 +325,8 @@ def test_simple_resampling_draws_all_tokens_of_its_scale_again():
     assert not changed[:, : TOKENS[0].start].any()
 
 
-@pytest.mark.parametrize("policy", ["none", "simple", "learned"])
-def test_only_masked_resampling_accepts_tokens(policy):
-    scheduler = tiny_scheduler(resampling_policy=policy, keep_accepted_tokens=True)
-    assert not scheduler.has_partial_passes
-
-
 def test_an_image_that_is_finished_stays_finished():
-    scheduler = tiny_scheduler(resampling_policy="masked", resampling_threshold=0.5)
+    scheduler = tiny_scheduler(resampling_policy="masked", resampling_threshold=0.5, keep_accepted_tokens=False)
     logits = torch.zeros(2, 16, CODEBOOK_SIZE)
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[1, 3] = True
