@@ -25,6 +25,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -43,6 +44,7 @@ from samplers import (
     our_pipeline,
     row_of,
 )
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
@@ -69,6 +71,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--num_rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="Also the operators that take most of the time.")
     return parser.parse_args(arguments)
 
 
@@ -114,6 +117,17 @@ def matrix_product_speed(device: torch.device, dtype: torch.dtype) -> float:
         synchronize(device)
         best = max(best, 2e-9 * side**3 / (time.perf_counter() - started))
     return best
+
+
+def operator_shares(call: Callable[[], object], device: torch.device, count: int = 6) -> dict[str, float]:
+    """The operators that take most of a call's time, and their shares of it."""
+    name = "cuda" if device.type == "cuda" else "cpu"
+    with profile(activities=[getattr(ProfilerActivity, name.upper())]) as profiler:
+        call()
+    field = "self_device_time_total" if name == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, field) for event in profiler.key_averages()}
+    largest = sorted(times, key=times.get, reverse=True)[:count]
+    return {operator: times[operator] / sum(times.values()) for operator in largest}
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -166,6 +180,11 @@ def run(args: argparse.Namespace) -> dict:
         "seconds": seconds,
         "seconds_by_part": parts,
         "peak_mebibytes_beyond_weights": mebibytes,
+        "operator_shares": {
+            name: operator_shares(partial(sampler, labels), device)
+            for name, sampler in samplers.items()
+            if args.profile
+        },
     }
 
 
@@ -195,6 +214,11 @@ def report(args: argparse.Namespace, found: dict) -> str:
     lines += ["", f"| seconds by part | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for name, parts in found["seconds_by_part"].items():
         lines.append(f"| {name} | {' | '.join(f'{parts.get(part, 0.0):.3f}' for part in names)} |")
+    if found["operator_shares"]:
+        lines += ["", "| row | operators, and their shares of the time |", "|---|---|"]
+    for name, shares in found["operator_shares"].items():
+        texts = [f"{operator.rpartition('::')[2]} {share:.0%}" for operator, share in shares.items()]
+        lines.append(f"| {name} | {', '.join(texts)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -30,7 +30,7 @@ def test_speed(load, tmp_path, capsys, monkeypatch):
     speed = load("speed")
     monkeypatch.setitem(speed.MATRIX_SIDES, "cpu", 64)
     arguments = [*TINY, "--rows", "causal", "sdd", "--num_rounds", "1", "--output", str(tmp_path / "speed.json")]
-    speed.main(speed.parse_args(arguments))
+    speed.main(speed.parse_args([*arguments, "--profile"]))
     report, found = capsys.readouterr().out, json.loads((tmp_path / "speed.json").read_text())
     assert found["num_tokens"] == 5
     assert set(found["agreement"]) == {"pixels"}
@@ -38,6 +38,9 @@ def test_speed(load, tmp_path, capsys, monkeypatch):
         assert f"| {name} |" in report
         assert len(found["seconds"][name]) == 1
         assert set(found["seconds_by_part"][name]) == {"transformer", "sampling", "quantizer", "decoder", "other"}
+        assert len(found["operator_shares"][name]) == 6
+        assert 0.3 < sum(found["operator_shares"][name].values()) <= 1
+        assert f"| {name} | {next(iter(found['operator_shares'][name])).removeprefix('aten::')} " in report
     assert found["gflop"]["sdd"] < found["gflop"]["causal"] < found["gflop"]["reference"]
 
 

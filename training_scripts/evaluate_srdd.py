@@ -36,6 +36,12 @@ from srdd.training.arguments import add_data_arguments, int_list, positive_int
 from srdd.training.loop import check_processes, load_images, picture_grid
 
 
+def one_or_list(text: str) -> int | list[int]:
+    """An integer, or one for each scale."""
+    values = int_list(text)
+    return values[0] if len(values) == 1 else values
+
+
 SCHEDULER_OPTIONS = {
     "scales": {"type": int_list, "help": "Scales to visit, such as 1,2,4,8."},
     "guidance_schedule": {"choices": GUIDANCE_SCHEDULES},
@@ -47,7 +53,8 @@ SCHEDULER_OPTIONS = {
     "resampling_policy": {"choices": RESAMPLING_POLICIES},
     "resampling_feedback": {"choices": RESAMPLING_FEEDBACKS},
     "resampling_threshold": {"type": float},
-    "num_resampling_passes": {"type": int},
+    "num_resampling_passes": {"type": one_or_list, "help": "For all scales, or for each, such as 0,0,0,5."},
+    "keep_accepted_tokens": {"action": argparse.BooleanOptionalAction},
 }
 
 

@@ -122,13 +122,14 @@ def test_features_are_shared_between_evaluations(root, evaluated, tmp_path):
 def test_the_scheduler_is_as_asked(root, tmp_path):
     report = evaluate(
         root, tmp_path, "--scales", "1,4", "--top_k", 5, "--top_p", 0.9, "--temperature", 0.8, "--resampling_policy",
-        "masked", "--resampling_threshold", 0.2, "--num_resampling_passes", 2, "--guidance_schedule", "constant",
-        "--guidance_start", 0.1, "--guidance_stop", 0.9, "--seed", 3,
+        "masked", "--resampling_threshold", 0.2, "--num_resampling_passes", "0,2,1", "--guidance_schedule", "constant",
+        "--guidance_start", 0.1, "--guidance_stop", 0.9, "--no-keep_accepted_tokens", "--seed", 3,
     )  # fmt: skip
     samples = report["settings"]["samples"]
     expected = {
         "scales": [[1, 1], [4, 4]], "top_k": 5, "top_p": 0.9, "temperature": 0.8, "resampling_policy": "masked",
-        "resampling_feedback": "kept", "resampling_threshold": 0.2, "num_resampling_passes": 2,
+        "resampling_feedback": "kept", "resampling_threshold": 0.2, "num_resampling_passes": [0, 2, 1],
+        "keep_accepted_tokens": False,
         "guidance_schedule": "constant", "guidance_start": 0.1, "guidance_stop": 0.9, "seed": 3,
     }  # fmt: skip
     assert {name: samples[name] for name in expected} == expected

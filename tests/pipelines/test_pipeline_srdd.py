@@ -23,7 +23,9 @@ POLICIES = {
     "masked-time_travel": {"resampling_policy": "masked", "resampling_feedback": "time_travel"},
     "masked-redraw": {"resampling_policy": "masked", "resampling_feedback": "redraw"},
 }
-KEEPING = {f"{name}-keeping": {**POLICIES[name], "keep_accepted_tokens": True} for name in ("masked-full", "masked-kept")}
+KEEPING = {
+    f"{name}-keeping": {**POLICIES[name], "keep_accepted_tokens": True} for name in ("masked-full", "masked-kept")
+}
 
 TOKENS = {2: slice(0, 1), 1: slice(1, 5), 0: slice(5, 21)}
 

@@ -35,8 +35,8 @@ class AblationRow:
         guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
         scheduler (`dict`): Values that replace those of the pipeline's scheduler.
         options (`dict`): More arguments of the editing pipelines, or of `fill`.
-        int8_decoding (`bool`, defaults to `False`): Whether a copy of the tokenizer decodes in int8, between bounds of `NUM_EXAMPLES`
-            images that the pipeline draws, of all classes alike.
+        int8_decoding (`bool`, defaults to `False`): Whether a copy of the tokenizer decodes in int8, between bounds of
+            `NUM_EXAMPLES` images that the pipeline draws, of all classes alike.
     """
 
     name: str
