@@ -362,6 +362,17 @@ def test_blocks_compiled_for_any_shape_serve_all_batches():
     assert counters["stats"]["unique_graphs"] <= 5
 
 
+@pytest.mark.parametrize("policy", ["masked-full", "masked-full-keeping"])
+def test_compiled_blocks_refine(policy):
+    pipe = lively_pipeline(scheduler=make_scheduler(policy))
+    draw = {"class_labels": [1, 2], "guidance_scale": 3.0}
+    expected = latents_of(pipe, **draw, generator=generators(0, 1))[1]
+    torch.compiler.reset()
+    # Accepted tokens are looked up in a cache, outside of the graph.
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=not pipe.scheduler.has_partial_passes)
+    assert torch.equal(latents_of(pipe, **draw, generator=generators(0, 1))[1], expected)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
 def test_compiled_code_draws_the_same_tokens():
