@@ -628,28 +628,11 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         if len(timesteps) > 1:
             raise ValueError(f"`timestep` must be one scale's with `token_indices`, got {timesteps}.")
         if kv_cache is None or kv_cache.is_read_only or timesteps[0] not in kv_cache.places:
-            found = None if kv_cache is None else kv_cache.timesteps
+            read_only = kv_cache is not None and kv_cache.is_read_only
+            found = "a read-only one" if read_only else None if kv_cache is None else kv_cache.timesteps
             raise ValueError(
                 f"`kv_cache` must hold the timestep {timesteps[0]} and not be read only with `token_indices`, got"
-                f" {found if kv_cache is None or not kv_cache.is_read_only else 'a read-only one'}."
-            )
-        tokens = self.token_slices[-1 - timesteps[0]]
-        low, high = (bound.item() for bound in token_indices.aminmax())
-        if low < 0 or high >= tokens.stop - tokens.start:
-            raise ValueError(
-                f"`token_indices` must lie in [0, {tokens.stop - tokens.start - 1}], got [{low}, {high}]."
-            )
-
-    def _check_token_indices(
-        self, token_indices: torch.LongTensor, timesteps: list[int], kv_cache: ScaleKVCache | None
-    ) -> None:
-        if len(timesteps) > 1:
-            raise ValueError(f"`timestep` must be one scale's with `token_indices`, got {timesteps}.")
-        if kv_cache is None or kv_cache.is_read_only or timesteps[0] not in kv_cache.places:
-            found = None if kv_cache is None else kv_cache.timesteps
-            raise ValueError(
-                f"`kv_cache` must hold the timestep {timesteps[0]} and not be read only with `token_indices`, got"
-                f" {found if kv_cache is None or not kv_cache.is_read_only else 'a read-only one'}."
+                f" {found}."
             )
         tokens = self.token_slices[-1 - timesteps[0]]
         low, high = (bound.item() for bound in token_indices.aminmax())
