@@ -22,7 +22,7 @@ import sys
 import time
 
 import torch
-from measuring import device_name, synchronize
+from measuring import device_name, ratio_text, synchronize
 from samplers import draw_weights, with_int8_decoder
 from speed import CPU_OPERATORS
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,12 +98,11 @@ def report(args: argparse.Namespace, found: dict[str, dict]) -> str:
     ]
     own = found["own"]
     for name, row in found.items():
-        ratios = [left / right for left, right in zip(own["seconds"], row["seconds"])]
         milliseconds = 1000 * statistics.median(row["seconds"]) / args.batch_size
         lines.append(
             f"| {name} | {row['parameters'] / 1e6:.2f} M | {row['gflop']:.3f}"
             f" (1/{own['gflop'] / row['gflop']:.1f}) | {milliseconds:.2f} |"
-            f" {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) |"
+            f" {ratio_text(own['seconds'], row['seconds'])} |"
         )
     return "\n".join(lines) + "\n"
 

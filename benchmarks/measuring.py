@@ -3,9 +3,10 @@
 import contextlib
 import ctypes
 import gc
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def ratio_text(reference: Sequence[float], seconds: Sequence[float]) -> str:
+    """How many times as fast something is, round by round: the median and the range."""
+    ratios = [theirs / ours for theirs, ours in zip(reference, seconds)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 @contextlib.contextmanager

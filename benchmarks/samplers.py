@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from measuring import TimedCall
@@ -19,6 +19,8 @@ from srdd.pipelines.scale_sampling import GuidedTransformer
 from srdd.scale_sizes import default_scale_sizes, split_scales
 from srdd.training.light_decoder import light_tokenizer
 
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 # VAR's published settings; its `cfg` is `guidance_scale - 1`.
 GUIDANCE_SCALE, TOP_K, TOP_P = 2.5, 900, 0.96
@@ -129,11 +131,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for all that was measured.")
 
 
+def twin(model: Model) -> Model:
+    """A model with the same parameters, not with equal ones, that can be changed while the other is not."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def with_linears(transformer: ScaleTransformer2DModel, linears: str | None) -> ScaleTransformer2DModel:
     """A transformer whose linear layers are those of [`Row`]; it shares what it can with the given one."""
     if linears is None:
         return transformer
-    shared = copy.deepcopy(transformer, {id(parameter): parameter for parameter in transformer.parameters()})
+    shared = twin(transformer)
     if linears == "torch":
         shared.disable_fast_linears()
     else:
@@ -156,7 +163,7 @@ def with_light_decoder(vqvae: MultiScaleVQModel) -> MultiScaleVQModel:
 
 def with_int8_decoder(vqvae: MultiScaleVQModel) -> MultiScaleVQModel:
     """A tokenizer that decodes in int8, with bounds from random tokens; it shares parameters with the given one."""
-    shared = copy.deepcopy(vqvae, {id(parameter): parameter for parameter in vqvae.parameters()})
+    shared = twin(vqvae)
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(vqvae.config.codebook_size, (1, vqvae.num_tokens), generator=generator)
     shared.enable_int8_decoding(shared.latent_states(token_ids)[-1])

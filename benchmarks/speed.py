@@ -29,7 +29,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measuring import device_name, part_times, seconds_of, synchronize
+from measuring import device_name, part_times, ratio_text, seconds_of, synchronize
 from samplers import (
     GUIDANCE_SCALE,
     PARTS,
@@ -203,11 +203,10 @@ def report(args: argparse.Namespace, found: dict) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, times in seconds.items():
-        ratios = sorted(theirs / ours for ours, theirs in zip(times, seconds[REFERENCE]))
         median, work = statistics.median(times), found["gflop"][name]
         memory = format(found["peak_mebibytes_beyond_weights"][name], ".0f") if on_cuda else ""
         lines.append(
-            f"| {name} | {median:.3f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) |"
+            f"| {name} | {median:.3f} | {ratio_text(seconds[REFERENCE], times)} |"
             f" {work:.0f} | {work / median / peak:.0%} | {memory} |"
         )
     names = (*PARTS, "other")

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import device_name, seconds_of
+from measuring import device_name, ratio_text, seconds_of
 from tqdm.auto import tqdm
 
 from srdd.evaluation.ablation_report import mean_and_interval
@@ -81,11 +81,8 @@ def report(args: argparse.Namespace, table: AblationTable, seconds: dict[str, li
         "|---|---|---|---|",
     ]
     for name, times in seconds.items():
-        ratios = sorted(theirs / ours for ours, theirs in zip(times, first))
-        lines.append(
-            f"| {name} | {1000 * statistics.median(times):.1f} | {statistics.median(ratios):.2f}"
-            f" ({ratios[0]:.2f}–{ratios[-1]:.2f}) | {values.get(name, '')} |"
-        )
+        milliseconds = 1000 * statistics.median(times)
+        lines.append(f"| {name} | {milliseconds:.1f} | {ratio_text(first, times)} | {values.get(name, '')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,6 @@ and batch 1 that is 1.5 GiB at depth 4 and 4.1 at depth 8, with the mask 2.8 and
 """
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -25,7 +24,8 @@ from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from measuring import device_name, peak_memory, seconds_of
+from measuring import device_name, peak_memory, ratio_text, seconds_of
+from samplers import twin
 from tqdm.auto import tqdm
 
 from srdd import MultiScaleVQModel, ScaleTransformer2DModel
@@ -71,11 +71,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.memory is not None and not args.memory > 0:
         parser.error(f"`--memory` must be above 0, got {args.memory}.")
     return args
-
-
-def twin(model: torch.nn.Module) -> torch.nn.Module:
-    """A model with the same parameters, not with equal ones, that can be compiled while the other is not."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 class Step:
@@ -224,8 +219,7 @@ def report(args: argparse.Namespace, step: Step, found: dict) -> str:
         if name not in seconds:
             lines.append(f"| {name} | left out: only {found['available MiB']:,.0f} MiB | | | {expected:,.0f} |")
             continue
-        ratios = sorted(theirs / ours for ours, theirs in zip(seconds[name], seconds.get(REFERENCE, [])))
-        speed = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})" if ratios else ""
+        speed = ratio_text(seconds[REFERENCE], seconds[name]) if REFERENCE in seconds else ""
         peak = "" if found["MiB"][name] is None else f"{found['MiB'][name]:,.0f}"
         lines.append(f"| {name} | {statistics.median(seconds[name]):.3f} | {speed} | {peak} | {expected:,.0f} |")
     return "\n".join(lines) + "\n"
