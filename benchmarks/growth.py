@@ -9,7 +9,7 @@ the base: batch 1, 128px, depth 8 and no further pass, unless `--batch_size`, `-
 `--num_passes` say otherwise. With the defaults all takes about a quarter of an hour on two CPU cores.
 
 Reference and rows are those of `speed.py`, on random weights, from labels to pixels. A model's width is 64 times its
-depth, 64 per head, as in VAR. Scales are `srdd.scale_sizes.default_scale_sizes`: VAR's own at 256 and 512px, and
+depth, 64 per head, as in VAR. Scales are `srdd.scales.default_scale_sizes`: VAR's own at 256 and 512px, and
 beyond that each scale is 3/4 of the next finer one, as at 512px (1024px: 1 2 3 4 6 8 11 15 20 27 36 48 64). Further
 passes have the policy "simple", which draws all tokens of a scale again, so that their number is exact; the reference
 has none.
@@ -45,7 +45,7 @@ from samplers import GUIDANCE_SCALE, REFERENCE, add_model_arguments, build_sampl
 from tqdm.auto import tqdm
 
 from srdd.evaluation.pictures import draw_curves
-from srdd.scale_sizes import default_scale_sizes, num_tokens_per_scale
+from srdd.scales import default_scale_sizes, num_tokens_per_scale
 
 
 # By the name of its base value: the argument with its values, and how to say it.

@@ -16,7 +16,7 @@ from measuring import TimedCall
 from srdd import MultiScaleVQModel, ScaleKVCache, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.conversion import convert_checkpoints
 from srdd.pipelines.scale_sampling import GuidedTransformer
-from srdd.scale_sizes import default_scale_sizes, split_scales
+from srdd.scales import default_scale_sizes, split_scales
 from srdd.training.light_decoder import light_tokenizer
 
 

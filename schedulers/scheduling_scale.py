@@ -8,7 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, scale_slices
+from srdd.scales import Scale, ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, scale_slices
 from srdd.schedulers.token_sampling import Generators, sample_tokens
 
 
@@ -122,6 +122,11 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 )
         self.register_to_config(scale_sizes=scale_sizes, scales=scales)
         self.scales: list[list[int]] = scales or scale_sizes
+        # What a run visits, coarse to fine: the one description of a scale for all that follows.
+        self.visits: tuple[Scale, ...] = tuple(
+            Scale(len(scale_sizes) - 1 - scale_sizes.index(size), tuple(size), tokens)
+            for size, tokens in zip(self.scales, scale_slices(self.scales))
+        )
         _check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
         _check_choice("resampling_policy", resampling_policy, RESAMPLING_POLICIES)
         _check_choice("resampling_feedback", resampling_feedback, (*RESAMPLING_FEEDBACKS, None))

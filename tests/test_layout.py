@@ -23,10 +23,10 @@ SOURCES = sorted(
 
 # What a part of the package may import of ours; all others sit on top.
 LOWER_PARTS = {
-    "scale_sizes.py": (),
-    "schedulers": ("srdd.scale_sizes", "srdd.schedulers"),
-    "models": ("srdd.scale_sizes", "srdd.models"),
-    "pipelines": ("srdd.scale_sizes", "srdd.models", "srdd.schedulers", "srdd.pipelines"),
+    "scales.py": (),
+    "schedulers": ("srdd.scales", "srdd.schedulers"),
+    "models": ("srdd.scales", "srdd.models"),
+    "pipelines": ("srdd.scales", "srdd.models", "srdd.schedulers", "srdd.pipelines"),
 }
 
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

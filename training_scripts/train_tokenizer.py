@@ -17,7 +17,7 @@ from diffusers.utils import logging
 
 from srdd import MultiScaleVQModel
 from srdd.evaluation.reconstruction import evaluate_reconstruction
-from srdd.scale_sizes import default_scale_sizes, num_tokens_per_scale
+from srdd.scales import default_scale_sizes, num_tokens_per_scale
 from srdd.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from srdd.training.arguments import add_pixel_loss_arguments, add_training_arguments, int_list, positive_int
 from srdd.training.averaging import AveragedWeights
@@ -40,7 +40,7 @@ from srdd.training.publish import finish_tokenizer
 logger = logging.get_logger(__name__)
 
 # Sizes that work. The latent grid is the resolution over `patch_size * 2 ** (len(block_out_channels) - 1)`, and the
-# scales follow from the grid (`srdd.scale_sizes.default_scale_sizes`). 256px is the tokenizer of VAR.
+# scales follow from the grid (`srdd.scales.default_scale_sizes`). 256px is the tokenizer of VAR.
 PRESETS = {
     "32px": {
         "resolution": 32, "patch_size": 1, "block_out_channels": [64, 96, 128], "layers_per_block": 1,

@@ -19,7 +19,7 @@ from srdd.evaluation.distances import (
 from srdd.evaluation.editing import edit, fill, given_pixels
 from srdd.evaluation.image_sources import PipelineImages
 from srdd.evaluation.pairs import pair_metrics
-from srdd.scale_sizes import num_tokens_per_scale
+from srdd.scales import num_tokens_per_scale
 from srdd.theory.likelihood import log_likelihood
 from srdd.theory.signal_to_noise import signal_to_noise
 

@@ -16,7 +16,7 @@ from srdd.models import int8_decoding
 from srdd.models.decoding import decoding_path, lighten, set_fast
 from srdd.models.fast_linear import multiplies_int8
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
-from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
+from srdd.scales import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
 
 
 @dataclass

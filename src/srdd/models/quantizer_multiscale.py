@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
-from srdd.scale_sizes import split_scales
+from srdd.scales import split_scales
 
 
 @dataclass

@@ -22,7 +22,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from srdd.models.fast_linear import quicken, set_fast
-from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes, scale_slices
+from srdd.models.guidance import guide
+from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
 
 
 ATTENTION_PATTERNS = ("causal", "markov", "banded")
@@ -780,7 +781,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         merged = hidden_states
         if guidance_weight is not None:
             conditional, unconditional = hidden_states.chunk(2)
-            merged = torch.lerp(unconditional, conditional, 1.0 + guidance_weight)
+            merged = guide(conditional, unconditional, guidance_weight)
         output = ScaleTransformer2DModelOutput(
             sample=self.proj_out(merged),  # (B, N, V)
             hidden_states=hidden_states if return_hidden_states else None,

@@ -8,9 +8,10 @@ import PIL.Image
 import torch
 from diffusers.image_processor import PipelineImageInput
 
+from srdd.models.guidance import guide
 from srdd.pipelines import SRDDPipeline
 from srdd.pipelines.scale_sampling import check_components
-from srdd.scale_sizes import num_tokens_per_scale
+from srdd.scales import num_tokens_per_scale
 
 
 @dataclass
@@ -113,7 +114,7 @@ def log_likelihood(
     if guidance_scale > 1 and bool((class_ids != num_classes).any()):
         unconditional = pipe.transformer(inputs, timesteps).sample.float()
         weights = scheduler.guidance_weights(guidance_scale).to(logits)
-        logits = torch.lerp(unconditional, logits, 1 + weights[:, None])
+        logits = guide(logits, unconditional, weights[:, None])
     chosen = logits.log_softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)  # (B, N)
     pipe.maybe_free_model_hooks()
     return TokenLikelihood(token_ids, chosen, scale_sizes, 3 * math.prod(pipe.sample_size))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
-from srdd.scale_sizes import num_tokens_per_scale, scale_slices
+from srdd.scales import num_tokens_per_scale, scale_slices
 from srdd.schedulers import ScaleScheduler
 
 

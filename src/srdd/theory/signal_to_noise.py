@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from srdd.models import MultiScaleVQModel
-from srdd.scale_sizes import ScaleSizes, normalize_scale_sizes
+from srdd.scales import ScaleSizes, normalize_scale_sizes
 
 
 @dataclass

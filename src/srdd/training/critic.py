@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
 from srdd.models import ScaleKVCache
-from srdd.scale_sizes import num_tokens_per_scale, split_scales
+from srdd.scales import num_tokens_per_scale, split_scales
 from srdd.schedulers.token_sampling import sample_tokens
 from srdd.training.transformer import TokenData, by_scale, draw, guided_distribution, inference_scales, train_on_tokens
 

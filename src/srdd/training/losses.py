@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from srdd.scale_sizes import num_tokens_per_scale
+from srdd.scales import num_tokens_per_scale
 
 
 @dataclass

@@ -14,7 +14,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from srdd.models import MultiScaleVQModel
-from srdd.scale_sizes import num_tokens_per_scale
+from srdd.scales import num_tokens_per_scale
 from srdd.training.data import LabelledImages, image_to_tensor
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
 from srdd.models import ScaleKVCache
+from srdd.models.guidance import guide
 from srdd.models.transformer_scale_2d import ScaleAttnProcessor
 from srdd.training.data import LabelledImages
 from srdd.training.loop import ComputeValues, train_model, validation_images
@@ -283,5 +284,5 @@ def guided_distribution(
     if guidance_scale > 1:
         unconditional = teacher(inputs, timestep=timesteps).sample.float()
         weights = scheduler.guidance_weights(guidance_scale).to(logits)
-        logits = torch.lerp(unconditional, logits, 1 + weights[:, None])
+        logits = guide(logits, unconditional, weights[:, None])
     return logits.log_softmax(dim=-1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from srdd.scale_sizes import (
+from srdd.scales import (
     default_scale_sizes,
     normalize_scale_sizes,
     num_tokens_per_scale,

@@ -1,4 +1,4 @@
-"""Scale lists: the one idea every part of the package shares.
+"""Scales, and lists of them: the one idea every part of the package shares.
 
 A scale list is written coarse to fine as `(height, width)` pairs; a bare integer stands for a square scale. Token
 pyramids are packed: one `(batch, num_tokens)` tensor that holds the scales one after the other, each in row-major
@@ -6,12 +6,34 @@ order.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
 
 ScaleSizes = Sequence[int | Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """
+    One scale of a schedule.
+
+    Args:
+        timestep (`int`): Its place in diffusion time: `K - 1` is the coarsest of all K scales, 0 the finest.
+        size (`(int, int)`): Height and width.
+        tokens (`slice`): Where its tokens lie in a pyramid over the scales of the schedule.
+    """
+
+    timestep: int
+    size: tuple[int, int]
+    tokens: slice
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of its tokens."""
+        return self.size[0] * self.size[1]
 
 
 def normalize_scale_sizes(scale_sizes: ScaleSizes, name: str = "scale_sizes") -> list[list[int]]:
