@@ -7,13 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from srdd.models import MultiScaleVQModel
+from srdd.scales import Scale
 from srdd.schedulers.scheduling_scale import MASK_TOKEN_ID
-
-
-# A token cell counts as known if more than this share of it is; see `KnownRegion.known_mask`.
-KNOWN_CELLS = {"spread": 0.5, "all": 1.0, "majority": 0.5, "any": 0.0}
-
-KNOWN_TOKENS = ("adaptive", "original")
 
 
 @dataclass
@@ -21,70 +16,72 @@ class KnownRegion:
     """
     The known part of images, and the rule that makes tokens of it.
 
+    A cell of the finest scale is known if a quarter of its pixels is, a cell of a coarser scale if the majority of it
+    lies in known cells of the finest. Scattered known pixels, which say what is between them, then count for all of
+    it, and a small known part does not speak for a coarse cell. Known cells take the codes nearest to what is still
+    missing from the latent map, averaged over known positions: what a coarse token got wrong, finer ones then repair.
+
     Args:
-        latents (`torch.Tensor` of shape `(batch, channels, height, width)`): The tokenizer's latent map of the images,
-            their unknown part filled by [`extend_known`]. Nothing in it comes from unknown pixels.
+        vqvae ([`MultiScaleVQModel`]): The tokenizer.
+        latents (`torch.Tensor` of shape `(batch, channels, height, width)`): Its latent map of the images, their
+            unknown part filled by [`extend_known`]. Nothing in it comes from unknown pixels.
         known (`torch.Tensor` of shape `(batch, 1, image_height, image_width)`): 1 where a pixel is known, 0 elsewhere.
-        cells (`str`, defaults to `"spread"`): A token cell is known if `"all"`, the `"majority"` or `"any"` of its
-            pixels are. `"spread"`: a cell of the finest scale is if a quarter of its pixels is, a cell of a coarser
-            scale if the majority of it lies in known cells of the finest. Scattered known pixels, which say what is
-            between them, then count for all of it, and a small known part does not speak for a coarse cell.
-        tokens (`str`, defaults to `"adaptive"`): `"original"` forces the tokens of the latent map itself, as VAR's
-            notebook does. `"adaptive"` takes at each scale the codes nearest to what is still missing from the latent
-            map, averaged over known positions: what a coarse token got wrong, finer ones then repair.
         hint_ids (`torch.LongTensor` of shape `(batch, num_hint_tokens)`, *optional*): Tokens of the coarsest scales
             that are known everywhere, packed.
     """
 
+    vqvae: MultiScaleVQModel
     latents: torch.Tensor
     known: torch.Tensor
-    cells: str = "spread"
-    tokens: str = "adaptive"
     hint_ids: torch.LongTensor | None = None
 
     def known_mask(self, scale_size: Sequence[int]) -> torch.BoolTensor:
         """Which cells of a scale are known, `(batch, height, width)`: the one rule for all scales and tasks."""
-        known = self.known
-        if self.cells == "spread":
-            grid_size = tuple(self.latents.shape[-2:])
-            known = (F.interpolate(known, size=grid_size, mode="area") > 0.25 - 1e-4).to(known.dtype)
-            if tuple(scale_size) == grid_size:
-                return known.bool().squeeze(1)
-        share = F.interpolate(known, size=tuple(scale_size), mode="area").squeeze(1)
-        # Area means of ones may miss 1 by rounding.
-        return share > 1 - 1e-4 if self.cells == "all" else share > KNOWN_CELLS[self.cells] + 1e-4
+        grid_size = tuple(self.latents.shape[-2:])
+        # Area means of ones may miss a bound by rounding.
+        known = F.interpolate(self.known, size=grid_size, mode="area") > 0.25 - 1e-4
+        if tuple(scale_size) == grid_size:
+            return known.squeeze(1)
+        share = F.interpolate(known.to(self.known.dtype), size=tuple(scale_size), mode="area").squeeze(1)
+        return share > 0.5 + 1e-4
 
-    def token_ids(
-        self,
-        vqvae: MultiScaleVQModel,
-        state: torch.Tensor,
-        coarser_scales: Sequence[Sequence[int]],
-        scale_size: Sequence[int],
-    ) -> torch.LongTensor:
+    def token_ids(self, scale: Scale, state: torch.Tensor) -> torch.LongTensor:
         """
         Known tokens of a scale.
 
         Args:
-            vqvae ([`MultiScaleVQModel`]): The tokenizer.
-            state (`torch.Tensor` of the shape of `latents`): The latent state before the scale.
-            coarser_scales (`Sequence`): The scales before it.
-            scale_size (`(int, int)`): The scale.
+            scale ([`Scale`]): The scale.
+            state (`torch.Tensor` of the shape of `latents`): The latent state before it.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, height * width)`: -1 where a token is not known.
+            `torch.LongTensor` of shape `(batch, num_scale_tokens)`: -1 where a token is not known.
         """
-        first = sum(height * width for height, width in coarser_scales)
-        count = scale_size[0] * scale_size[1]
-        if self.hint_ids is not None and self.hint_ids.shape[1] >= first + count:
-            return self.hint_ids[:, first : first + count]
-        if self.tokens == "original":
-            token_ids = vqvae.quantize_latents(self.latents, [*coarser_scales, scale_size])[:, first:]
-        else:
-            weights = F.interpolate(self.known, size=self.latents.shape[-2:], mode="area")
-            rest = F.interpolate((self.latents - state) * weights, size=tuple(scale_size), mode="area")
-            total = F.interpolate(weights, size=tuple(scale_size), mode="area")
-            token_ids = vqvae.quantize_latents(rest / total.clamp(min=1e-6), [scale_size])
-        return torch.where(self.known_mask(scale_size).flatten(1), token_ids, MASK_TOKEN_ID)
+        if self.hint_ids is not None and self.hint_ids.shape[1] >= scale.tokens.stop:
+            return self.hint_ids[:, scale.tokens]
+        weights = F.interpolate(self.known, size=self.latents.shape[-2:], mode="area")
+        rest = F.interpolate((self.latents - state) * weights, size=scale.size, mode="area")
+        total = F.interpolate(weights, size=scale.size, mode="area")
+        token_ids = self.vqvae.quantize_latents(rest / total.clamp(min=1e-6), [scale.size])
+        return torch.where(self.known_mask(scale.size).flatten(1), token_ids, MASK_TOKEN_ID)
+
+
+def coarse_tokens(
+    vqvae: MultiScaleVQModel, pixels: torch.Tensor, scale_sizes: Sequence[Sequence[int]]
+) -> torch.LongTensor | None:
+    """
+    Tokens of images over a coarse part of the scales, as hints of colour and layout.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): The tokenizer.
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images of the model's size, in [-1, 1].
+        scale_sizes (`Sequence`): The scales.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, num_hint_tokens)`, or `None` without scales.
+    """
+    if not scale_sizes:
+        return None
+    return vqvae.quantize_latents(vqvae.encode(pixels.to(vqvae.dtype)).latents, scale_sizes)
 
 
 def extend_known(pixels: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

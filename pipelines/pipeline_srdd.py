@@ -1,16 +1,12 @@
 from collections.abc import Callable
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel, TokenCritic
+from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
-from srdd.pipelines.scale_pipeline_mixin import ScalePipelineMixin
-from srdd.schedulers import ScaleScheduler
 
 
-class SRDDPipeline(DiffusionPipeline, ScalePipelineMixin):
+class SRDDPipeline(scale_pipeline.ScalePipeline):
     r"""
     Draws images scale by scale, coarse to fine, as a discrete diffusion.
 
@@ -21,8 +17,6 @@ class SRDDPipeline(DiffusionPipeline, ScalePipelineMixin):
         vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
         transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
         scheduler ([`ScaleScheduler`]): The scale schedule.
-        token_critic ([`TokenCritic`], *optional*): Tells right tokens from wrong ones, for the resampling policy
-            "learned".
 
     Example:
 
@@ -34,23 +28,6 @@ class SRDDPipeline(DiffusionPipeline, ScalePipelineMixin):
     >>> image = pipe("Tomato 2", generator=torch.Generator().manual_seed(0)).images[0]
     ```
     """
-
-    model_cpu_offload_seq = "transformer"
-    # The tokenizer is needed after every scale and the critic in every pass, so they stay on the device.
-    _exclude_from_cpu_offload = ["vqvae", "token_critic"]
-    _optional_components = ["token_critic"]
-
-    def __init__(
-        self,
-        vqvae: MultiScaleVQModel,
-        transformer: ScaleTransformer2DModel,
-        scheduler: ScaleScheduler,
-        token_critic: TokenCritic | None = None,
-    ):
-        super().__init__()
-        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler, token_critic=token_critic)
-        self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @torch.no_grad()
     def __call__(
@@ -86,7 +63,7 @@ class SRDDPipeline(DiffusionPipeline, ScalePipelineMixin):
             callback_on_step_end (`Callable`, *optional*):
                 Called after every pass as `callback(pipe, step_index, timestep, callback_kwargs)`; tensors in the
                 dictionary that it returns replace those of the run (the latents of a scale's last pass are what later
-                scales build on), and it may set `pipe._guidance_scale`.
+                scales build on), and it may set `pipe._guidance_scale` for the scales to come.
                 `pipe.decode_latents(callback_kwargs["latents"], "pil")` is the picture so far.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
                 What `callback_kwargs` holds: "latents" (the default), "token_ids".
@@ -97,18 +74,14 @@ class SRDDPipeline(DiffusionPipeline, ScalePipelineMixin):
         Raises:
             ValueError: If a label, a shape, the number of generators, an output type, or the schedule does not fit.
         """
-        tensor_inputs = (
-            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
-        )
-        self.check_inputs(num_images_per_prompt, output_type, tensor_inputs)
-        class_ids = self.encode_class_labels(class_labels, num_images_per_prompt)
-        latents, token_ids = self.run_scales(
-            class_ids,
-            self.prepare_latents(len(class_ids), latents),
-            guidance_scale,
-            generator,
-            callback_on_step_end,
-            tensor_inputs,
+        self.check_inputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        latents, token_ids = self.draw(
+            self.encode_class_labels(class_labels).repeat_interleave(num_images_per_prompt),
+            guidance_scale=guidance_scale,
+            generator=generator,
+            latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()

@@ -3,18 +3,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel, TokenCritic
-from srdd.pipelines.image_regions import WindowedCanvas, check_one_size, check_padding, crop_box, paste, resize
-from srdd.pipelines.known_region import KNOWN_CELLS, KNOWN_TOKENS, KnownRegion, extend_known
+from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
+from srdd.pipelines.known_region import KnownRegion, coarse_tokens, extend_known
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
-from srdd.pipelines.scale_pipeline_mixin import ScalePipelineMixin
-from srdd.schedulers import ScaleScheduler
+from srdd.pipelines.pixel_regions import check_padding, crop_box, paste, resize
+from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
 
 
-class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
+class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
     r"""
     Draws a part of an image anew, without fine-tuning: inpainting, outpainting and editing by class.
 
@@ -25,8 +23,6 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
         vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
         transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
         scheduler ([`ScaleScheduler`]): The scale schedule.
-        token_critic ([`TokenCritic`], *optional*): Tells right tokens from wrong ones, for the resampling policy
-            "learned".
 
     Example:
 
@@ -43,28 +39,6 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
     ```
     """
 
-    model_cpu_offload_seq = "transformer"
-    # The tokenizer is needed after every scale and the critic in every pass, so they stay on the device.
-    _exclude_from_cpu_offload = ["vqvae", "token_critic"]
-    _optional_components = ["token_critic"]
-
-    def __init__(
-        self,
-        vqvae: MultiScaleVQModel,
-        transformer: ScaleTransformer2DModel,
-        scheduler: ScaleScheduler,
-        token_critic: TokenCritic | None = None,
-    ):
-        super().__init__()
-        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler, token_critic=token_critic)
-        self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
-        )
-        self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_normalize=False, do_convert_grayscale=True
-        )
-
     def prepare_images(
         self, image: PipelineImageInput, mask_image: PipelineImageInput
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +54,9 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
                 outside [0, 1].
         """
         pixels = self.prepare_pixels(image)
-        check_one_size("mask_image", mask_image)
-        mask = self.mask_processor.preprocess(mask_image).to(self._execution_device, torch.float32)
+        scale_pipeline.check_one_size("mask_image", mask_image)
+        reader = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
+        mask = reader.preprocess(mask_image).to(self._execution_device, torch.float32)
         if mask.min() < 0 or mask.max() > 1:
             raise ValueError(
                 f"`mask_image` must have values in [0, 1], got [{mask.min().item():.3g}, {mask.max().item():.3g}]."
@@ -92,26 +67,24 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
             mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)
         return pixels, mask.expand(len(pixels), -1, -1, -1)
 
-    def prepare_known(
-        self, pixels: torch.Tensor, mask: torch.Tensor, strength: float, cells: str, tokens: str
-    ) -> KnownRegion:
+    def prepare_known(self, pixels: torch.Tensor, mask: torch.Tensor, strength: float = 1.0) -> KnownRegion:
         """
-        What is known of a batch of images of any size; see [`KnownRegion`].
+        What is known of a batch of images of any size.
 
         Args:
             pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1].
             mask (`torch.Tensor` of shape `(batch, 1, height, width)`): Masks in [0, 1], 1 where to draw.
-            strength (`float`): Share of the scales to draw inside the mask.
-            cells (`str`): When a token cell is known.
-            tokens (`str`): Which token a known cell gets.
+            strength (`float`, defaults to 1.0): Share of the scales to draw inside the mask.
         """
         known = (mask < 0.5).float()
         filled = resize(extend_known(pixels, known), self.sample_size)
         # A pixel of the model is known if all pixels that it stands for are.
         known = (F.interpolate(known, size=self.sample_size, mode="area") > 1 - 1e-4).float()
         latents = self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float()
-        num_hints = round((1 - strength) * len(self.scheduler.scales))
-        return KnownRegion(latents, known, cells, tokens, self.hint_tokens(pixels, num_hints))
+        hinted = self.scheduler.scales[: round((1 - strength) * len(self.scheduler.scales))]
+        return KnownRegion(
+            self.vqvae, latents, known, coarse_tokens(self.vqvae, resize(pixels, self.sample_size), hinted)
+        )
 
     @torch.no_grad()
     def __call__(
@@ -126,8 +99,6 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         paste_known: bool = True,
         feather: int = 2,
-        known_cells: str = "spread",
-        known_tokens: str = "adaptive",
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["SRDDInpaintPipeline", int, int, dict], dict] | None = None,
@@ -157,10 +128,6 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
             paste_known (`bool`, defaults to `True`): Lay the known pixels over the result, so that they come back
                 exactly; `False` gives the plain decoding.
             feather (`int`, defaults to 2): Pixels over which the result fades in inside a hard mask.
-            known_cells (`str`, defaults to `"spread"`): Which token cells are known: those with "all", the "majority"
-                or "any" of their pixels known, or a mixture that suits all masks, "spread" ([`KnownRegion`]).
-            known_tokens (`str`, defaults to `"adaptive"`): Force the "original" tokens of the image, or at every scale
-                those that best repair the state so far ("adaptive").
             output_type (`str`, defaults to `"pil"`): "pil", "np", "pt" (both in [0, 1], all of the image's size) or
                 "latent".
             return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
@@ -173,25 +140,21 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
         Raises:
             ValueError: If images, masks, labels or another argument do not fit.
         """
-        tensor_inputs = (
-            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
-        )
-        self.check_inputs(num_images_per_prompt, output_type, tensor_inputs)
-        check_region_inputs(strength, padding_mask_crop, feather, known_cells, known_tokens)
+        self.check_inputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        check_region_inputs(strength, padding_mask_crop, feather)
         pixels, mask = self.prepare_images(image, mask_image)
-        class_ids, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, pixels, mask)
+        conditions, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, pixels, mask)
         box = (..., slice(None), slice(None))
         if padding_mask_crop is not None:
             box = (..., *crop_box(mask, padding_mask_crop, self.sample_size))
         region, hole = pixels[box], mask[box]
-        latents, token_ids = self.run_scales(
-            class_ids,
-            self.prepare_latents(len(class_ids)),
-            guidance_scale,
-            generator,
-            callback_on_step_end,
-            tensor_inputs,
-            known=self.prepare_known(region, hole, strength, known_cells, known_tokens),
+        latents, token_ids = self.draw(
+            conditions,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            known_tokens=self.prepare_known(region, hole, strength).token_ids,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         images: Any = latents
         if output_type != "latent":
@@ -214,8 +177,6 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         feather: int = 2,
-        known_cells: str = "spread",
-        known_tokens: str = "adaptive",
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> SRDDPipelineOutput | tuple:
@@ -234,8 +195,6 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
             num_images_per_prompt (`int`, defaults to 1): Results for each pair of image and label.
             generator (`torch.Generator` or a list, *optional*): The only source of randomness.
             feather (`int`, defaults to 2): As in the call.
-            known_cells (`str`, defaults to `"spread"`): As in the call.
-            known_tokens (`str`, defaults to `"adaptive"`): As in the call.
             output_type (`str`, defaults to `"pil"`): "pil", "np" or "pt".
             return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
 
@@ -247,47 +206,35 @@ class SRDDInpaintPipeline(DiffusionPipeline, ScalePipelineMixin):
                 does not fit.
         """
         left, top, right, bottom = check_padding(padding)
-        self.check_inputs(num_images_per_prompt, output_type, [])
-        check_region_inputs(1.0, None, feather, known_cells, known_tokens)
+        self.check_inputs(num_images_per_prompt, output_type)
+        check_region_inputs(1.0, None, feather)
         if output_type == "latent":
             raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in outpainting, got 'latent'.")
         pixels = self.prepare_pixels(image)
         border = (left, right, top, bottom)
         mask = F.pad(torch.zeros_like(pixels[:, :1]), border, value=1.0)
-        class_ids, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, F.pad(pixels, border), mask)
+        conditions, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, F.pad(pixels, border), mask)
         full_size = tuple(pixels.shape[-2:])
         size = tuple(max(side, least) for side, least in zip(full_size, self.sample_size))
         known = 1 - F.interpolate(mask, size=size, mode="nearest")
         canvas = WindowedCanvas(resize(extend_known(pixels, 1 - mask), size), known, self.sample_size)
-        token_ids = None
-        for rows, columns in canvas.windows():
-            window, hole = canvas.pixels[..., rows, columns], 1 - canvas.known[..., rows, columns]
-            latents, token_ids = self.run_scales(
-                class_ids,
-                self.prepare_latents(len(class_ids)),
-                guidance_scale,
-                generator,
-                known=self.prepare_known(window, hole, 1.0, known_cells, known_tokens),
-            )
-            canvas.add(rows, columns, self.decode_pixels(latents))
+
+        def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
+            known = self.prepare_known(canvas.pixels[(..., *window)], 1 - canvas.known[(..., *window)])
+            latents, token_ids = self.draw(conditions, guidance_scale, generator, known_tokens=known.token_ids)
+            return self.decode_pixels(latents), token_ids
+
+        token_ids = canvas.fill(draw_window)
         drawn = paste(pixels, mask, resize(canvas.drawn, full_size), feather)
         images = self.image_processor.postprocess(drawn, output_type=output_type)
         self.maybe_free_model_hooks()
         return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
 
 
-def check_region_inputs(
-    strength: float, padding_mask_crop: int | None, feather: int, known_cells: str, known_tokens: str
-) -> None:
+def check_region_inputs(strength: float, padding_mask_crop: int | None, feather: int) -> None:
     """Raise a `ValueError` for a value that inpainting does not know."""
     if not 0 <= strength <= 1:
         raise ValueError(f"`strength` must lie in [0, 1], got {strength}.")
     for name, value in (("padding_mask_crop", padding_mask_crop or 0), ("feather", feather)):
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"`{name}` must be a non-negative integer, got {value!r}.")
-    for name, value, allowed in (
-        ("known_cells", known_cells, tuple(KNOWN_CELLS)),
-        ("known_tokens", known_tokens, KNOWN_TOKENS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")

@@ -1,20 +1,17 @@
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput
 
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel, TokenCritic
-from srdd.pipelines.image_regions import WindowedCanvas, project_to_low_resolution, resize
-from srdd.pipelines.known_region import KnownRegion
+from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
+from srdd.pipelines.known_region import KnownRegion, coarse_tokens
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
-from srdd.pipelines.scale_pipeline_mixin import ScalePipelineMixin
-from srdd.schedulers import ScaleScheduler
+from srdd.pipelines.pixel_regions import project_to_low_resolution, resize
+from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
 
 
-class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
+class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
     r"""
     Enlarges images without fine-tuning: the coarse scales that the small image determines are forced, the finer ones
     drawn (paper, Section 4.3).
@@ -23,8 +20,6 @@ class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
         vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
         transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
         scheduler ([`ScaleScheduler`]): The scale schedule.
-        token_critic ([`TokenCritic`], *optional*): Tells right tokens from wrong ones, for the resampling policy
-            "learned".
 
     Example:
 
@@ -38,25 +33,6 @@ class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
     >>> large = pipe(small, scale_factor=4, class_labels="Tomato 2").images[0]
     ```
     """
-
-    model_cpu_offload_seq = "transformer"
-    # The tokenizer is needed after every scale and the critic in every pass, so they stay on the device.
-    _exclude_from_cpu_offload = ["vqvae", "token_critic"]
-    _optional_components = ["token_critic"]
-
-    def __init__(
-        self,
-        vqvae: MultiScaleVQModel,
-        transformer: ScaleTransformer2DModel,
-        scheduler: ScaleScheduler,
-        token_critic: TokenCritic | None = None,
-    ):
-        super().__init__()
-        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler, token_critic=token_critic)
-        self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
-        )
 
     def num_determined_scales(self, scale_factor: int) -> int:
         """
@@ -118,10 +94,7 @@ class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
         Raises:
             ValueError: If images, labels or another argument do not fit.
         """
-        tensor_inputs = (
-            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
-        )
-        self.check_inputs(num_images_per_prompt, output_type, tensor_inputs)
+        self.check_inputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
         if output_type == "latent":
             raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in super-resolution, got 'latent'.")
         if not isinstance(scale_factor, int) or scale_factor < 2:
@@ -132,33 +105,37 @@ class SRDDSuperResolutionPipeline(DiffusionPipeline, ScalePipelineMixin):
         if not isinstance(num_known_scales, int) or not 0 <= num_known_scales <= num_scales:
             raise ValueError(f"`num_known_scales` must lie in [0, {num_scales}], got {num_known_scales!r}.")
         small = self.prepare_pixels(image)
-        class_ids, small = self.prepare_batch(class_labels, num_images_per_prompt, small)
+        conditions, small = self.prepare_batch(class_labels, num_images_per_prompt, small)
         size = [side * scale_factor for side in small.shape[-2:]]
         smooth = resize(small, size)
         missing = [max(0, least - side) for least, side in zip(self.sample_size, size)]
         smooth = F.pad(smooth, (0, missing[1], 0, missing[0]), mode="replicate")
         canvas = WindowedCanvas(smooth, torch.zeros_like(smooth[:, :1]), self.sample_size)
-        token_ids = None
-        for rows, columns in canvas.windows():
-            known = canvas.known[..., rows, columns]
-            filled = torch.where(known > 0, canvas.pixels[..., rows, columns], smooth[..., rows, columns])
-            latents, token_ids = self.run_scales(
-                class_ids,
-                self.prepare_latents(len(class_ids)),
-                guidance_scale,
-                generator,
-                callback_on_step_end,
-                tensor_inputs,
-                known=KnownRegion(
-                    self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float(),
-                    known,
-                    hint_ids=self.hint_tokens(smooth[..., rows, columns], num_known_scales),
-                ),
+        determined = self.scheduler.scales[:num_known_scales]
+
+        def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
+            place = (..., *window)
+            filled = torch.where(canvas.known[place] > 0, canvas.pixels[place], smooth[place])
+            known = KnownRegion(
+                self.vqvae,
+                self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float(),
+                canvas.known[place],
+                coarse_tokens(self.vqvae, smooth[place], determined),
             )
-            canvas.add(rows, columns, self.decode_pixels(latents))
+            latents, token_ids = self.draw(
+                conditions,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                known_tokens=known.token_ids,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )
+            return self.decode_pixels(latents), token_ids
+
+        token_ids = canvas.fill(draw_window)
         large = canvas.pixels[..., : size[0], : size[1]]
         if consistent:
             large = project_to_low_resolution(large, small)
-        images: Any = self.image_processor.postprocess(large, output_type=output_type)
+        images = self.image_processor.postprocess(large, output_type=output_type)
         self.maybe_free_model_hooks()
         return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +9,21 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from srdd.scales import Scale, ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, scale_slices
+from srdd.scales import Scale, ScaleSizes, normalize_scale_sizes, scale_slices
 from srdd.schedulers.token_sampling import Generators, sample_tokens
 
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
-RESAMPLING_POLICIES = ("none", "simple", "masked", "learned")
-RESAMPLING_FEEDBACKS = ("full", "kept", "time_travel", "redraw")
+RESAMPLING_POLICIES = ("none", "simple", "masked", "remasked")
+
+# Options of version 0.1 that are gone: what they may still say in an old config, and what stands in their place.
+REMOVED_OPTIONS = {
+    "resampling_feedback": (
+        (None, "full"),
+        "A further pass sees all tokens now; measured, other feedbacks were no better (`benchmarks/ABLATIONS.md`)",
+    ),
+    "keep_accepted_tokens": ((True,), 'Where it was False, `resampling_policy="remasked"` judges all tokens anew'),
+}
 
 # A token that is not drawn yet: the absorbing state of the discrete diffusion.
 MASK_TOKEN_ID = -1
@@ -32,16 +41,12 @@ class ScaleSchedulerOutput(BaseOutput):
             Probability of every token of the scale under the model's own distribution (float32 softmax of the guided
             logits, before temperature, top-k and top-p).
         resample_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`):
-            Tokens that a further pass at this timestep draws again; with the policy "learned" those that it may draw
-            again, as the critic has yet to judge them.
-        feedback_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`, *optional*):
-            Tokens that the further pass sees; `None` if it sees all.
+            Tokens that a further pass at this timestep draws again, if there is one.
     """
 
     prev_sample: torch.LongTensor
     token_probabilities: torch.Tensor
     resample_mask: torch.BoolTensor
-    feedback_mask: torch.BoolTensor | None = None
 
 
 class ScaleScheduler(SchedulerMixin, ConfigMixin):
@@ -66,26 +71,15 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         temperature (`float`, defaults to 1.0): Temperature of the draw; 0 takes the most probable token.
         top_k (`int`, defaults to 0): Draw among this many most probable tokens; 0 is off.
         top_p (`float`, defaults to 1.0): Draw among the most probable tokens with this total probability; 1 is off.
-        resampling_policy (`str`, defaults to `"none"`): `"none"` (SDD); `"simple"` (SR) draws all tokens of a scale
-            again in each further pass; `"masked"` (MR) those whose probability is below the threshold (paper Section
-            4.2). `"learned"`, not in the paper: those whose probability of being right, as a token critic judges it
-            from the pass that they are fed back to, is below the threshold. It makes no further pass at the coarsest
-            scale, whose input the transformer does not read, and needs the feedback `"full"`.
-        resampling_threshold (`float`, defaults to 0.01): The threshold of `"masked"` and of `"learned"`. A critic's
-            probabilities lie higher than a token's own: 0.01 is far too low for them.
+        resampling_policy (`str`, defaults to `"none"`): Which tokens of a scale further passes draw again (paper,
+            Section 4.2); they see the state with all tokens of the pass before. `"none"` (SDD) makes none. `"simple"`
+            (SR): all tokens. `"masked"` (MR): those whose probability is below the threshold; the others are final,
+            and what they made others see stays, so that a pass computes only what it draws. `"remasked"`: the same,
+            but every pass computes and judges all tokens anew, as the paper may be read. It takes longer, helps a
+            weak model and spoils the images of a well-trained one (`benchmarks/ABLATIONS.md`).
+        resampling_threshold (`float`, defaults to 0.01): The threshold of `"masked"` and `"remasked"`.
         num_resampling_passes (`int` or `list[int]`, defaults to 5): Most further passes at a scale; a list gives one
             number for each of `scale_sizes`.
-        resampling_feedback (`str`, *optional*): What a further pass is fed, which the paper leaves open. `"full"`: the
-            state with all tokens of the last pass. `"kept"`: with those that are not drawn again. `"time_travel"`: the
-            state before the scale, re-tokenised from the state after it. `"redraw"`: nothing; low tokens are drawn
-            again from the same logits, which costs no pass. By default `"kept"` with the policy `"masked"` where
-            `keep_accepted_tokens` is false, `"full"` otherwise.
-        keep_accepted_tokens (`bool`, defaults to `True`): With the policy `"masked"` and the feedback `"full"` or
-            `"kept"`, whether tokens at or above the threshold are final. Further passes then compute nothing but the
-            tokens that they draw again, which see the others as the pass did that accepted them. Otherwise every pass
-            computes and judges all tokens anew, as the paper may be read: it takes longer and, with the feedback
-            `"full"`, spoils the images of a well-trained model. The defaults are the best of what was measured
-            (`benchmarks/ABLATIONS.md`).
 
     Raises:
         ValueError: If a value is not one of those above.
@@ -108,8 +102,6 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         resampling_policy: str = "none",
         resampling_threshold: float = 0.01,
         num_resampling_passes: int | list[int] = 5,
-        resampling_feedback: str | None = None,
-        keep_accepted_tokens: bool = True,
     ):
         scale_sizes = normalize_scale_sizes(scale_sizes)
         if scales is not None:
@@ -122,24 +114,14 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 )
         self.register_to_config(scale_sizes=scale_sizes, scales=scales)
         self.scales: list[list[int]] = scales or scale_sizes
-        # What a run visits, coarse to fine: the one description of a scale for all that follows.
+        # What a run visits, coarse to fine, and the tokens of a pyramid over it.
         self.visits: tuple[Scale, ...] = tuple(
             Scale(len(scale_sizes) - 1 - scale_sizes.index(size), tuple(size), tokens)
             for size, tokens in zip(self.scales, scale_slices(self.scales))
         )
+        self.num_tokens: int = self.visits[-1].tokens.stop
         _check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
         _check_choice("resampling_policy", resampling_policy, RESAMPLING_POLICIES)
-        _check_choice("resampling_feedback", resampling_feedback, (*RESAMPLING_FEEDBACKS, None))
-        if resampling_policy == "simple" and resampling_feedback in ("kept", "redraw"):
-            raise ValueError(
-                "`resampling_feedback` must be 'full' or 'time_travel' with the policy 'simple', which keeps no token,"
-                f" got {resampling_feedback!r}."
-            )
-        if resampling_policy == "learned" and resampling_feedback not in ("full", None):
-            raise ValueError(
-                "`resampling_feedback` must be 'full' with the policy 'learned', which judges all tokens that are fed"
-                f" back, got {resampling_feedback!r}."
-            )
         passes = [num_resampling_passes] if isinstance(num_resampling_passes, int) else list(num_resampling_passes)
         if any(not isinstance(count, int) or count < 0 for count in passes) or (
             not isinstance(num_resampling_passes, int) and len(passes) != len(scale_sizes)
@@ -165,61 +147,59 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         """Scheduler classes that understand this config: this one; no other draws tokens scale by scale."""
         return [type(self)]
 
-    @property
-    def resampling_feedback(self) -> str:
-        """What a further pass is fed: the config's choice, or the policy's."""
-        judges_anew = self.config.resampling_policy == "masked" and not self.config.keep_accepted_tokens
-        return self.config.resampling_feedback or ("kept" if judges_anew else "full")
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """
+        As [`ConfigMixin`] has it, for configs of version 0.1, too.
+
+        Raises:
+            ValueError: If an option that is gone has another value than the one that all configs mean now.
+        """
+        options = {**config_dict, **kwargs}
+        for name, (allowed, replacement) in REMOVED_OPTIONS.items():
+            if name in options and options[name] not in allowed:
+                raise ValueError(f"`{name}` is gone since version 0.2, got {options[name]!r}. {replacement}.")
+        if options.get("resampling_policy") == "learned":
+            raise ValueError(
+                "`resampling_policy` 'learned' is gone since version 0.2, and its token critic with it: it was no"
+                " better than 'masked' (`benchmarks/ABLATIONS.md`)."
+            )
+        config_dict, kwargs = (
+            {name: value for name, value in given.items() if name not in REMOVED_OPTIONS}
+            for given in (config_dict, kwargs)
+        )
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @property
-    def has_partial_passes(self) -> bool:
-        """Whether accepted tokens stay, and further passes compute only those that they draw again."""
-        keeps = self.config.resampling_policy == "masked" and self.config.keep_accepted_tokens
-        return keeps and self.resampling_feedback in ("full", "kept")
+    def keeps_accepted_tokens(self) -> bool:
+        """Whether accepted tokens are final, and further passes compute only those that they draw again."""
+        return self.config.resampling_policy == "masked"
 
     @property
     def num_train_timesteps(self) -> int:
         """Number of all scales K."""
         return len(self.config.scale_sizes)
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of a pyramid over the visited scales."""
-        return sum(num_tokens_per_scale(self.scales))
+    def visit(self, timestep: int | torch.Tensor) -> Scale:
+        """
+        The visited scale of a timestep.
 
-    def scale_size(self, timestep: int | torch.Tensor) -> tuple[int, int]:
-        """`(height, width)` of a timestep's scale."""
-        return tuple(self.config.scale_sizes[-1 - self._check_timestep(timestep)])
-
-    def token_slice(self, timestep: int | torch.Tensor) -> slice:
-        """Where a timestep's scale lies in the packed pyramid."""
-        return scale_slices(self.scales)[self.scales.index(list(self.scale_size(timestep)))]
-
-    def coarser_scales(self, timestep: int | torch.Tensor) -> list[list[int]]:
-        """The visited scales before a timestep's, coarse to fine."""
-        return self.scales[: self.scales.index(list(self.scale_size(timestep)))]
-
-    def scale_timesteps(self) -> list[int]:
-        """One timestep for each visited scale, coarse to fine."""
-        last = len(self.config.scale_sizes) - 1
-        return [last - self.config.scale_sizes.index(size) for size in self.scales]
-
-    def _check_timestep(self, timestep: int | torch.Tensor) -> int:
-        value, allowed = int(timestep), self.scale_timesteps()
-        if value not in allowed:
-            raise ValueError(f"`timestep` must be one of {allowed}, got {value}.")
-        return value
+        Raises:
+            ValueError: If no visited scale has it.
+        """
+        for scale in self.visits:
+            if scale.timestep == timestep:
+                return scale
+        raise ValueError(
+            f"`timestep` must be one of {[scale.timestep for scale in self.visits]}, got {int(timestep)}."
+        )
 
     def num_passes(self, timestep: int | torch.Tensor) -> int:
-        """How often a timestep is repeated at most: one pass, and the further ones of the resampling policy."""
-        return 1 if self.resampling_feedback == "redraw" else 1 + self._num_further_passes(timestep)
-
-    def _num_further_passes(self, timestep: int | torch.Tensor) -> int:
-        coarsest = self._check_timestep(timestep) == self.num_train_timesteps - 1
-        if self.config.resampling_policy == "none" or (self.config.resampling_policy == "learned" and coarsest):
-            return 0
-        passes = self.config.num_resampling_passes
-        return passes if isinstance(passes, int) else passes[-1 - self._check_timestep(timestep)]
+        """How many passes the config wants at a scale at most: one, and the further ones of the resampling policy."""
+        timestep, further = self.visit(timestep).timestep, self.config.num_resampling_passes
+        if self.config.resampling_policy == "none":
+            return 1
+        return 1 + (further if isinstance(further, int) else further[-1 - timestep])
 
     def set_timesteps(
         self,
@@ -235,12 +215,13 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 value is an error rather than another schedule.
             device (`str` or `torch.device`, *optional*): Where `timesteps` lies.
             timesteps (`Sequence[int]`, *optional*): The timesteps themselves, for another number of passes at chosen
-                scales; every visited scale occurs, coarse to fine.
+                scales; every visited scale occurs, coarse to fine. Pipelines draw with them until they are set anew.
+                With the policy "none" a repeated one draws all tokens of its scale again.
 
         Raises:
             ValueError: If the steps do not fit the visited scales.
         """
-        scale_timesteps = self.scale_timesteps()
+        scale_timesteps = [scale.timestep for scale in self.visits]
         if num_inference_steps is not None and num_inference_steps != len(scale_timesteps):
             raise ValueError(
                 f"`num_inference_steps` must be {len(scale_timesteps)}, the number of scales in"
@@ -265,7 +246,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `torch.Tensor` of shape `(batch, num_scale_tokens, channels)`.
         """
-        size = self.scale_size(timestep)
+        size = self.visit(timestep).size
         if tuple(sample.shape[-2:]) != size:
             sample = F.interpolate(sample, size=size, mode="area")
         return sample.flatten(2).transpose(1, 2)  # (B, N_k, C)
@@ -287,7 +268,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         """
         weight = max(guidance_scale - 1.0, 0.0)
         num_scales = len(self.config.scale_sizes)
-        scale = num_scales - 1 - self._check_timestep(timestep)
+        scale = num_scales - 1 - self.visit(timestep).timestep
         if not self.config.guidance_start <= scale / num_scales < self.config.guidance_stop:
             return 0.0
         if self.config.guidance_schedule == "constant" or num_scales == 1:
@@ -296,8 +277,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
     def guidance_weights(self, guidance_scale: float) -> torch.Tensor:
         """The weight of every token of the pyramid, float32 of shape `(num_tokens,)`."""
-        weights = [self.guidance_weight(timestep, guidance_scale) for timestep in self.scale_timesteps()]
-        return torch.tensor(weights).repeat_interleave(torch.tensor(num_tokens_per_scale(self.scales)))
+        weights = [self.guidance_weight(scale.timestep, guidance_scale) for scale in self.visits]
+        return torch.tensor(weights).repeat_interleave(torch.tensor([scale.num_tokens for scale in self.visits]))
 
     def step(
         self,
@@ -306,7 +287,6 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         sample: torch.LongTensor,
         resample_mask: torch.BoolTensor | None = None,
         known_mask: torch.BoolTensor | None = None,
-        confidence: torch.Tensor | None = None,
         generator: Generators = None,
         return_dict: bool = True,
     ) -> ScaleSchedulerOutput | tuple:
@@ -321,9 +301,6 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 from the output of the pass before; all by default.
             known_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`, *optional*): Tokens that stay as they
                 are in `sample`, in every pass (inpainting); none by default.
-            confidence (`torch.Tensor` of shape `(batch, num_scale_tokens)`, *optional*): Probabilities that the tokens
-                of the scale in `sample` are right. The policy `"learned"` needs them in every pass with a
-                `resample_mask`; nothing else reads them.
             generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.
             return_dict (`bool`, defaults to `True`): Whether to return a [`ScaleSchedulerOutput`].
 
@@ -331,17 +308,17 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             [`ScaleSchedulerOutput`] or the tuple of its fields.
 
         Raises:
-            ValueError: If shapes do not fit the schedule, the number of generators is not the batch size, the logits
-                are not finite, or the policy `"learned"` gets no probabilities as `confidence`.
+            ValueError: If shapes do not fit the schedule, the number of generators is not the batch size, or the
+                logits are not finite.
         """
-        tokens = self.token_slice(timestep)
-        batch_size, num_scale_tokens = sample.shape[0], tokens.stop - tokens.start
+        scale, batch_size = self.visit(timestep), sample.shape[0]
         if tuple(sample.shape) != (batch_size, self.num_tokens):
             raise ValueError(f"`sample` must have shape (batch, {self.num_tokens}), got {tuple(sample.shape)}.")
-        if tuple(model_output.shape[:2]) != (batch_size, num_scale_tokens) or model_output.ndim != 3:
+        token_ids = sample[:, scale.tokens]
+        if model_output.shape[:2] != token_ids.shape or model_output.ndim != 3:
             raise ValueError(
-                f"`model_output` must have shape ({batch_size}, {num_scale_tokens}, codebook_size) at timestep"
-                f" {int(timestep)}, got {tuple(model_output.shape)}."
+                f"`model_output` must have shape ({batch_size}, {scale.num_tokens}, codebook_size) at timestep"
+                f" {scale.timestep}, got {tuple(model_output.shape)}."
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
@@ -349,63 +326,33 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         if not log_normalizer.isfinite().all():
             raise ValueError(
                 "`model_output` must be finite (-inf may forbid single tokens), got NaN or infinite logits at timestep"
-                f" {int(timestep)}."
+                f" {scale.timestep}."
             )
 
-        token_ids = sample[:, tokens]
-        if self.config.resampling_policy == "learned" and resample_mask is not None:
-            resample_mask = resample_mask & self._is_distrusted(confidence, token_ids.shape)
+        config, draw_mask = self.config, resample_mask
         if known_mask is not None:
-            resample_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
-        redraws = self._num_further_passes(timestep) if self.resampling_feedback == "redraw" else 0
-        for index in range(1 + redraws):
-            token_ids = self._draw(model_output, token_ids, resample_mask, generator)
-            chosen = model_output.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
-            probabilities = (chosen - log_normalizer).exp()
-            wanted = self._resample_mask(probabilities)
-            if known_mask is not None:
-                wanted = wanted & ~known_mask
-            if resample_mask is not None:
-                # An image without tokens to draw again is finished at this scale, whatever its neighbours still need.
-                may_be = resample_mask if self.has_partial_passes else resample_mask.any(dim=1, keepdim=True)
-                wanted = wanted & may_be
-            resample_mask = wanted
-            # Asking the device makes it wait, so only where there is something to decide.
-            if index < redraws and not resample_mask.any():
-                break
+            draw_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
+        rows = None if draw_mask is None else draw_mask.any(dim=1)
+        if rows is None or rows.any():
+            drawn_ids = sample_tokens(model_output, config.temperature, config.top_k, config.top_p, generator, rows)
+            token_ids = drawn_ids if draw_mask is None else torch.where(draw_mask, drawn_ids, token_ids)
+        chosen = model_output.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
+        probabilities = (chosen - log_normalizer).exp()
 
+        if config.resampling_policy in ("masked", "remasked"):
+            resample_mask = probabilities < config.resampling_threshold
+        else:
+            resample_mask = torch.ones_like(token_ids, dtype=torch.bool)
+        if draw_mask is not None:
+            # An image without tokens to draw is finished at this scale, whatever its neighbours still need.
+            resample_mask &= draw_mask if self.keeps_accepted_tokens else rows.unsqueeze(1)
+        if known_mask is not None:
+            resample_mask &= ~known_mask
         prev_sample = sample.clone()
-        prev_sample[:, tokens] = token_ids
-        feedback_mask = ~resample_mask if self.resampling_feedback == "kept" else None
-        output = ScaleSchedulerOutput(prev_sample, probabilities, resample_mask, feedback_mask)
-        return output if return_dict else (prev_sample, probabilities, resample_mask, feedback_mask)
-
-    def _draw(self, logits, token_ids, resample_mask, generator) -> torch.LongTensor:
-        rows = None if resample_mask is None else resample_mask.any(dim=1)
-        if rows is not None and not rows.any():
-            return token_ids
-        drawn = sample_tokens(
-            logits, self.config.temperature, self.config.top_k, self.config.top_p, generator=generator, rows=rows
-        )
-        return drawn if resample_mask is None else torch.where(resample_mask, drawn, token_ids)
-
-    def _resample_mask(self, probabilities: torch.Tensor) -> torch.BoolTensor:
-        """Tokens that the policy wants to draw again, or to have judged before that."""
-        if self.config.resampling_policy == "masked":
-            return probabilities < self.config.resampling_threshold
-        return torch.full_like(probabilities, self.config.resampling_policy != "none", dtype=torch.bool)
-
-    def _is_distrusted(self, confidence: torch.Tensor | None, shape: torch.Size) -> torch.BoolTensor:
-        """Tokens that the critic takes for wrong."""
-        if confidence is None or confidence.shape != shape:
-            raise ValueError(
-                f"`confidence` must have shape {tuple(shape)} in further passes of the policy 'learned', got"
-                f" {None if confidence is None else tuple(confidence.shape)}."
-            )
-        if not ((confidence >= 0) & (confidence <= 1)).all():
-            low, high = (bound.item() for bound in confidence.aminmax())
-            raise ValueError(f"`confidence` must hold probabilities in [0, 1], got [{low:.3g}, {high:.3g}].")
-        return confidence < self.config.resampling_threshold
+        prev_sample[:, scale.tokens] = token_ids
+        if not return_dict:
+            return prev_sample, probabilities, resample_mask
+        return ScaleSchedulerOutput(prev_sample, probabilities, resample_mask)
 
     def add_noise(
         self,
@@ -433,7 +380,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             )
         device = original_samples.device
         timesteps = torch.as_tensor(timesteps, device=device).expand(original_samples.shape[0])
-        starts = torch.tensor([self.token_slice(t).start for t in timesteps.tolist()], device=device)
+        starts = torch.tensor([self.visit(t).tokens.start for t in timesteps.tolist()], device=device)
         forgotten = torch.arange(self.num_tokens, device=device) >= starts.unsqueeze(1)
         return original_samples.masked_fill(forgotten, MASK_TOKEN_ID)
 

@@ -103,10 +103,12 @@ def documented_parameters(docstring: str) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+) \((.+?)\):(?=\s|$)", section[1], flags=re.MULTILINE | re.DOTALL))
 
 
-def signature_defaults(node: Documented) -> dict[str, ast.expr | None]:
-    """The parameters of a function, of a class's `__init__` or of a dataclass, and their defaults."""
+def signature_defaults(node: Documented) -> dict[str, ast.expr | None] | None:
+    """The parameters of a function, of a class's own `__init__` or of a dataclass, and their defaults."""
     if isinstance(node, ast.ClassDef):
         inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+        if not inits and not node.decorator_list:
+            return None  # a base class's
         if not inits:
             return {item.target.id: item.value for item in node.body if isinstance(item, ast.AnnAssign)}
         node = inits[0]
@@ -120,6 +122,8 @@ def slips(node: Documented) -> Iterator[str]:
     """Where a docstring says something else about the parameters than the signature."""
     documented = documented_parameters(ast.get_docstring(node) or "")
     defaults = signature_defaults(node)
+    if defaults is None:
+        return
     expected = list(defaults) if isinstance(node, ast.ClassDef) else [name for name in defaults if name in documented]
     if documented and list(documented) != expected:
         yield f"documented are {list(documented)}, the parameters are {list(defaults)}"

@@ -13,7 +13,6 @@ from diffusers.utils import dynamic_modules_utils
 from tiny_models import (
     ID2LABEL,
     SCALE_SIZES,
-    tiny_critic,
     tiny_pipeline,
     tiny_scheduler,
     tiny_transformer,
@@ -28,7 +27,6 @@ from srdd import (
     SRDDInpaintPipeline,
     SRDDPipeline,
     SRDDSuperResolutionPipeline,
-    TokenCritic,
 )
 
 
@@ -58,7 +56,7 @@ def test_pipeline(tmp_path, attention_pattern):
         assert public(getattr(loaded, name).config) == public(getattr(pipe, name).config)
 
 
-@pytest.mark.parametrize("make", [tiny_vqvae, tiny_transformer, tiny_critic])
+@pytest.mark.parametrize("make", [tiny_vqvae, tiny_transformer])
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_model(tmp_path, make, low_cpu_mem_usage):
     model = make()
@@ -111,98 +109,33 @@ def test_labels_survive_json(tmp_path):
     assert SRDDPipeline.from_pretrained(tmp_path).id2label == ID2LABEL
 
 
-def critical_pipeline(attention_pattern="markov"):
-    """A pipeline with a critic that is asked."""
-    scheduler = tiny_scheduler(resampling_policy="learned", resampling_threshold=0.5, num_resampling_passes=2)
-    return tiny_pipeline(attention_pattern, scheduler=scheduler, token_critic=tiny_critic())
-
-
-def test_pipeline_with_a_critic(tmp_path):
-    pipe = critical_pipeline()
-    pipe.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "model_index.json").read_text())["token_critic"] == ["srdd", "TokenCritic"]
-    loaded = SRDDPipeline.from_pretrained(tmp_path)
-    assert isinstance(loaded.token_critic, TokenCritic)
-    assert torch.equal(draw(loaded), draw(pipe))
-    # The critic is what is asked, and not needed for anything else.
-    assert not torch.equal(draw(SRDDPipeline.from_pipe(pipe, token_critic=tiny_critic(seed=5))), draw(pipe))
-    without = SRDDPipeline.from_pretrained(tmp_path, token_critic=None, scheduler=tiny_scheduler())
-    assert without.token_critic is None
-    assert torch.equal(draw(without), draw(tiny_pipeline()))
-
-
-@pytest.mark.parametrize("index", [None, [None, None]])
-def test_pipeline_without_a_critic(tmp_path, index):
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(tmp_path)
-    path = tmp_path / "model_index.json"
-    written = json.loads(path.read_text())
-    assert written.pop("token_critic") == [None, None]
-    if index is not None:
-        written["token_critic"] = index
-    path.write_text(json.dumps(written))  # the first is what versions before the critic have written
-    for pipeline_class in (SRDDPipeline, SRDDInpaintPipeline, SRDDSuperResolutionPipeline):
-        assert pipeline_class.from_pretrained(tmp_path).token_critic is None
-    loaded = SRDDPipeline.from_pretrained(tmp_path)
-    assert torch.equal(draw(loaded), draw(pipe))
-    loaded.save_pretrained(tmp_path / "again")
-    assert not (tmp_path / "again" / "token_critic").exists()
-    assert torch.equal(draw(SRDDPipeline.from_pretrained(tmp_path / "again")), draw(pipe))
-
-
-@pytest.mark.parametrize("way", ["from_pretrained", "from_pipe"])
-def test_a_critic_for_a_pipeline_that_has_none(tmp_path, way):
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(tmp_path)
-    critic = tiny_critic()
-    if way == "from_pretrained":
-        pipe = SRDDPipeline.from_pretrained(tmp_path, token_critic=critic)
-    else:
-        pipe = SRDDPipeline.from_pipe(pipe, token_critic=critic)
-    assert pipe.token_critic is critic
-    pipe.scheduler = critical_pipeline().scheduler
-    assert torch.equal(draw(pipe), draw(critical_pipeline()))
-    pipe.save_pretrained(tmp_path / "again")
-    assert torch.equal(draw(SRDDPipeline.from_pretrained(tmp_path / "again")), draw(critical_pipeline()))
-
-
-def test_critics_go_from_pipe_to_pipe():
-    pipe = critical_pipeline()
-    for pipeline_class in (SRDDPipeline, SRDDInpaintPipeline, SRDDSuperResolutionPipeline):
-        other = pipeline_class.from_pipe(pipe)
-        assert other.token_critic is pipe.token_critic
-        assert SRDDPipeline.from_pipe(other).token_critic is pipe.token_critic
-    assert SRDDInpaintPipeline.from_pipe(tiny_pipeline()).token_critic is None
-
-
-def test_critic_in_half_precision(tmp_path):
-    pipe = critical_pipeline().to(torch.float16)
-    pipe.save_pretrained(tmp_path, variant="fp16")
-    loaded = SRDDPipeline.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
-    assert loaded.token_critic.dtype == torch.float16
-    assert torch.equal(draw(loaded), draw(pipe))
+def as_version_0_1(folder: Path, critic: list) -> None:
+    """Rewrite a saved pipeline's index and schedule as version 0.1 wrote them."""
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "token_critic": critic}))
+    path = folder / "scheduler" / "scheduler_config.json"
+    old = {"resampling_feedback": None, "keep_accepted_tokens": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **old}))
 
 
 @pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
-def test_offloaded_critic(attention_pattern):
-    pipe = critical_pipeline(attention_pattern)
-    images = draw(pipe)
-    pipe.enable_model_cpu_offload(device="cpu")
-    assert getattr(pipe.token_critic, "_hf_hook", None) is None  # it would push the transformer out in every pass
-    assert torch.equal(draw(pipe), images)
-    assert torch.equal(draw(pipe), images)
-    pipe.remove_all_hooks()
-    for pipeline_class in (SRDDInpaintPipeline, SRDDSuperResolutionPipeline):
-        other = pipeline_class.from_pipe(pipe)
-        other.enable_model_cpu_offload(device="cpu")
-        assert getattr(other.token_critic, "_hf_hook", None) is None
-        other.remove_all_hooks()
-    for model in (pipe.transformer, pipe.vqvae, pipe.token_critic):
-        offload(model, "cpu", None)
-    assert torch.equal(draw(pipe), images)
-    pipe = critical_pipeline(attention_pattern)
-    pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
-    assert torch.equal(draw(pipe), images)
+@pytest.mark.parametrize("pipeline_class", [SRDDPipeline, SRDDInpaintPipeline, SRDDSuperResolutionPipeline])
+def test_folders_of_version_0_1_load_without_a_word(attention_pattern, pipeline_class, tmp_path, capfd):
+    pipe = tiny_pipeline(attention_pattern, scheduler=tiny_scheduler(resampling_policy="masked"))
+    pipe.save_pretrained(tmp_path)
+    as_version_0_1(tmp_path, [None, None])
+    loaded = pipeline_class.from_pretrained(tmp_path)
+    assert "not expected" not in capfd.readouterr().err
+    assert torch.equal(draw(SRDDPipeline.from_pipe(loaded)), draw(pipe))
+    loaded.save_pretrained(tmp_path / "again")
+    assert "token_critic" not in (tmp_path / "again" / "model_index.json").read_text()
+
+
+def test_a_folder_with_a_token_critic_says_what_became_of_it(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    as_version_0_1(tmp_path, ["srdd", "TokenCritic"])
+    with pytest.raises(ValueError, match="`token_critic` is gone since version 0.2.*'masked'.*got .*TokenCritic"):
+        SRDDPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -470,6 +403,4 @@ def test_auto_pipelines_find_ours_once_asked_to(tmp_path, monkeypatch):
     loaded = AutoPipelineForInpainting.from_pretrained(tmp_path)
     assert isinstance(loaded, SRDDInpaintPipeline)
     assert torch.equal(draw(AutoPipelineForText2Image.from_pipe(loaded)), draw(pipe))
-    critical = AutoPipelineForInpainting.from_pipe(critical_pipeline())
-    assert torch.equal(draw(AutoPipelineForText2Image.from_pipe(critical)), draw(critical_pipeline()))
     assert isinstance(AutoPipelineForInpainting.from_pipe(pipe), SRDDInpaintPipeline)

@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 
 
 SCALE_SIZES = [1, 2, 4]
@@ -73,11 +73,6 @@ def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrid
     return _redraw(ScaleTransformer2DModel(**config), seed)
 
 
-def tiny_critic(seed: int = 2, **overrides: Any) -> TokenCritic:
-    """A critic for [`tiny_transformer`]; `overrides` are config values."""
-    return _redraw(TokenCritic(**{"codebook_size": CODEBOOK_SIZE, "dim": 16, "hidden_dim": 8, **overrides}), seed)
-
-
 def tiny_scheduler(**overrides: Any) -> ScaleScheduler:
     """A schedule over the tiny models' scales; `overrides` are config values."""
     return ScaleScheduler(**{"scale_sizes": SCALE_SIZES, **overrides})
@@ -88,14 +83,12 @@ def tiny_pipeline(
     vqvae: MultiScaleVQModel | None = None,
     transformer: ScaleTransformer2DModel | None = None,
     scheduler: ScaleScheduler | None = None,
-    token_critic: TokenCritic | None = None,
 ) -> SRDDPipeline:
     """A pipeline of tiny components, without a progress bar."""
     pipe = SRDDPipeline(
         vqvae=vqvae or tiny_vqvae(),
         transformer=transformer or tiny_transformer(attention_pattern),
         scheduler=scheduler or tiny_scheduler(),
-        token_critic=token_critic,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

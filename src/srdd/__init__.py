@@ -1,7 +1,7 @@
 """Scale-wise discrete diffusion for the diffusers ecosystem."""
 
 from srdd.diffusers_registration import register, register_auto_pipelines
-from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel, TokenCritic
+from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel
 from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline, SRDDPipelineOutput, SRDDSuperResolutionPipeline
 from srdd.schedulers import ScaleScheduler, ScaleSchedulerOutput
 
@@ -18,8 +18,7 @@ __all__ = [
     "ScaleScheduler",
     "ScaleSchedulerOutput",
     "ScaleTransformer2DModel",
-    "TokenCritic",
     "register_auto_pipelines",
 ]
 
-register(["MultiScaleVQModel", "ScaleTransformer2DModel", "ScaleScheduler", "TokenCritic"])
+register(["MultiScaleVQModel", "ScaleTransformer2DModel", "ScaleScheduler"])

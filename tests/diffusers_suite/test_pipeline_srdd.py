@@ -6,10 +6,10 @@ import accelerate
 import pytest
 import torch
 from diffusers_suite.mounting import mounted
-from tiny_models import SAMPLE_SIZE, tiny_critic, tiny_scheduler, tiny_transformer, tiny_vqvae
+from tiny_models import SAMPLE_SIZE, tiny_scheduler, tiny_transformer, tiny_vqvae
 
 from srdd import SRDDPipeline
-from srdd.models.transformer_scale_2d import ScaleAttnProcessor
+from srdd.models import ScaleAttnProcessor
 
 
 mixins = mounted("pipelines.testing_utils")
@@ -25,7 +25,6 @@ def dummy_components() -> dict[str, Any]:
         "vqvae": tiny_vqvae(),
         "transformer": tiny_transformer(),
         "scheduler": tiny_scheduler(),
-        "token_critic": None,
     }
 
 
@@ -93,23 +92,6 @@ class TestSRDDPipelineTensors(SRDDPipelineTesterConfig, mixins.PipelineTesterMix
     def test_inference_batch_single_identical(self):
         # There is no `num_inference_steps` to copy into the batch.
         super().test_inference_batch_single_identical(additional_params_copy_to_batched_inputs=[])
-
-
-class SRDDPipelineWithCriticTesterConfig(SRDDPipelineTesterConfig):
-    def get_dummy_components(self) -> dict[str, Any]:
-        # Nothing is trusted: the mixins expect a callback for every timestep, and a scale may be finished early.
-        scheduler = tiny_scheduler(resampling_policy="learned", resampling_threshold=1.0)
-        return {**dummy_components(), "scheduler": scheduler, "token_critic": tiny_critic()}
-
-
-class TestSRDDPipelineWithCritic(SRDDPipelineWithCriticTesterConfig, mixins.PipelineTesterMixin):
-    def test_inference_batch_single_identical(self):
-        # There is no `num_inference_steps` to copy into the batch.
-        super().test_inference_batch_single_identical(additional_params_copy_to_batched_inputs=[])
-
-    @pytest.mark.skip("the resampling policy of these components needs the optional one")
-    def test_save_load_optional_components(self):
-        pass
 
 
 class TestSRDDPipelineMemory(

@@ -8,7 +8,7 @@ from diffusers_suite.mounting import mounted
 from tiny_models import SAMPLE_SIZE, tiny_scheduler, tiny_transformer, tiny_vqvae
 
 from srdd import SRDDInpaintPipeline, SRDDPipeline
-from srdd.models.transformer_scale_2d import ScaleAttnProcessor
+from srdd.models import ScaleAttnProcessor
 
 
 mixins = mounted("pipelines.testing_utils")
@@ -26,7 +26,6 @@ def dummy_components() -> dict[str, Any]:
         "vqvae": tiny_vqvae(),
         "transformer": tiny_transformer(),
         "scheduler": tiny_scheduler(),
-        "token_critic": None,
     }
 
 

@@ -62,7 +62,7 @@ class TestScaleScheduler(mixins.SchedulerCommonTest):
         # The mixin subtracts the fields from each other, which boolean masks do not allow.
         sample, timestep = self.dummy_sample(CODEBOOK_SIZE), self.default_timestep
         logits = self.dummy_model(CODEBOOK_SIZE)(sample, timestep)
-        scheduler = ScaleScheduler(**self.get_scheduler_config(resampling_policy="masked", resampling_feedback="kept"))
+        scheduler = ScaleScheduler(**self.get_scheduler_config(resampling_policy="masked"))
         as_object = scheduler.step(logits, timestep, sample, generator=torch.manual_seed(0))
         as_tuple = scheduler.step(logits, timestep, sample, generator=torch.manual_seed(0), return_dict=False)
         assert all(torch.equal(left, right) for left, right in zip(as_object.to_tuple(), as_tuple, strict=True))
@@ -80,5 +80,5 @@ class TestScaleScheduler(mixins.SchedulerCommonTest):
             self.check_over_configs(guidance_schedule=guidance_schedule)
 
     def test_resampling(self):
-        for feedback in ("full", "kept", "time_travel", "redraw"):
-            self.check_over_configs(resampling_policy="masked", resampling_feedback=feedback)
+        for policy in ("none", "simple", "masked", "remasked"):
+            self.check_over_configs(resampling_policy=policy)

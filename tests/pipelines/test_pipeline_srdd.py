@@ -1,4 +1,6 @@
+import copy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,25 +16,14 @@ from srdd import SRDDPipeline, SRDDPipelineOutput
 PATTERNS = ("causal", "markov", "banded")
 
 # All ways to refine a scale; the threshold lies so that the tiny models redraw some tokens and keep others.
-POLICIES = {
-    "none": {},
-    "simple-full": {"resampling_policy": "simple"},
-    "simple-time_travel": {"resampling_policy": "simple", "resampling_feedback": "time_travel"},
-    "masked-full": {"resampling_policy": "masked", "resampling_feedback": "full", "keep_accepted_tokens": False},
-    "masked-kept": {"resampling_policy": "masked", "resampling_feedback": "kept", "keep_accepted_tokens": False},
-    "masked-time_travel": {"resampling_policy": "masked", "resampling_feedback": "time_travel"},
-    "masked-redraw": {"resampling_policy": "masked", "resampling_feedback": "redraw"},
-}
-KEEPING = {
-    f"{name}-keeping": {**POLICIES[name], "keep_accepted_tokens": True} for name in ("masked-full", "masked-kept")
-}
+POLICIES = ("none", "simple", "masked", "remasked")
 
 TOKENS = {2: slice(0, 1), 1: slice(1, 5), 0: slice(5, 21)}
 
 
 def make_scheduler(policy: str, **overrides):
     settings = {"num_resampling_passes": 3, "resampling_threshold": 0.05}
-    return tiny_scheduler(**{**settings, **{**POLICIES, **KEEPING}[policy], **overrides})
+    return tiny_scheduler(**{**settings, "resampling_policy": policy, **overrides})
 
 
 def lively_pipeline(pattern: str = "markov", **settings):
@@ -76,26 +67,15 @@ def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Gener
     config, transformer, vqvae = pipe.scheduler.config, pipe.transformer, pipe.vqvae
     sizes, last = config.scale_sizes, len(config.scale_sizes) - 1
     passes = 1 if config.resampling_policy == "none" else 1 + config.num_resampling_passes
-    keeps = pipe.scheduler.has_partial_passes
+    keeps = config.resampling_policy == "masked"
     null = transformer.config.num_classes
     state, inputs, maps = torch.zeros(1, LATENT_CHANNELS, *sizes[-1]), [], []
     for k, size in enumerate(sizes):
-        before, seen, tokens, low, last_input = state, state, None, None, None
+        before, tokens, low, last_input = state, None, None, None
         for number in range(passes):
             if number > 0 and not low.any():
                 break
-            if number > 0 and config.resampling_feedback == "time_travel" and k > 0:
-                # The coarse scales are read off the finished state; the chain goes on as if they had been drawn.
-                rest, before, inputs, maps = state, torch.zeros_like(state), [], []
-                for coarse in sizes[:k]:
-                    inputs.append(F.adaptive_avg_pool2d(before, coarse))
-                    small = F.adaptive_avg_pool2d(rest, coarse).flatten(2).transpose(1, 2)
-                    distances = (small[:, :, None] - vqvae.quantize.codebook.weight).square().sum(-1)
-                    codes = distances.argmin(-1).view(1, *coarse)
-                    added = vqvae.residual_map(codes)
-                    rest, before, maps = rest - added, before + added, [*maps, codes]
-                seen = before
-            x = F.adaptive_avg_pool2d(seen, size)
+            x = F.adaptive_avg_pool2d(state, size)
             if number > 0 and keeps:
                 x = torch.where(low.view(1, 1, *size), x, last_input)
             last_input = x
@@ -113,24 +93,24 @@ def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Gener
             probabilities = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
             was_low = torch.ones_like(tokens, dtype=torch.bool) if number == 0 else low
             low = torch.ones_like(tokens, dtype=torch.bool)
-            if config.resampling_policy == "masked":
+            if config.resampling_policy in ("masked", "remasked"):
                 low = probabilities < config.resampling_threshold
             if keeps:
                 low = low & was_low
-            if number == 0 or config.resampling_feedback == "time_travel":
-                # Later scales look back at what the first pass saw, unless the past itself was rewritten.
-                inputs = [*inputs[:k], x]
-            state = seen = before + vqvae.residual_map(tokens.view(1, *size))
-            if config.resampling_feedback == "kept":
-                seen = before + vqvae.residual_map(tokens.view(1, *size), mask=~low.view(1, *size))
-        maps = [*maps[:k], tokens.view(1, *size)]
+            if number == 0:
+                # Later scales look back at what the first pass saw.
+                inputs = [*inputs, x]
+            state = before + vqvae.residual_map(tokens.view(1, *size))
+        maps.append(tokens.view(1, *size))
     return torch.cat([part.flatten(1) for part in maps], dim=1)
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "masked-redraw"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_tokens_are_those_of_the_plain_algorithm(pattern, policy):
-    pipe = lively_pipeline(pattern, scheduler=make_scheduler(policy))
+    # Where accepted tokens are kept, the plain algorithm holds for one block.
+    transformer = tiny_transformer(pattern, num_layers=1 if policy == "masked" else 2)
+    pipe = lively_pipeline(transformer=transformer, scheduler=make_scheduler(policy))
     for label, seed in ((1, 0), (4, 1)):
         token_ids = latents_of(pipe, label, guidance_scale=3.0, generator=generators(seed))[1]
         with torch.no_grad():
@@ -139,22 +119,9 @@ def test_tokens_are_those_of_the_plain_algorithm(pattern, policy):
         assert torch.equal(token_ids, expected)
 
 
-@pytest.mark.parametrize("policy", KEEPING)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_accepted_tokens_are_kept_as_in_the_plain_algorithm(pattern, policy):
-    transformer = tiny_transformer(pattern, num_layers=1)
-    pipe = lively_pipeline(transformer=transformer, scheduler=make_scheduler(policy, num_resampling_passes=6))
-    for label, seed in ((1, 0), (4, 1)):
-        token_ids = latents_of(pipe, label, guidance_scale=3.0, generator=generators(seed))[1]
-        with torch.no_grad():
-            expected = plain_sample(pipe, label, 3.0, *generators(seed))
-        assert torch.equal(token_ids, expected)
-
-
-@pytest.mark.parametrize("policy", KEEPING)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_passes_compute_no_token_that_an_earlier_one_accepted(pattern, policy):
-    pipe = lively_pipeline(pattern, scheduler=make_scheduler(policy, num_resampling_passes=8))
+def test_passes_compute_no_token_that_an_earlier_one_accepted(pattern):
+    pipe = lively_pipeline(pattern, scheduler=make_scheduler("masked", num_resampling_passes=8))
     draw = {"class_labels": [1, 2, 3], "guidance_scale": 1.0, "generator": generators(0, 1, 2)}
     states = []
 
@@ -179,23 +146,23 @@ def test_passes_compute_no_token_that_an_earlier_one_accepted(pattern, policy):
     assert num_partial > 3
 
 
-@pytest.mark.parametrize("policy", ["masked-full", "masked-kept"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_keeping_changes_nothing_where_nothing_is_accepted(pattern, policy):
-    found = []
-    for name in (policy, f"{policy}-keeping"):
+def test_policies_agree_where_nothing_is_accepted(pattern):
+    pyramids = []
+    for name in ("simple", "masked", "remasked"):
         pipe = lively_pipeline(pattern, scheduler=make_scheduler(name, resampling_threshold=1.0))
-        found.append(latents_of(pipe, [1, 2], guidance_scale=3.0, generator=generators(0, 1))[1])
-    assert torch.equal(*found)
+        pyramids.append(latents_of(pipe, [1, 2], guidance_scale=3.0, generator=generators(0, 1))[1])
+    assert torch.equal(pyramids[0], pyramids[1])
+    assert torch.equal(pyramids[1], pyramids[2])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_guidance_that_comes_and_goes_between_passes(pattern):
+def test_guidance_that_comes_and_goes(pattern):
     def on_step_end(pipe, index, timestep, tensors):
         pipe._guidance_scale = 3.0 if index % 2 else 1.0
         return {}
 
-    scheduler = make_scheduler("masked-kept-keeping", guidance_schedule="constant")
+    scheduler = make_scheduler("masked", guidance_schedule="constant")
     pipe = lively_pipeline(pattern, scheduler=scheduler)
     draw = {"guidance_scale": 3.0, "callback_on_step_end": on_step_end}
     batch = latents_of(pipe, [1, 2], generator=generators(0, 1), **draw)[1]
@@ -203,7 +170,7 @@ def test_guidance_that_comes_and_goes_between_passes(pattern):
     assert torch.equal(batch, torch.cat(alone))
 
 
-@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in ("none", "masked-redraw")])
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
 def test_resampling_changes_greedy_tokens(policy):
     settings = {"temperature": 0.0, "resampling_threshold": 0.5}
     pipes = [lively_pipeline(scheduler=make_scheduler(name, **settings)) for name in (policy, "none")]
@@ -211,7 +178,7 @@ def test_resampling_changes_greedy_tokens(policy):
     assert not torch.equal(refined, plain)
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, *KEEPING])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_batch_equals_single_runs(pattern, policy):
     pipe = tiny_pipeline(pattern, scheduler=make_scheduler(policy, top_k=12, top_p=0.95))
@@ -224,7 +191,7 @@ def test_a_batch_equals_single_runs(pattern, policy):
     assert not torch.equal(token_ids[1], token_ids[3])
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, *KEEPING])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_latents_are_the_state_of_the_tokens(policy):
     pipe = tiny_pipeline(scheduler=make_scheduler(policy))
     latents, token_ids = latents_of(pipe, [1, 2, 3], generator=torch.Generator().manual_seed(0))
@@ -232,16 +199,15 @@ def test_latents_are_the_state_of_the_tokens(policy):
     torch.testing.assert_close(latents, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, *KEEPING])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_only_time_travel_changes_finished_scales(pattern, policy):
+def test_finished_scales_stay(pattern, policy):
     pipe = tiny_pipeline(pattern, scheduler=make_scheduler(policy))
-    finished, changed = {}, False
+    finished = {}
 
     def compare(pipe, index, timestep, tensors):
-        nonlocal changed
         for earlier in range(2, timestep, -1):
-            changed |= not torch.equal(tensors["token_ids"][:, TOKENS[earlier]], finished[earlier])
+            assert torch.equal(tensors["token_ids"][:, TOKENS[earlier]], finished[earlier])
         finished[timestep] = tensors["token_ids"][:, TOKENS[timestep]].clone()
         return tensors
 
@@ -252,10 +218,10 @@ def test_only_time_travel_changes_finished_scales(pattern, policy):
         callback_on_step_end=compare,
         callback_on_step_end_tensor_inputs=["latents", "token_ids"],
     )
-    assert changed == ("time_travel" in policy)
+    assert list(finished) == [2, 1, 0]
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, *KEEPING])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_seeds_reproduce_images(policy):
     pipe = tiny_pipeline(scheduler=make_scheduler(policy))
     for make in (lambda seed: torch.Generator().manual_seed(seed), lambda seed: generators(seed, seed + 100)):
@@ -266,7 +232,7 @@ def test_seeds_reproduce_images(policy):
 
 
 def test_the_global_random_state_is_left_alone():
-    pipe = tiny_pipeline(scheduler=make_scheduler("masked-full"))
+    pipe = tiny_pipeline(scheduler=make_scheduler("remasked"))
     state = torch.get_rng_state()
     pipe([1, 2], generator=torch.Generator().manual_seed(0), output_type="latent")
     assert torch.equal(torch.get_rng_state(), state)
@@ -311,7 +277,7 @@ def test_scales_without_guidance_are_drawn_at_half_the_cost(pattern, interval, e
     # As if guidance had been switched on and off by hand.
     token_ids = latents_of(pipe, [1, 2], guidance_scale=4.0)[1]
     for timestep in (2, 1, 0):
-        tokens = scheduler.token_slice(timestep)
+        tokens = scheduler.visit(timestep).tokens
         inputs = pipe.vqvae.teacher_forcing_inputs(token_ids, scheduler.scales)[:, : tokens.stop]
         shown = list(range(2, timestep - 1, -1))
         with torch.no_grad():
@@ -362,14 +328,14 @@ def test_blocks_compiled_for_any_shape_serve_all_batches():
     assert counters["stats"]["unique_graphs"] <= 5
 
 
-@pytest.mark.parametrize("policy", ["masked-full", "masked-full-keeping"])
+@pytest.mark.parametrize("policy", ["masked", "remasked"])
 def test_compiled_blocks_refine(policy):
     pipe = lively_pipeline(scheduler=make_scheduler(policy))
     draw = {"class_labels": [1, 2], "guidance_scale": 3.0}
     expected = latents_of(pipe, **draw, generator=generators(0, 1))[1]
     torch.compiler.reset()
     # Accepted tokens are looked up in a cache, outside of the graph.
-    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=not pipe.scheduler.has_partial_passes)
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=not pipe.scheduler.keeps_accepted_tokens)
     assert torch.equal(latents_of(pipe, **draw, generator=generators(0, 1))[1], expected)
 
 
@@ -396,7 +362,7 @@ def test_compiled_code_draws_the_same_tokens():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_images_that_are_finished_at_a_scale_are_not_computed_again(pattern):
-    scheduler = make_scheduler("masked-full", resampling_threshold=0.02, num_resampling_passes=8)
+    scheduler = make_scheduler("remasked", resampling_threshold=0.02, num_resampling_passes=8)
     pipe = tiny_pipeline(pattern, scheduler=scheduler)
     draw = {"class_labels": [1, 2, 3, 4], "guidance_scale": 1.0, "generator": generators(0, 1, 2, 3)}
     passes = forward_batches(pipe, **draw)
@@ -432,19 +398,19 @@ def test_unconditional_draws_are_those_of_the_null_class():
 def test_number_of_passes():
     off = {"class_labels": 1, "guidance_scale": 1.0}
     every = {"resampling_threshold": 1.0}
-    assert forward_batches(tiny_pipeline(scheduler=make_scheduler("simple-full")), **off) == [1] * 12
-    assert forward_batches(tiny_pipeline(scheduler=make_scheduler("masked-full", **every)), **off) == [1] * 12
-    assert forward_batches(tiny_pipeline(scheduler=make_scheduler("masked-redraw", **every)), **off) == [1] * 3
-    per_scale = make_scheduler("simple-full", num_resampling_passes=[0, 2, 1])
+    assert forward_batches(tiny_pipeline(scheduler=make_scheduler("simple")), **off) == [1] * 12
+    assert forward_batches(tiny_pipeline(scheduler=make_scheduler("remasked", **every)), **off) == [1] * 12
+    assert forward_batches(tiny_pipeline(scheduler=make_scheduler("masked", **every)), **off) == [1] * 12
+    per_scale = make_scheduler("simple", num_resampling_passes=[0, 2, 1])
     assert forward_batches(tiny_pipeline(scheduler=per_scale), **off) == [1] * 6
 
 
-@pytest.mark.parametrize("feedback", ["masked-full", "masked-kept", "masked-time_travel"])
-def test_resampling_stops_when_no_token_is_low(feedback):
-    scheduler = make_scheduler(feedback, resampling_threshold=0.0, num_resampling_passes=20)
+@pytest.mark.parametrize("policy", ["masked", "remasked"])
+def test_resampling_stops_when_no_token_is_low(policy):
+    scheduler = make_scheduler(policy, resampling_threshold=0.0, num_resampling_passes=20)
     pipe = tiny_pipeline(scheduler=scheduler)
     assert forward_batches(pipe, class_labels=1, guidance_scale=1.0) == [1, 1, 1]
-    scheduler = make_scheduler(feedback, resampling_threshold=0.02, num_resampling_passes=40)
+    scheduler = make_scheduler(policy, resampling_threshold=0.02, num_resampling_passes=40)
     generator = torch.Generator().manual_seed(0)
     passes = forward_batches(
         tiny_pipeline(scheduler=scheduler), class_labels=1, guidance_scale=1.0, generator=generator
@@ -453,7 +419,7 @@ def test_resampling_stops_when_no_token_is_low(feedback):
 
 
 @pytest.mark.parametrize("scales", [[1, 4], [1, 2, 4]])
-@pytest.mark.parametrize("policy", ["none", "simple-full", "masked-time_travel"])
+@pytest.mark.parametrize("policy", ["none", "simple", "masked"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_part_of_the_scales(pattern, policy, scales):
     pipe = tiny_pipeline(pattern, scheduler=make_scheduler(policy, scales=scales))
@@ -529,7 +495,7 @@ def test_given_latents_are_what_the_scales_are_added_to(pattern):
     assert torch.equal(latents_of(pipe, [1, 2], latents=torch.zeros_like(start))[0], from_zero[0])
 
 
-@pytest.mark.parametrize("policy", ["none", "simple-full", "masked-full", "masked-time_travel"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_callback_sees_every_pass(policy):
     pipe, calls = tiny_pipeline(scheduler=make_scheduler(policy)), []
 
@@ -555,7 +521,7 @@ def test_callback_sees_every_pass(policy):
     )
     assert len(calls) == len(sizes)
     assert [timestep for _, timestep in calls] == [pipe.scheduler.timesteps[index].item() for index, _ in calls]
-    if policy in ("none", "simple-full"):
+    if policy in ("none", "simple"):
         assert [index for index, _ in calls] == list(range(pipe.num_timesteps))
     else:
         assert 3 < len(calls)
@@ -567,7 +533,7 @@ def test_callback_holds_the_latents_by_default():
     assert names == [["latents"]] * 3
 
 
-@pytest.mark.parametrize("policy", ["none", "masked-full", "simple-full"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_callback_may_change_the_latents(policy):
     pipe = lively_pipeline(scheduler=make_scheduler(policy, temperature=0.0))
     untouched = latents_of(pipe, [1, 2])
@@ -597,7 +563,7 @@ def test_callback_may_change_the_tokens():
 
 
 def test_half_precision_pipeline():
-    pipe = tiny_pipeline(scheduler=make_scheduler("masked-full")).to(torch.bfloat16)
+    pipe = tiny_pipeline(scheduler=make_scheduler("remasked")).to(torch.bfloat16)
     output = pipe([1, 2], generator=generators(0, 1), output_type="pt")
     assert output.images.dtype == torch.float32
     assert output.images.isfinite().all()
@@ -662,7 +628,7 @@ def turn_guidance(scale):
     return callback
 
 
-def test_a_callback_changes_guidance_from_the_next_pass_on():
+def test_a_callback_changes_guidance_from_the_next_scale_on():
     pipe = tiny_pipeline()
 
     def draw(guidance_scale, **arguments):
@@ -676,5 +642,65 @@ def test_a_callback_changes_guidance_from_the_next_pass_on():
 
 
 def test_guidance_cannot_begin_late_with_a_pattern_that_looks_back():
-    with pytest.raises(ValueError, match="`guidance_scale` must be above 1 from the start .*'causal'.* got 8.0"):
+    with pytest.raises(
+        ValueError,
+        match="`guidance_scale` must be above 1 from the start .*'causal'.* 3.5 at timestep 1",
+    ):
         tiny_pipeline("causal")(1, guidance_scale=1.0, callback_on_step_end=turn_guidance(8.0))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_timesteps_of_ones_own_are_kept(policy):
+    pipe = tiny_pipeline(scheduler=make_scheduler(policy, resampling_threshold=1.0))
+    pipe.scheduler.set_timesteps(timesteps=[2, 1, 1, 1, 0])
+    for _ in range(2):
+        assert forward_batches(pipe, class_labels=1, guidance_scale=1.0) == [1] * 5
+        assert pipe.num_timesteps == 5
+        assert pipe.scheduler.timesteps.tolist() == [2, 1, 1, 1, 0]
+    pipe.scheduler.set_timesteps()
+    assert len(forward_batches(pipe, class_labels=1, guidance_scale=1.0)) == (3 if policy == "none" else 12)
+
+
+def test_a_call_changes_nothing_on_the_pipeline_and_its_scheduler():
+    pipe = tiny_pipeline(scheduler=make_scheduler("masked"))
+    before = [{**vars(each)} for each in (pipe, pipe.scheduler)]
+    pipe([1, 2], guidance_scale=4.0, callback_on_step_end=turn_guidance(6.0))
+    for was, each in zip(before, (pipe, pipe.scheduler)):
+        assert vars(each).keys() == was.keys()
+        assert all(vars(each)[name] is value for name, value in was.items())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_threads_draw_with_one_pipeline_what_each_draws_alone(pattern, with_callback):
+    pipe = lively_pipeline(pattern, scheduler=make_scheduler("masked"))
+    seen = {}
+
+    def draw(scale):
+        def watch(pipe, index, timestep, tensors):
+            seen.setdefault(scale, set()).add(pipe.guidance_scale)
+            return tensors
+
+        options = {"callback_on_step_end": watch} if with_callback else {}
+        labels, random = [1, int(scale)], generators(0, 1)
+        return pipe(labels, guidance_scale=scale, generator=random, output_type="pt", **options)
+
+    scales = (1.0, 2.0, 3.0, 4.0)
+    alone = {scale: draw(scale) for scale in scales}
+    for _ in range(5):
+        with ThreadPoolExecutor(len(scales)) as pool:
+            together = dict(zip(scales, pool.map(draw, scales)))
+        for scale in scales:
+            assert torch.equal(together[scale].token_ids, alone[scale].token_ids)
+            assert torch.equal(together[scale].images, alone[scale].images)
+    assert seen == ({scale: {scale} for scale in scales} if with_callback else {})
+
+
+def test_guidance_of_a_call_can_be_read_after_it():
+    pipe = tiny_pipeline()
+    assert pipe.guidance_scale is None
+    pipe(1, guidance_scale=4.0)
+    assert pipe.guidance_scale == 4.0
+    pipe(1)
+    assert pipe.guidance_scale == pipe.default_guidance_scale == 2.5
+    assert copy.deepcopy(pipe).guidance_scale is None

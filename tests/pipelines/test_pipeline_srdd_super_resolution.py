@@ -6,7 +6,7 @@ from PIL import Image
 from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 
 from srdd import SRDDSuperResolutionPipeline
-from srdd.pipelines.image_regions import resize
+from srdd.pipelines.pixel_regions import resize
 
 
 BUNDLED = Path(__file__).parents[2] / "model_cards" / "srdd-fruits64"

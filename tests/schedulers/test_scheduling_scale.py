@@ -1,11 +1,14 @@
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 from tiny_models import CODEBOOK_SIZE, SCALE_SIZES, tiny_scheduler
 
 from srdd import ScaleScheduler
+from srdd.scales import Scale
 
 
 PAPER_SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
@@ -45,11 +48,8 @@ def generators(*seeds: int) -> list[torch.Generator]:
         ({"resampling_policy": "masked", "num_resampling_passes": 1}, [2, 2, 1, 1, 0, 0]),
         ({"resampling_policy": "masked", "num_resampling_passes": 0}, [2, 1, 0]),
         ({"resampling_policy": "masked", "num_resampling_passes": [0, 3, 1]}, [2, 1, 1, 1, 1, 0, 0]),
-        ({"resampling_policy": "masked", "num_resampling_passes": 5, "resampling_feedback": "redraw"}, [2, 1, 0]),
+        ({"resampling_policy": "remasked", "num_resampling_passes": [1, 0, 1]}, [2, 2, 1, 0, 0]),
         ({"resampling_policy": "none", "num_resampling_passes": 5}, [2, 1, 0]),
-        ({"resampling_policy": "learned", "num_resampling_passes": 2}, [2, 1, 1, 1, 0, 0, 0]),
-        ({"resampling_policy": "learned", "num_resampling_passes": [4, 0, 1]}, [2, 1, 0, 0]),
-        ({"resampling_policy": "learned", "num_resampling_passes": 1, "scales": [1, 4]}, [2, 0, 0]),
         ({"scales": [1, 4]}, [2, 0]),
         (
             {"scales": [1, 4], "resampling_policy": "simple", "num_resampling_passes": [2, 9, 1]},
@@ -90,23 +90,22 @@ def test_timesteps_of_the_distilled_scales():
     assert scheduler.timesteps.tolist() == [9, 7, 5, 3, 1, 0]
     assert scheduler.num_tokens == 1 + 9 + 25 + 64 + 169 + 256
     assert scheduler.num_train_timesteps == len(scheduler) == 10
-    assert scheduler.scale_size(5) == (5, 5)
-    assert scheduler.token_slice(5) == slice(10, 35)
-    assert scheduler.coarser_scales(5) == [[1, 1], [3, 3]]
+    assert scheduler.visit(5) is scheduler.visits[2]
+    assert scheduler.visit(torch.tensor(5)) == Scale(5, (5, 5), slice(10, 35))
+    assert [scale.num_tokens for scale in scheduler.visits] == [1, 9, 25, 64, 169, 256]
     with pytest.raises(ValueError, match=r"`timestep` must be one of \[9, 7, 5, 3, 1, 0\], got 8"):
-        scheduler.token_slice(8)
+        scheduler.visit(8)
 
 
 def test_scales_of_equal_area_are_told_apart():
     scheduler = ScaleScheduler(scale_sizes=[[1, 1], [1, 4], [2, 4], [4, 4]], scales=[[1, 1], [2, 4], [4, 4]])
-    assert scheduler.scale_timesteps() == [3, 1, 0]
-    assert scheduler.scale_size(torch.tensor(1)) == (2, 4)
+    assert [(scale.timestep, scale.size) for scale in scheduler.visits] == [(3, (1, 1)), (1, (2, 4)), (0, (4, 4))]
 
 
 @pytest.mark.parametrize("timestep", [2, 1, 0])
 def test_model_input_is_the_area_mean_of_the_state(timestep):
     scheduler, state = tiny_scheduler(), torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
-    height, width = scheduler.scale_size(timestep)
+    height, width = scheduler.visit(timestep).size
     cells = state.view(2, 5, height, 4 // height, width, 4 // width).mean(dim=(3, 5))
     expected = torch.stack([cells[:, :, i, j] for i in range(height) for j in range(width)], dim=1)
     torch.testing.assert_close(scheduler.scale_model_input(state, timestep), expected, atol=1e-6, rtol=0)
@@ -146,8 +145,8 @@ def test_guidance_of_one_and_below_is_off(schedule, guidance_scale):
 
 def test_the_ramp_belongs_to_the_scale_not_to_the_step():
     whole, part = ScaleScheduler(PAPER_SCALES), ScaleScheduler(PAPER_SCALES, scales=[1, 5, 8, 13, 16])
-    for timestep in part.scale_timesteps():
-        assert part.guidance_weight(timestep, 4.0) == whole.guidance_weight(timestep, 4.0)
+    for scale in part.visits:
+        assert part.guidance_weight(scale.timestep, 4.0) == whole.guidance_weight(scale.timestep, 4.0)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +233,6 @@ def test_token_probabilities_are_those_before_truncation():
     chosen = output.prev_sample[:, TOKENS[1]]
     expected = logits.softmax(dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(output.token_probabilities, expected, atol=1e-6, rtol=0)
-    assert not output.resample_mask.any()
-    assert output.feedback_mask is None
 
 
 def test_sampling_settings_reach_the_draw():
@@ -253,43 +250,10 @@ def test_masked_policy_wants_the_tokens_below_the_threshold(threshold):
     assert torch.equal(output.resample_mask, output.token_probabilities < threshold)
 
 
-@pytest.mark.parametrize(
-    ("policy", "keeps", "given", "used"),
-    [
-        ("masked", True, None, "full"),
-        ("masked", False, None, "kept"),
-        ("masked", False, "full", "full"),
-        ("masked", True, "kept", "kept"),
-        ("simple", True, None, "full"),
-        ("simple", False, None, "full"),
-        ("learned", True, None, "full"),
-        ("simple", True, "time_travel", "time_travel"),
-    ],
-)
-def test_the_policy_chooses_the_feedback_unless_told(policy, keeps, given, used):
-    scheduler = tiny_scheduler(resampling_policy=policy, resampling_feedback=given, keep_accepted_tokens=keeps)
-    assert scheduler.has_partial_passes == (policy == "masked" and keeps)
-    assert scheduler.resampling_feedback == used
-    output = scheduler.step(random_logits(16), 0, random_token_ids(), generator=torch.Generator().manual_seed(0))
-    assert (output.feedback_mask is not None) == (used == "kept")
-    # What was not asked for is not written down: another policy chooses anew.
-    assert scheduler.config.resampling_feedback == given
-    assert ScaleScheduler.from_config(scheduler.config, resampling_policy="none").resampling_feedback == (
-        given or "full"
-    )
-
-
-@pytest.mark.parametrize("keeps", [False, True])
-@pytest.mark.parametrize("feedback", ["full", "kept", "time_travel"])
-def test_masked_resampling_draws_only_wanted_tokens_of_its_scale(feedback, keeps):
-    scheduler = tiny_scheduler(
-        resampling_policy="masked",
-        resampling_threshold=0.05,
-        resampling_feedback=feedback,
-        num_resampling_passes=4,
-        keep_accepted_tokens=keeps,
-    )
-    assert scheduler.has_partial_passes == (keeps and feedback != "time_travel")
+@pytest.mark.parametrize("policy", ["masked", "remasked"])
+def test_masked_resampling_draws_only_wanted_tokens_of_its_scale(policy):
+    scheduler = tiny_scheduler(resampling_policy=policy, resampling_threshold=0.05, num_resampling_passes=4)
+    assert scheduler.keeps_accepted_tokens == (policy == "masked")
     sample, mask = random_token_ids(batch_size=4), None
     random = generators(0, 1, 2, 3)
     masks = []
@@ -302,12 +266,8 @@ def test_masked_resampling_draws_only_wanted_tokens_of_its_scale(feedback, keeps
             assert not changed[:, TOKENS[0]][~mask].any()
             assert changed[:, TOKENS[0]][mask].any()
         low = output.token_probabilities < 0.05
-        may_be = mask if mask is not None and scheduler.has_partial_passes else torch.ones_like(low)
+        may_be = mask if mask is not None and policy == "masked" else torch.ones_like(low)
         assert torch.equal(output.resample_mask, low & may_be)
-        if feedback == "kept":
-            assert torch.equal(output.feedback_mask, ~output.resample_mask)
-        else:
-            assert output.feedback_mask is None
         sample, mask = output.prev_sample, output.resample_mask
         masks.append(mask)
     assert all(mask.any() for mask in masks)
@@ -326,7 +286,7 @@ def test_simple_resampling_draws_all_tokens_of_its_scale_again():
 
 
 def test_an_image_that_is_finished_stays_finished():
-    scheduler = tiny_scheduler(resampling_policy="masked", resampling_threshold=0.5, keep_accepted_tokens=False)
+    scheduler = tiny_scheduler(resampling_policy="remasked", resampling_threshold=0.5)
     logits = torch.zeros(2, 16, CODEBOOK_SIZE)
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[1, 3] = True
@@ -341,165 +301,21 @@ def test_an_image_that_is_finished_stays_finished():
     assert not torch.equal(random[1].get_state(), states[1])
 
 
-def plain_redraw(scheduler, logits, image, generator, threshold, passes):
-    """Up to `passes` further draws of the low tokens of one image, from one distribution."""
-    probabilities = logits[image].softmax(dim=-1)
-    places = torch.arange(16)
-    tokens = (probabilities / torch.empty(16, CODEBOOK_SIZE).exponential_(generator=generator)).argmax(dim=-1)
-    for _ in range(passes):
-        low = probabilities[places, tokens] < threshold
-        if not low.any():
-            break
-        again = (probabilities / torch.empty(16, CODEBOOK_SIZE).exponential_(generator=generator)).argmax(dim=-1)
-        tokens = torch.where(low, again, tokens)
-    return tokens, probabilities[places, tokens] < threshold
-
-
-@pytest.mark.parametrize("passes", [0, 1, 3, 30])
-def test_redraw_feedback_is_a_loop_over_the_same_logits(passes):
-    scheduler = tiny_scheduler(
-        resampling_policy="masked",
-        resampling_threshold=0.05,
-        resampling_feedback="redraw",
-        num_resampling_passes=passes,
-    )
-    logits = random_logits(16, batch_size=3)
-    output = scheduler.step(logits, 0, random_token_ids(3), generator=generators(0, 1, 2))
-    for image in range(3):
-        expected, low = plain_redraw(scheduler, logits, image, *generators(image), 0.05, passes)
-        assert torch.equal(output.prev_sample[image, TOKENS[0]], expected)
-        assert torch.equal(output.resample_mask[image], low)
-    assert output.resample_mask.any() == (passes < 3)
-
-
-def learned_scheduler(**overrides) -> ScaleScheduler:
-    return tiny_scheduler(**{"resampling_policy": "learned", "resampling_threshold": 0.3, **overrides})
-
-
-def random_confidence(batch_size: int = 2, num_tokens: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.rand(batch_size, num_tokens, generator=torch.Generator().manual_seed(seed))
-
-
-def test_learned_policy_draws_all_tokens_first_and_may_draw_each_again():
-    logits, sample = random_logits(16), random_token_ids()
-    plain = tiny_scheduler().step(logits, 0, sample, generator=generators(0, 1))
-    output = learned_scheduler().step(logits, 0, sample, generator=generators(0, 1))
-    assert torch.equal(output.prev_sample, plain.prev_sample)
-    assert torch.equal(output.token_probabilities, plain.token_probabilities)
-    assert output.resample_mask.all()
-    assert output.feedback_mask is None
-
-
-def test_learned_policy_draws_the_distrusted_tokens_from_the_new_logits():
-    scheduler, sample, confidence = learned_scheduler(), random_token_ids(), random_confidence()
-    confidence[0, :2] = torch.tensor([0.2999, 0.3])
-    logits, mask = random_logits(16, seed=1), torch.ones(2, 16, dtype=torch.bool)
-    output = scheduler.step(logits, 0, sample, resample_mask=mask, confidence=confidence, generator=generators(5, 6))
-    drawn = tiny_scheduler().step(logits, 0, sample, generator=generators(5, 6)).prev_sample
-    low = confidence < 0.3
-    assert low[0, 0]
-    assert not low[0, 1]
-    expected = torch.where(low, drawn[:, TOKENS[0]], sample[:, TOKENS[0]])
-    assert torch.equal(output.prev_sample[:, TOKENS[0]], expected)
-    assert torch.equal(output.prev_sample[:, : TOKENS[0].start], sample[:, : TOKENS[0].start])
-    chosen = logits.softmax(dim=-1).gather(-1, expected.unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(output.token_probabilities, chosen, atol=1e-6, rtol=0)
-    # A token that is trusted now may be distrusted next to the new ones.
-    assert output.resample_mask.all()
-
-
-def test_learned_policy_is_done_with_an_image_whose_tokens_are_all_trusted():
-    scheduler, sample, random = learned_scheduler(), random_token_ids(), generators(0, 1)
-    confidence = random_confidence()
-    confidence[0] = 0.3
-    states = [generator.get_state() for generator in random]
-    mask = torch.ones(2, 16, dtype=torch.bool)
-    output = scheduler.step(random_logits(16), 0, sample, resample_mask=mask, confidence=confidence, generator=random)
-    assert torch.equal(output.prev_sample[0], sample[0])
-    assert not torch.equal(output.prev_sample[1], sample[1])
-    assert output.resample_mask.any(dim=1).tolist() == [False, True]
-    assert torch.equal(random[0].get_state(), states[0])
-    assert not torch.equal(random[1].get_state(), states[1])
-    # It stays done, whatever a later pass would say.
-    again = scheduler.step(
-        random_logits(16, seed=1),
-        0,
-        output.prev_sample,
-        resample_mask=output.resample_mask,
-        confidence=torch.zeros(2, 16),
-        generator=random,
-    )
-    assert torch.equal(again.prev_sample[0], sample[0])
-    assert again.resample_mask.any(dim=1).tolist() == [False, True]
-
-
-@pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_learned_policy_at_the_ends_of_its_threshold(threshold):
-    scheduler, sample = learned_scheduler(resampling_threshold=threshold), random_token_ids()
-    mask = torch.ones(2, 16, dtype=torch.bool)
-    output = scheduler.step(
-        random_logits(16), 0, sample, resample_mask=mask, confidence=random_confidence(), generator=generators(0, 1)
-    )
-    assert output.resample_mask.all() == (threshold == 1)
-    assert output.resample_mask.any() == (threshold == 1)
-    assert torch.equal(output.prev_sample, sample) == (threshold == 0)
-
-
-def test_learned_policy_leaves_known_tokens_alone():
-    scheduler, sample, random = learned_scheduler(), random_token_ids(3), generators(0, 1, 2)
+def test_known_tokens_stay_in_every_pass():
+    scheduler = tiny_scheduler(resampling_policy="simple", num_resampling_passes=1)
+    sample, random = random_token_ids(3), generators(0, 1, 2)
     known = torch.rand(3, 16, generator=torch.Generator().manual_seed(3)) < 0.5
     known[2] = True
     first = scheduler.step(random_logits(16, 3), 0, sample, known_mask=known, generator=random)
-    assert torch.equal(first.resample_mask, ~known)
+    known_image = torch.tensor([False, False, True])
+    assert torch.equal(first.resample_mask, ~known & ~known_image[:, None])
     second = scheduler.step(
-        random_logits(16, 3, seed=1),
-        0,
-        first.prev_sample,
-        resample_mask=first.resample_mask,
-        known_mask=known,
-        confidence=torch.where(known, 0.0, random_confidence(3)),
-        generator=random,
+        random_logits(16, 3, seed=1), 0, first.prev_sample, first.resample_mask, known_mask=known, generator=random
     )
     for output in (first, second):
         assert torch.equal(output.prev_sample[:, TOKENS[0]][known], sample[:, TOKENS[0]][known])
-    low = ~known & (random_confidence(3) < 0.3)
-    changed = first.prev_sample[:, TOKENS[0]] != second.prev_sample[:, TOKENS[0]]
-    assert changed.any()
-    assert not changed[~low].any()
-    assert torch.equal(second.resample_mask, ~known & low.any(dim=1, keepdim=True))
-    assert not second.resample_mask[2].any()
-
-
-@pytest.mark.parametrize(
-    ("confidence", "message"),
-    [
-        (None, r"`confidence` must have shape \(2, 4\) in further passes of the policy 'learned', got None"),
-        (torch.zeros(2, 5), r"`confidence` must have shape \(2, 4\) .* got \(2, 5\)"),
-        (torch.zeros(1, 4), r"`confidence` must have shape \(2, 4\) .* got \(1, 4\)"),
-        (
-            torch.tensor([[-0.5] * 4, [0.5] * 4]),
-            r"`confidence` must hold probabilities in \[0, 1\], got \[-0.5, 0.5\]",
-        ),
-        (torch.full((2, 4), 1.5), r"`confidence` must hold probabilities in \[0, 1\], got \[1.5, 1.5\]"),
-        (torch.full((2, 4), math.nan), r"`confidence` must hold probabilities in \[0, 1\], got \[nan, nan\]"),
-    ],
-)
-def test_learned_policy_refuses_what_is_no_confidence(confidence, message):
-    mask = torch.ones(2, 4, dtype=torch.bool)
-    with pytest.raises(ValueError, match=message):
-        learned_scheduler().step(random_logits(4), 1, random_token_ids(), resample_mask=mask, confidence=confidence)
-
-
-@pytest.mark.parametrize("policy", ["none", "simple", "masked"])
-def test_other_policies_read_no_confidence(policy):
-    scheduler = tiny_scheduler(resampling_policy=policy, resampling_threshold=0.05)
-    logits, sample, mask = random_logits(16), random_token_ids(), torch.ones(2, 16, dtype=torch.bool)
-    with_and_without = [
-        scheduler.step(logits, 0, sample, resample_mask=mask, generator=generators(0, 1), confidence=confidence)
-        for confidence in (None, torch.ones(2, 16))
-    ]
-    assert torch.equal(with_and_without[0].prev_sample, with_and_without[1].prev_sample)
-    assert torch.equal(with_and_without[0].resample_mask, with_and_without[1].resample_mask)
+        assert (output.prev_sample[:2, TOKENS[0]] != sample[:2, TOKENS[0]]).any()
+    assert not torch.equal(first.prev_sample, second.prev_sample)
 
 
 @pytest.mark.parametrize("policy", ["none", "simple", "masked"])
@@ -517,11 +333,10 @@ def test_step_as_a_tuple():
     scheduler, logits, sample = tiny_scheduler(temperature=0.0), random_logits(4), random_token_ids()
     output = scheduler.step(logits, 1, sample)
     as_tuple = scheduler.step(logits, torch.tensor(1), sample, return_dict=False)
-    assert len(as_tuple) == 4
+    assert len(as_tuple) == 3
     assert torch.equal(as_tuple[0], output.prev_sample)
     assert torch.equal(as_tuple[1], output.token_probabilities)
     assert torch.equal(as_tuple[2], output.resample_mask)
-    assert as_tuple[3] is None
 
 
 def test_forbidden_tokens_may_have_logits_of_minus_infinity():
@@ -582,28 +397,7 @@ def test_forward_process_refuses_other_shapes(shape):
         ({"guidance_start": -0.1}, r"`guidance_start` must be in \[0, 1\], got -0.1"),
         ({"guidance_start": 0.5, "guidance_stop": 0.4}, r"`guidance_stop` must be in \[guidance_start, 1\], got 0.4"),
         ({"guidance_stop": 1.1}, r"`guidance_stop` must be in \[guidance_start, 1\], got 1.1"),
-        ({"resampling_policy": "MR"}, r"`resampling_policy` must be one of \('none', .*'learned'\), got 'MR'"),
-        ({"resampling_feedback": "all"}, r"`resampling_feedback` must be one of \('full', .*None\), got 'all'"),
-        (
-            {"resampling_policy": "simple", "resampling_feedback": "kept"},
-            "`resampling_feedback` must be 'full' or 'time_travel' with the policy 'simple'.*got 'kept'",
-        ),
-        (
-            {"resampling_policy": "simple", "resampling_feedback": "redraw"},
-            "`resampling_feedback` must be 'full' or 'time_travel' with the policy 'simple'.*got 'redraw'",
-        ),
-        (
-            {"resampling_policy": "learned", "resampling_feedback": "kept"},
-            "`resampling_feedback` must be 'full' with the policy 'learned'.*got 'kept'",
-        ),
-        (
-            {"resampling_policy": "learned", "resampling_feedback": "time_travel"},
-            "`resampling_feedback` must be 'full' with the policy 'learned'.*got 'time_travel'",
-        ),
-        (
-            {"resampling_policy": "learned", "resampling_feedback": "redraw"},
-            "`resampling_feedback` must be 'full' with the policy 'learned'.*got 'redraw'",
-        ),
+        ({"resampling_policy": "MR"}, r"`resampling_policy` must be one of \('none', .*'remasked'\), got 'MR'"),
         ({"num_resampling_passes": -1}, "`num_resampling_passes` must be a non-negative integer.*got -1"),
         ({"num_resampling_passes": [1, 2]}, r"`num_resampling_passes` must be .* list of 3 of them, got \[1, 2\]"),
         ({"num_resampling_passes": [1, 2, -3]}, r"`num_resampling_passes` must be .*got \[1, 2, -3\]"),
@@ -632,3 +426,59 @@ def test_from_config_swaps_the_scales():
     again = ScaleScheduler.from_config(fewer.config)
     assert again.config.scales == [[1, 1], [4, 4]]
     assert again.config.scale_sizes == [[1, 1], [2, 2], [4, 4]]
+
+
+# What version 0.1 wrote: two options that are gone, with the values that they had by default.
+OLD_CONFIG = {
+    "_class_name": "ScaleScheduler",
+    "_diffusers_version": "0.42.1",
+    "guidance_schedule": "linear",
+    "keep_accepted_tokens": True,
+    "num_resampling_passes": 5,
+    "resampling_feedback": None,
+    "resampling_policy": "masked",
+    "resampling_threshold": 0.02,
+    "scale_sizes": [[1, 1], [2, 2], [4, 4]],
+    "scales": None,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+}
+
+
+@pytest.mark.parametrize("values", [{}, {"resampling_feedback": "full"}, {"resampling_policy": "simple"}])
+def test_a_config_of_version_0_1_is_read_without_a_word(values, tmp_path, caplog):
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({**OLD_CONFIG, **values}))
+    loggers = [logging.get_logger(f"diffusers.{name}") for name in ("configuration_utils", "schedulers")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    scheduler = ScaleScheduler.from_pretrained(tmp_path)
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert scheduler.config.resampling_policy == values.get("resampling_policy", "masked")
+    assert scheduler.config.resampling_threshold == 0.02
+    assert not {"resampling_feedback", "keep_accepted_tokens"} & {*scheduler.config}
+    scheduler.save_pretrained(tmp_path / "again")
+    assert "keep_accepted_tokens" not in (tmp_path / "again" / "scheduler_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"keep_accepted_tokens": False}, '`keep_accepted_tokens` is gone .* got False.*"remasked"'),
+        ({"resampling_feedback": "kept"}, "`resampling_feedback` is gone .* got 'kept'"),
+        ({"resampling_feedback": "time_travel"}, "`resampling_feedback` is gone .* got 'time_travel'"),
+        ({"resampling_feedback": "redraw"}, "`resampling_feedback` is gone .* got 'redraw'"),
+        ({"resampling_policy": "learned"}, "`resampling_policy` 'learned' is gone .*'masked'"),
+    ],
+)
+@pytest.mark.parametrize("way", ["file", "argument"])
+def test_what_version_0_1_could_and_this_one_cannot_is_an_error(values, message, way, tmp_path):
+    if way == "argument":
+        with pytest.raises(ValueError, match=message):
+            ScaleScheduler.from_config(OLD_CONFIG, **values)
+        return
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({**OLD_CONFIG, **values}))
+    with pytest.raises(ValueError, match=message):
+        ScaleScheduler.from_pretrained(tmp_path)

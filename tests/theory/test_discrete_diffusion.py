@@ -171,7 +171,7 @@ def test_reverse_kernels_are_what_the_markov_network_predicts_in_a_state():
         for k, timestep in enumerate((2, 1, 0)):
             x = scheduler.scale_model_input(latents[k], timestep).double()
             log_probabilities = transformer(x, timestep).sample.log_softmax(dim=-1)
-            tokens = space.token_ids[[row], scheduler.token_slice(timestep)]
+            tokens = space.token_ids[[row], scheduler.visit(timestep).tokens]
             expected = log_probabilities.gather(-1, tokens.unsqueeze(-1)).sum().exp().item()
             coarse, fine = space.state_ids[row, k : k + 2]
             # The network is fed what the tokenizer makes of the tokens in float32.
@@ -225,7 +225,7 @@ def test_forward_marginals_are_those_of_add_noise(meetings):
     for timestep, kernel in enumerate(kernels):
         given = given @ kernel
         forgotten = scheduler.add_noise(space.token_ids, timesteps=timestep)
-        kept = scheduler.coarser_scales(timestep)
+        kept = scheduler.scales[: 2 - timestep]
         expected, column = latents[0], space.state_ids[:, 2 - timestep]
         if kept:
             expected = vqvae.latent_states(forgotten[:, (forgotten >= 0).all(dim=0)], kept, (2, 2))[-1]

@@ -1,6 +1,15 @@
+from srdd.models.attention_scale import ATTENTION_PATTERNS, MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.models.autoencoder_multiscale_vq import MultiScaleVQModel
-from srdd.models.token_critic import TokenCritic
-from srdd.models.transformer_scale_2d import ModulationCache, ScaleKVCache, ScaleTransformer2DModel
+from srdd.models.scale_cache import ModulationCache, ScaleKVCache
+from srdd.models.transformer_scale_2d import ScaleTransformer2DModel
 
 
-__all__ = ["ModulationCache", "MultiScaleVQModel", "ScaleKVCache", "ScaleTransformer2DModel", "TokenCritic"]
+__all__ = [
+    "ATTENTION_PATTERNS",
+    "MaskedScaleAttnProcessor",
+    "ModulationCache",
+    "MultiScaleVQModel",
+    "ScaleAttnProcessor",
+    "ScaleKVCache",
+    "ScaleTransformer2DModel",
+]

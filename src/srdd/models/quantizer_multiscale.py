@@ -91,11 +91,6 @@ class MultiScaleQuantizer(nn.Module):
         offsets = [abs(tick - position) for tick in self.conv_positions]
         return self.residual_convs[offsets.index(min(offsets))]
 
-    def code_vectors(self, token_map: torch.LongTensor, mask: torch.BoolTensor | None = None) -> torch.Tensor:
-        """Codes of a token map `(B, h, w)` as a feature map `(B, C, h, w)`; zero where `mask` is false."""
-        codes = self.codebook(token_map).permute(0, 3, 1, 2)  # (B, C, h, w)
-        return codes if mask is None else codes * mask.unsqueeze(1)
-
     def residual_map(
         self,
         token_map: torch.LongTensor,
@@ -103,7 +98,9 @@ class MultiScaleQuantizer(nn.Module):
         mask: torch.BoolTensor | None = None,
     ) -> torch.Tensor:
         """`phi_k(up(mask * C[z_k]))` of a token map `(B, h, w)`, at latent resolution: `(B, C, H, W)`."""
-        codes = self.code_vectors(token_map, mask)
+        codes = self.codebook(token_map).permute(0, 3, 1, 2)  # (B, C, h, w)
+        if mask is not None:
+            codes = codes * mask.unsqueeze(1)
         scale_size, grid_size = tuple(codes.shape[-2:]), tuple(grid_size)
         # Autocast would round the map, and with another rest come other tokens at all finer scales.
         with torch.autocast(codes.device.type, enabled=False):

@@ -4,29 +4,31 @@ Shape legend: B batch, K scales, N_k tokens in scale k, N tokens of the scales a
 channels, V codebook.
 """
 
-import copy
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
+from srdd.models.attention_scale import (
+    ATTENTION_PATTERNS,
+    MaskedScaleAttnProcessor,
+    ScaleAttention,
+    ScaleSegment,
+    scale_segments,
+)
 from srdd.models.fast_linear import quicken, set_fast
 from srdd.models.guidance import guide
+from srdd.models.scale_cache import ModulationCache, ScaleKVCache
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
 
-
-ATTENTION_PATTERNS = ("causal", "markov", "banded")
 
 Timesteps = int | Sequence[int] | torch.Tensor
 
@@ -34,341 +36,9 @@ Timesteps = int | Sequence[int] | torch.Tensor
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
-@dataclass
-class ScaleTransformer2DModelOutput(Transformer2DModelOutput):
-    """
-    Output of [`ScaleTransformer2DModel.forward`].
-
-    Args:
-        sample (`torch.Tensor` of shape `(batch, num_tokens, codebook_size)`): Logits.
-        hidden_states (`torch.Tensor` of shape `(batch, num_tokens, dim)`, *optional*):
-            What the logits are a linear map of: the last hidden states, normed and modulated. Only where asked for.
-    """
-
-    sample: torch.Tensor
-    hidden_states: torch.Tensor | None = None
-
-
-class ScaleKVCache:
-    """
-    Keys and values of the scales already drawn, for the attention patterns that look back.
-
-    Pass one object to every [`ScaleTransformer2DModel.forward`] of a sampling run. A pass at a scale replaces what an
-    earlier pass stored there; scales are kept apart, so that nothing of a finer scale is ever seen by a coarser one.
-    Scales lie one behind the other in one buffer for each layer, so that looking back copies nothing. It is for
-    inference: buffers are written in place.
-
-    Args:
-        num_tokens (`int`, *optional*): Tokens of all scales to come; without it the buffers grow as needed.
-    """
-
-    def __init__(self, num_tokens: int | None = None):
-        self.num_tokens = num_tokens
-        self.is_read_only = False
-        self.rows: torch.LongTensor | None = None
-        self.token_indices: torch.LongTensor | None = None
-        self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.places: dict[int, slice] = {}
-
-    def update(self, layer: int, timestep: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store keys and values `(B, N_k, H, D / H)` of one layer and scale, or of those of its tokens at hand."""
-        if timestep not in self.places:
-            start = max([0, *(place.stop for place in self.places.values())])
-            self.places[timestep] = slice(start, start + key.shape[1])
-        place = self.places[timestep]
-        found = self.buffers.get(layer)
-        if found is None or found[0].shape[1] < place.stop:
-            size = max(self.num_tokens or 0, place.stop)
-            grown = tuple(states.new_empty(states.shape[0], size, *states.shape[2:]) for states in (key, value))
-            for states, stored in zip(grown, found or ()):
-                states[:, : stored.shape[1]] = stored
-            self.buffers[layer] = grown
-        rows, tokens = slice(len(key)) if self.rows is None else self.rows, place
-        if self.token_indices is not None:
-            rows = torch.arange(len(key), device=key.device) if self.rows is None else rows
-            rows, tokens = rows.unsqueeze(1), place.start + self.token_indices
-        for states, stored in zip((key, value), self.buffers[layer]):
-            stored[rows, tokens] = states
-
-    def get(self, layer: int, timesteps: Sequence[int], batch_size: int | None = None) -> tuple[torch.Tensor, ...]:
-        """Keys and values of one layer and some scales, for the first images of the batch or all."""
-        places = [self.places[timestep] for timestep in timesteps]
-        if all(place.stop == following.start for place, following in zip(places, places[1:])):
-            places = [slice(places[0].start, places[-1].stop)]
-        rows = slice(batch_size) if self.rows is None else self.rows
-        parts = [[stored[rows, place] for place in places] for stored in self.buffers[layer]]
-        return tuple(part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in parts)
-
-    def read_only(self) -> "ScaleKVCache":
-        """This cache for forwards that shall leave it as it is."""
-        view = copy.copy(self)
-        view.is_read_only = True
-        return view
-
-    def select(
-        self, rows: torch.LongTensor | None = None, token_indices: torch.LongTensor | None = None
-    ) -> "ScaleKVCache":
-        """
-        This cache for a forward of some images of the batch, by their rows, and of some tokens of a scale that it
-        holds, `(num_rows, num_indices)`.
-        """
-        view = copy.copy(self)
-        view.rows, view.token_indices = rows, token_indices
-        return view
-
-    def clone(self) -> "ScaleKVCache":
-        """A cache of the same content, for forwards that others shall not see."""
-        cloned = copy.copy(self)
-        cloned.buffers = {layer: tuple(part.clone() for part in pair) for layer, pair in self.buffers.items()}
-        cloned.places = dict(self.places)
-        return cloned
-
-    @property
-    def timesteps(self) -> list[int]:
-        """The scales stored, as timesteps, coarse to fine."""
-        return sorted(self.places, reverse=True)
-
-
-@dataclass
-class ModulationCache:
-    """
-    AdaLN modulations of some class labels. They are the same at all scales and passes of a sampling run.
-
-    Pass one object to every [`ScaleTransformer2DModel.forward`] with the same `class_labels`; the first fills it. It
-    is for inference.
-
-    Args:
-        blocks (`list`): For each block the modulations, `(batch, 6, dim)`.
-        out (`torch.Tensor`, *optional*): Those of the last norm, `(batch, 2 * dim)`.
-    """
-
-    blocks: list[torch.Tensor] = field(default_factory=list)
-    out: torch.Tensor | None = None
-
-    def select(self, rows: torch.Tensor) -> "ModulationCache":
-        """The modulations of some images, by their rows in the batch."""
-        if self.out is None:
-            return ModulationCache()
-        return ModulationCache([modulations[rows] for modulations in self.blocks], self.out[rows])
-
-
-@dataclass(frozen=True)
-class ScaleSegment:
-    """
-    Where one scale lies in the packed input, and what its tokens may see: cached scales and a part of the packed
-    tokens, which `seen` names together, as timesteps.
-    """
-
-    timestep: int
-    tokens: slice
-    context: slice
-    cached: tuple[int, ...]
-    seen: tuple[int, ...]
-
-
-class ScaleAttnProcessor:
-    """One dense attention call per scale: no pattern ever needs an N x N mask."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    @property
-    def unmasked_backend(self) -> AttentionBackendName | None:
-        """The backend of calls that need no mask."""
-        return self._attention_backend
-
-    def attention_mask(
-        self, segments: Sequence[ScaleSegment], kv_cache: ScaleKVCache | None, device: torch.device
-    ) -> torch.BoolTensor | BlockMask | None:
-        """The mask that a call wants, made ahead of it: compiled blocks are given it and do not make it."""
-        return None
-
-    def __call__(
-        self,
-        attn: "ScaleAttention",
-        hidden_states: torch.Tensor,
-        segments: Sequence[ScaleSegment],
-        kv_cache: ScaleKVCache | None = None,
-        attention_mask: torch.BoolTensor | BlockMask | None = None,
-    ) -> torch.Tensor:
-        query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
-        if len(segments) == 1 and kv_cache is None:
-            # Nothing but the shape differs from scale to scale here, so that a compiled block serves them all.
-            seen = [(query, key, value)]
-        else:
-            seen = [
-                (query[:, segment.tokens], *self.context(attn.layer, segment, key, value, kv_cache))
-                for segment in segments
-            ]
-        attended = [
-            dispatch_attention_fn(
-                *states, scale=attn.scale, backend=self.unmasked_backend, parallel_config=self._parallel_config
-            )
-            for states in seen
-        ]
-        return attn.to_out[0](torch.cat(attended, dim=1).flatten(2, 3))  # (B, N, D)
-
-    @staticmethod
-    @torch.compiler.disable
-    def context(
-        layer: int, segment: ScaleSegment, key: torch.Tensor, value: torch.Tensor, kv_cache: ScaleKVCache | None
-    ) -> tuple[torch.Tensor, ...]:
-        """Keys and values that a scale sees, which the cache receives unless it is read only."""
-        if kv_cache is not None and not kv_cache.is_read_only:
-            kv_cache.update(layer, segment.timestep, key[:, segment.tokens], value[:, segment.tokens])
-            return kv_cache.get(layer, segment.seen, len(key))
-        packed = key[:, segment.context], value[:, segment.context]
-        if kv_cache is None or not segment.cached:
-            return packed
-        past = kv_cache.get(layer, segment.cached, len(key))
-        return tuple(torch.cat(pair, dim=1) for pair in zip(past, packed))
-
-
-# Of each packed scale: where its queries start and stop, and where the keys that they see do.
-MaskLayout = tuple[tuple[int, int, int, int], ...]
-
-
-@functools.lru_cache(maxsize=8)
-def dense_mask(layout: MaskLayout, device: torch.device) -> torch.BoolTensor:
-    """`(1, 1, N, N)`, true where attention is allowed. Masks are made once for all layers and calls."""
-    num_tokens = layout[-1][1]
-    mask = torch.zeros(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=device)
-    for start, stop, first, last in layout:
-        mask[..., start:stop, first:last] = True
-    return mask
-
-
-@functools.lru_cache(maxsize=8)
-def block_mask(layout: MaskLayout, device: torch.device) -> BlockMask:
-    """[`dense_mask`] as FlexAttention reads it: tiles that it forbids altogether are not computed."""
-    sizes = torch.tensor([stop - start for start, stop, _, _ in layout])
-    first, last = (
-        torch.tensor(bounds).repeat_interleave(sizes).to(device)  # (N,)
-        for bounds in zip(*(keys for _, _, *keys in layout))
-    )
-
-    def is_seen(batch, head, query, key):
-        return (first[query] <= key) & (key < last[query])
-
-    num_tokens = layout[-1][1]
-    return create_block_mask(is_seen, None, None, num_tokens, num_tokens, device)
-
-
-class MaskedScaleAttnProcessor(ScaleAttnProcessor):
-    """
-    One attention call for all packed scales under an N x N mask, as VAR trains: the same numbers in fewer calls.
-
-    By default the mask is dense, and what it forbids is computed all the same. With the backend "flex" it is a
-    `BlockMask`, and most of that is left out. FlexAttention wants compiled blocks: without a compiler it holds the
-    scores of all pairs of tokens, and on CPUs it has no gradients.
-
-    ```py
-    transformer.set_attn_processor(MaskedScaleAttnProcessor())
-    with attention_backend():  # of diffusers.models.attention_dispatch: other models keep theirs
-        transformer.set_attention_backend("flex")  # after the processor: a new one has the default backend
-    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    ```
-
-    Inputs of a single scale, and calls with a cache, need no mask. They go the usual way, and under "flex" to
-    torch's own attention.
-    """
-
-    @property
-    def unmasked_backend(self) -> AttentionBackendName | None:
-        is_flex = self._attention_backend == AttentionBackendName.FLEX
-        return AttentionBackendName.NATIVE if is_flex else self._attention_backend
-
-    def attention_mask(
-        self, segments: Sequence[ScaleSegment], kv_cache: ScaleKVCache | None, device: torch.device
-    ) -> torch.BoolTensor | BlockMask | None:
-        if kv_cache is not None or len(segments) == 1:
-            return None
-        layout = tuple((s.tokens.start, s.tokens.stop, s.context.start, s.context.stop) for s in segments)
-        make_mask = block_mask if self._attention_backend == AttentionBackendName.FLEX else dense_mask
-        with torch.inference_mode(False):  # training may want what an evaluation has made
-            return make_mask(layout, device)
-
-    def __call__(
-        self,
-        attn: "ScaleAttention",
-        hidden_states: torch.Tensor,
-        segments: Sequence[ScaleSegment],
-        kv_cache: ScaleKVCache | None = None,
-        attention_mask: torch.BoolTensor | BlockMask | None = None,
-    ) -> torch.Tensor:
-        if attention_mask is None:
-            return super().__call__(attn, hidden_states, segments, kv_cache)
-        query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
-        attended = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            scale=attn.scale,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        return attn.to_out[0](attended.flatten(2, 3))  # (B, N, D)
-
-
-class ScaleAttention(nn.Module, AttentionModuleMixin):
-    """
-    Self-attention with VAR's query-key normalisation.
-
-    The projections are named as diffusers' LoRA scripts expect. VAR's has no bias on the keys; converted checkpoints
-    carry zeros there.
-    """
-
-    _default_processor_cls = ScaleAttnProcessor
-    _available_processors = [ScaleAttnProcessor, MaskedScaleAttnProcessor]
-
-    use_bias = True
-    max_query_scale = math.log(100)
-
-    def __init__(self, dim: int, heads: int, qk_norm: bool, layer: int):
-        super().__init__()
-        self.heads = heads
-        self.layer = layer
-        self.qk_norm = qk_norm
-        if qk_norm:
-            self.scale = 1.0
-            self.query_scale = nn.Parameter(torch.full((heads, 1), math.log(4.0)))
-        else:
-            self.scale = 0.25 / math.sqrt(dim // heads)
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.set_processor(self._default_processor_cls())
-
-    def fuse_projections(self) -> None:
-        super().fuse_projections()
-        quicken(self, getattr(self.to_q, "fast", None))
-
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value of hidden states `(B, N, D)`, `(B, N, H, D / H)` each; the first two normalised."""
-        if self.fused_projections:
-            projections = self.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            projections = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-        query, key, value = (states.unflatten(-1, (self.heads, -1)) for states in projections)  # (B, N, H, D/H)
-        if self.qk_norm:
-            query = F.normalize(query, dim=-1) * self.query_scale.clamp(max=self.max_query_scale).exp()
-            key = F.normalize(key, dim=-1)
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        return query, key, value
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        segments: Sequence[ScaleSegment],
-        kv_cache: ScaleKVCache | None = None,
-        attention_mask: torch.BoolTensor | BlockMask | None = None,
-    ) -> torch.Tensor:
-        return self.processor(self, hidden_states, segments, kv_cache, attention_mask)
-
-
-def modulate(norm: nn.LayerNorm, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor):
+def modulate(
+    norm: nn.LayerNorm, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
     """AdaLN: `norm(x) * (1 + scale) + shift`."""
     return torch.addcmul(shift, norm(hidden_states), 1 + scale)
 
@@ -404,8 +74,6 @@ class ScaleTransformerBlock(nn.Module):
 
     def drop_path(self, branch: torch.Tensor) -> torch.Tensor:
         """Stochastic depth: a residual branch is dropped for whole images."""
-        if not self.training or self.drop_path_rate == 0.0:
-            return branch
         kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path_rate
         return branch * (kept / (1 - self.drop_path_rate)).to(branch.dtype)
 
@@ -438,9 +106,11 @@ class ScaleTransformerBlock(nn.Module):
             modulations = conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
         gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
         branch = self.attn(modulate(self.norm1, hidden_states, scale1, shift1), segments, kv_cache, attention_mask)
-        hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch))
+        drops_paths = self.training and self.drop_path_rate > 0
+        hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch) if drops_paths else branch)
         branch = self.ff(modulate(self.norm2, hidden_states, scale2, shift2))
-        return torch.addcmul(hidden_states, gate2, self.drop_path(branch)), modulations
+        hidden_states = torch.addcmul(hidden_states, gate2, self.drop_path(branch) if drops_paths else branch)
+        return hidden_states, modulations
 
 
 def begin_step(*_) -> None:
@@ -525,6 +195,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.register_to_config(scale_sizes=scale_sizes, id2label=names)
 
         self.token_slices = scale_slices(scale_sizes)
+        # Whether drawing scale after scale needs a `ScaleKVCache`.
+        self.needs_kv_cache = attention_pattern != "markov"
         dim = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(latent_channels, dim)
         self.class_embed = nn.Embedding(num_classes + 1, dim)
@@ -582,11 +254,6 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         """Width of the hidden states."""
         return self.config.num_attention_heads * self.config.attention_head_dim
 
-    @property
-    def needs_kv_cache(self) -> bool:
-        """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
-        return self.config.attention_pattern != "markov"
-
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """
         Compile the blocks, as [`~diffusers.ModelMixin.compile_repeated_blocks`] does, with the arguments of
@@ -642,27 +309,6 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
                 f"`token_indices` must lie in [0, {tokens.stop - tokens.start - 1}], got [{low}, {high}]."
             )
 
-    def _segments(self, timesteps: list[int], kv_cache: ScaleKVCache | None) -> list[ScaleSegment]:
-        """What each packed scale sees under the attention pattern."""
-        pattern = self.config.attention_pattern
-        cached = [t for t in kv_cache.timesteps if t > timesteps[0]] if kv_cache is not None else []
-        segments, start = [], 0
-        for index, timestep in enumerate(timesteps):
-            size = self.token_slices[-1 - timestep]
-            tokens = slice(start, start + size.stop - size.start)
-            first, seen_cached = index, ()
-            if pattern == "causal":
-                first, seen_cached = 0, tuple(cached)
-            elif pattern == "banded" and index > 0:
-                first = index - 1
-            elif pattern == "banded":
-                seen_cached = tuple(cached[-1:])
-            seen_from = segments[first].tokens.start if first < index else start
-            seen = (*seen_cached, *timesteps[first : index + 1])
-            segments.append(ScaleSegment(timestep, tokens, slice(seen_from, tokens.stop), seen_cached, seen))
-            start = tokens.stop
-        return segments
-
     def _embed(
         self,
         hidden_states: torch.Tensor,
@@ -691,9 +337,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         modulation_cache: ModulationCache | None = None,
         guidance_weight: float | None = None,
         token_indices: torch.LongTensor | None = None,
-        return_hidden_states: bool = False,
         return_dict: bool = True,
-    ) -> ScaleTransformer2DModelOutput | tuple[torch.Tensor, ...]:
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, num_tokens, latent_channels)`):
@@ -716,12 +361,10 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
                 Which tokens of its scale `hidden_states` holds, if not all. It holds one scale then, and `kv_cache`
                 must have it from an earlier forward: the keys and values of these tokens are replaced there, and they
                 see the others as the cache has them. An index may occur twice with the same input.
-            return_hidden_states (`bool`, defaults to `False`): Whether to return the last hidden states, too.
-            return_dict (`bool`, defaults to `True`): Whether to return a [`ScaleTransformer2DModelOutput`].
+            return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
 
         Returns:
-            [`ScaleTransformer2DModelOutput`] or the tuple of its fields: Logits of shape `(batch, num_tokens,
-            codebook_size)` and, if asked for, the hidden states.
+            `Transformer2DModelOutput` or `(sample,)`: Logits of shape `(batch, num_tokens, codebook_size)`.
 
         Raises:
             ValueError: If `timestep` is not falling or out of range, `hidden_states` does not hold those scales or
@@ -729,7 +372,9 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
                 their scale.
         """
         timesteps = self._check_timesteps(timestep)
-        segments = self._segments(timesteps, kv_cache)
+        cached = [t for t in kv_cache.timesteps if t > timesteps[0]] if kv_cache is not None else []
+        num_tokens = [tokens.stop - tokens.start for tokens in (self.token_slices[-1 - t] for t in timesteps)]
+        segments = scale_segments(self.config.attention_pattern, timesteps, num_tokens, cached)
         expected = (segments[-1].tokens.stop, self.config.latent_channels)
         if token_indices is not None:
             self._check_token_indices(token_indices, timesteps, kv_cache)
@@ -758,32 +403,29 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
 
         class_embedding = self.class_embed(class_labels)  # (B, D)
         hidden_states = self._embed(hidden_states, class_embedding, timesteps, token_indices)  # (B, N, D)
-        known = modulation_cache if modulation_cache is not None else ModulationCache()
-        is_known = known.out is not None
+        stored = modulation_cache if modulation_cache is not None else ModulationCache()
+        is_stored = stored.out is not None
         condition = F.silu(class_embedding)
-        conditioning = condition if self.adaln is None or is_known else self.adaln(condition)
+        conditioning = condition if self.adaln is None or is_stored else self.adaln(condition)
+        processor, attention_mask = self.blocks[0].attn.processor, None
+        if isinstance(processor, MaskedScaleAttnProcessor):
+            attention_mask = processor.attention_mask(segments, kv_cache, hidden_states.device)
         for layer, block in enumerate(self.blocks):
-            modulations = known.blocks[layer] if is_known else None
-            attention_mask = block.attn.processor.attention_mask(segments, kv_cache, hidden_states.device)
+            modulations = stored.blocks[layer] if is_stored else None
             inputs = (hidden_states, conditioning, segments, kv_cache, modulations, attention_mask)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states, modulations = self._gradient_checkpointing_func(block, *inputs)
             else:
                 hidden_states, modulations = block(*inputs)
-            if modulation_cache is not None and not is_known:
+            if modulation_cache is not None and not is_stored:
                 # A copy: where a block is replayed as a CUDA graph, the next forward writes over what it returned.
                 modulation_cache.blocks.append(modulations.clone())
-        modulations = known.out if is_known else self.adaln_out(condition)
+        modulations = stored.out if is_stored else self.adaln_out(condition)
         if modulation_cache is not None:
             modulation_cache.out = modulations
         scale, shift = modulations.unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
         hidden_states = modulate(self.norm_out, hidden_states, scale, shift)
-        merged = hidden_states
         if guidance_weight is not None:
-            conditional, unconditional = hidden_states.chunk(2)
-            merged = guide(conditional, unconditional, guidance_weight)
-        output = ScaleTransformer2DModelOutput(
-            sample=self.proj_out(merged),  # (B, N, V)
-            hidden_states=hidden_states if return_hidden_states else None,
-        )
-        return output if return_dict else output.to_tuple()
+            hidden_states = guide(*hidden_states.chunk(2), guidance_weight)
+        logits = self.proj_out(hidden_states)  # (B, N, V)
+        return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)

@@ -44,7 +44,7 @@ from dataclasses import dataclass
 import torch
 
 from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
-from srdd.pipelines.scale_sampling import check_components
+from srdd.pipelines.scale_pipeline import check_components
 from srdd.schedulers import ScaleScheduler
 from srdd.theory.pyramid_space import PyramidSpace, draw_weights, enumerate_pyramids, log_conditionals
 

@@ -10,7 +10,7 @@ from diffusers.image_processor import PipelineImageInput
 
 from srdd.models.guidance import guide
 from srdd.pipelines import SRDDPipeline
-from srdd.pipelines.scale_sampling import check_components
+from srdd.pipelines.scale_pipeline import check_components
 from srdd.scales import num_tokens_per_scale
 
 
@@ -96,8 +96,8 @@ def log_likelihood(
             not fit the model.
     """
     check_components(pipe.vqvae, pipe.transformer, pipe.scheduler)
-    scheduler, num_classes = pipe.scheduler, pipe.transformer.config.num_classes
-    scale_sizes, timesteps = scheduler.scales, scheduler.scale_timesteps()
+    scheduler, scale_sizes = pipe.scheduler, pipe.scheduler.scales
+    timesteps = [scale.timestep for scale in scheduler.visits]
     if (images is None) == (token_ids is None):
         given = "neither" if images is None else "both"
         raise ValueError(f"`log_likelihood` takes one of `images` and `token_ids`, got {given}.")
@@ -108,11 +108,11 @@ def log_likelihood(
             f"`token_ids` must be integers of shape (batch, {scheduler.num_tokens}) with a batch of at least 1, got"
             f" {token_ids.dtype} of shape {tuple(token_ids.shape)}."
         )
-    class_ids, token_ids = pipe.prepare_batch(class_labels, 1, token_ids.to(pipe._execution_device, torch.long))
+    conditions, token_ids = pipe.prepare_batch(class_labels, 1, token_ids.to(pipe._execution_device, torch.long))
     inputs = pipe.vqvae.teacher_forcing_inputs(token_ids, scale_sizes).to(pipe.transformer.dtype)
-    logits = pipe.transformer(inputs, timesteps, class_ids).sample.float()  # (B, N, V)
-    if guidance_scale > 1 and bool((class_ids != num_classes).any()):
-        unconditional = pipe.transformer(inputs, timesteps).sample.float()
+    logits = pipe.transformer(inputs, timesteps, **conditions.conditional).sample.float()  # (B, N, V)
+    if guidance_scale > 1 and conditions.unconditional is not None:
+        unconditional = pipe.transformer(inputs, timesteps, **conditions.unconditional).sample.float()
         weights = scheduler.guidance_weights(guidance_scale).to(logits)
         logits = guide(logits, unconditional, weights[:, None])
     chosen = logits.log_softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)  # (B, N)

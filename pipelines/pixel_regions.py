@@ -1,21 +1,12 @@
-"""Parts of images: resizing, pasting back what is known, crops around masks, windows over large canvases."""
+"""Parts of images: resizing, pasting back what is known, crops around masks, keeping to a small image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import PIL.Image
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import VaeImageProcessor
 
 from srdd.pipelines.known_region import extend_known
-
-
-def check_one_size(name: str, pictures: PipelineImageInput) -> None:
-    """Raise a `ValueError` that names the argument if a list holds pictures of several sizes."""
-    listed = pictures if isinstance(pictures, list) else []
-    sizes = {picture.size for picture in listed if isinstance(picture, PIL.Image.Image)}
-    if len(sizes) > 1:
-        raise ValueError(f"`{name}` must hold pictures of one size, got {sorted(sizes)}.")
 
 
 def resize(pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -68,61 +59,6 @@ def crop_box(mask: torch.Tensor, margin: int, size: Sequence[int]) -> tuple[slic
     picture = VaeImageProcessor.numpy_to_pil((union > 0).float().cpu().numpy()[None, ..., None])[0]
     left, top, right, bottom = VaeImageProcessor.get_crop_region(picture, size[1], size[0], margin)
     return slice(top, bottom), slice(left, right)
-
-
-class WindowedCanvas:
-    """
-    A canvas that is drawn window by window. Windows overlap by half and fade into each other over their overlap; those
-    with most known pixels come first.
-
-    Args:
-        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1].
-        known (`torch.Tensor` of shape `(batch, 1, height, width)`): 1 where a pixel is known from the start.
-        size (`(int, int)`): Height and width of a window; at most those of the images.
-
-    `pixels` is the canvas so far, `drawn` only what windows have drawn, and `known` is 1 where later windows build on
-    `pixels`.
-    """
-
-    def __init__(self, pixels: torch.Tensor, known: torch.Tensor, size: Sequence[int]):
-        self.pixels = pixels.clone()
-        self.known = known.clone()
-        self.given = known.bool()
-        self.drawn = torch.zeros_like(pixels)
-        self.size = tuple(size)
-        ramps = [(torch.arange(side) + 0.5 - side / 2).abs().neg().add(side / 2) for side in self.size]
-        self.fade = (ramps[0][:, None] * ramps[1]).to(pixels)  # (height, width), falls to the borders
-        self.total = torch.zeros_like(pixels)
-        self.weight = torch.zeros_like(pixels[:1, :1])
-
-    def windows(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and columns of windows until all is known; [`add`] is due after each."""
-        starts = [
-            sorted({*range(0, full - side + 1, max(side // 2, 1)), full - side})
-            for full, side in zip(self.pixels.shape[-2:], self.size)
-        ]
-        left = {(top, first) for top in starts[0] for first in starts[1]}
-        while left:
-            unknown = self.known.amin(dim=(0, 1)) == 0
-            shares = {corner: unknown[self._window(corner)].float().mean().item() for corner in left}
-            left = {corner for corner in left if shares[corner] > 0}
-            if left:
-                corner = min(left, key=lambda corner: (shares[corner], corner))
-                left.remove(corner)
-                yield self._window(corner)
-
-    def _window(self, corner: tuple[int, int]) -> tuple[slice, slice]:
-        return tuple(slice(start, start + side) for start, side in zip(corner, self.size))
-
-    def add(self, rows: slice, columns: slice, drawn: torch.Tensor) -> None:
-        """Blend a drawn window, `(batch, 3, *size)`, into what is not given."""
-        self.total[..., rows, columns] += self.fade * drawn
-        self.weight[..., rows, columns] += self.fade
-        blended = self.total[..., rows, columns] / self.weight[..., rows, columns]
-        self.drawn[..., rows, columns] = blended
-        given = self.given[..., rows, columns]
-        self.pixels[..., rows, columns] = torch.where(given, self.pixels[..., rows, columns], blended)
-        self.known[..., rows, columns] = 1.0
 
 
 def check_padding(padding: int | Sequence[int]) -> tuple[int, int, int, int]:

@@ -1,0 +1,100 @@
+import torch
+
+from srdd.models import ModulationCache, ScaleKVCache, ScaleTransformer2DModel
+from srdd.pipelines.conditions import Conditions
+from srdd.scales import Scale
+from srdd.schedulers import ScaleScheduler
+
+
+class GuidedTransformer:
+    """
+    A transformer under classifier-free guidance (paper, Section 3.3 a), for one sampling run: what it is told, and
+    what one forward leaves for the next.
+
+    Args:
+        transformer ([`ScaleTransformer2DModel`]): The model.
+        conditions ([`Conditions`]): What it is told.
+        scheduler ([`ScaleScheduler`]): Its scales, and where they are guided.
+        guidance_scale (`float`): Guidance of the run as it begins; 1 and below is off.
+
+    `kv_cache` is the run's cache where the attention pattern looks back, `None` elsewhere.
+    """
+
+    def __init__(
+        self,
+        transformer: ScaleTransformer2DModel,
+        conditions: Conditions,
+        scheduler: ScaleScheduler,
+        guidance_scale: float,
+    ):
+        self.transformer = transformer
+        self.dtype, self.batch_size = transformer.dtype, len(conditions)
+        self.kv_cache = ScaleKVCache(scheduler.num_tokens) if transformer.needs_kv_cache else None
+        guided = [s.timestep for s in scheduler.visits if scheduler.guidance_weight(s.timestep, guidance_scale) > 0]
+        # Guided scales look back at what the unconditional half has seen of all scales before.
+        self.last_guided = guided[-1] if guided and self.kv_cache is not None else None
+        # Without and with an unconditional half.
+        self.told = {False: conditions.conditional}
+        if conditions.unconditional is not None:
+            halves = conditions.conditional, conditions.unconditional
+            self.told[True] = {name: torch.cat([half[name] for half in halves]) for name in conditions.conditional}
+        self.modulation_caches = {False: ModulationCache(), True: ModulationCache()}
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        scale: Scale,
+        guidance_weight: float,
+        kv_cache: ScaleKVCache | None = None,
+        rows: torch.LongTensor | None = None,
+        token_indices: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, num_scale_tokens, latent_channels)`): Inputs of one scale,
+                of the whole batch.
+            scale ([`Scale`]): The scale.
+            guidance_weight (`float`): The weight `w` of `cond + w (cond - uncond)`. At 0 the unconditional half is
+                not computed, unless guided scales will look back at it.
+            kv_cache ([`ScaleKVCache`], *optional*): Keys and values; by default the run's.
+            rows (`torch.LongTensor` of shape `(num_rows,)`, *optional*): The images to compute, by their places in the
+                batch; all by default.
+            token_indices (`torch.LongTensor` of shape `(num_rows, num_indices)`, *optional*): The tokens of the scale
+                to compute; all by default.
+
+        Returns:
+            `torch.Tensor` of shape `(num_rows, num_indices, codebook_size)`: Logits.
+
+        Raises:
+            ValueError: If guidance begins after the run has, and the attention pattern looks back.
+        """
+        if guidance_weight != 0 and self.kv_cache is not None and self.last_guided is None:
+            raise ValueError(
+                "`guidance_scale` must be above 1 from the start to be so later with the attention pattern"
+                f" {self.transformer.config.attention_pattern!r}, which looks back, got a weight of"
+                f" {guidance_weight} at timestep {scale.timestep}."
+            )
+        looked_back_at = self.last_guided is not None and scale.timestep >= self.last_guided
+        two_halves = True in self.told and (guidance_weight != 0 or looked_back_at)
+        told, modulation_cache = self.told[two_halves], self.modulation_caches[two_halves]
+        kv_cache = self.kv_cache if kv_cache is None else kv_cache
+        hidden_states = hidden_states.to(self.dtype)
+        if rows is not None:
+            hidden_states = hidden_states[rows]
+            if two_halves:
+                rows = torch.cat([rows, rows + self.batch_size])
+            told = {name: tensor[rows] for name, tensor in told.items()}
+            modulation_cache = modulation_cache.select(rows)
+            kv_cache = kv_cache.select(rows) if kv_cache is not None else None
+        if token_indices is not None:
+            hidden_states = hidden_states.take_along_dim(token_indices.unsqueeze(-1), dim=1)
+            token_indices = torch.cat([token_indices, token_indices]) if two_halves else token_indices
+        return self.transformer(
+            torch.cat([hidden_states, hidden_states]) if two_halves else hidden_states,
+            scale.timestep,
+            **told,
+            kv_cache=kv_cache,
+            modulation_cache=modulation_cache,
+            guidance_weight=guidance_weight if two_halves else None,
+            token_indices=token_indices,
+        ).sample

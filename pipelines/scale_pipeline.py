@@ -1,0 +1,284 @@
+"""What all SRDD pipelines are: their components, and a run over the scales."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+
+from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.pipelines.conditions import Conditions, class_conditions, label_ids
+from srdd.pipelines.scale_sampling import KnownTokens, sample_scales
+from srdd.schedulers import ScaleScheduler
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def check_components(
+    vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler
+) -> None:
+    """
+    Make sure that tokenizer, transformer and schedule belong together.
+
+    Raises:
+        ValueError: If the scheduler is of another kind, its scales are not the transformer's, or tokenizer and
+            transformer differ in latent grid, codebook size or channels.
+    """
+    if not isinstance(scheduler, ScaleScheduler):
+        raise ValueError(f"`scheduler` must be a ScaleScheduler, got {type(scheduler).__name__}.")
+    if scheduler.config.scale_sizes != transformer.config.scale_sizes:
+        raise ValueError(
+            "`scheduler.config.scale_sizes` must be the scales of the transformer,"
+            f" {transformer.config.scale_sizes}, got {scheduler.config.scale_sizes}. For fewer steps keep"
+            " `scale_sizes` and set `scales`."
+        )
+    facts = [
+        ("latent grid", vqvae.config.scale_sizes[-1], transformer.config.scale_sizes[-1]),
+        ("codebook_size", vqvae.config.codebook_size, transformer.config.codebook_size),
+        ("latent_channels", vqvae.config.latent_channels, transformer.config.latent_channels),
+    ]
+    for name, ours, theirs in facts:
+        if ours != theirs:
+            raise ValueError(f"`vqvae` and `transformer` must have the same {name}, got {ours} and {theirs}.")
+
+
+def check_one_size(name: str, pictures: PipelineImageInput) -> None:
+    """Raise a `ValueError` that names the argument if a list holds pictures of several sizes."""
+    listed = pictures if isinstance(pictures, list) else []
+    sizes = {picture.size for picture in listed if isinstance(picture, PIL.Image.Image)}
+    if len(sizes) > 1:
+        raise ValueError(f"`{name}` must hold pictures of one size, got {sorted(sizes)}.")
+
+
+class CallState(threading.local):
+    """What callbacks may read and set of the call that runs in their thread; each thread has its own."""
+
+    guidance_scale: float | None = None
+
+    def __reduce__(self):
+        return type(self), ()  # what a thread does is no part of a copy
+
+
+class ScalePipeline(DiffusionPipeline):
+    r"""
+    Base of the pipelines: components and their checks, conditions, runs over the scales, decoding.
+
+    Nothing of a call stays on the pipeline, and a call changes no component: several threads may draw with one.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
+        transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
+        scheduler ([`ScaleScheduler`]): The scale schedule.
+    """
+
+    model_cpu_offload_seq = "transformer"
+    _exclude_from_cpu_offload = ["vqvae"]  # it is needed after every scale, so it stays on the device
+    _callback_tensor_inputs = ["latents", "token_ids"]
+
+    def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
+        super().__init__()
+        self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
+        self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
+        self.image_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
+        )
+        self._call = CallState()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """
+        As [`ConfigMixin`] has it, for folders of version 0.1, too.
+
+        Raises:
+            ValueError: If a folder has a token critic.
+        """
+        critic = config_dict.get("token_critic")
+        if critic is not None and critic[0] is not None:
+            raise ValueError(
+                "`token_critic` is gone since version 0.2, and the resampling policy 'learned' with it: it was no"
+                f" better than 'masked' (`benchmarks/ABLATIONS.md`), got {critic}. Leave it out of"
+                f" `{cls.config_name}`."
+            )
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "token_critic"}, **kwargs)
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes by id."""
+        return self.transformer.id2label
+
+    @property
+    def _guidance_scale(self) -> float | None:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, guidance_scale: float) -> None:
+        self._call.guidance_scale = guidance_scale
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Guidance of this thread's call, or of its last one. Callbacks set `_guidance_scale`."""
+        return self._call.guidance_scale
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The guidance of calls that name none."""
+        return 1.0 if self.transformer.config.guidance_distilled else 2.5
+
+    @property
+    def num_timesteps(self) -> int:
+        """Most passes of a run."""
+        return len(self.scheduler.timesteps)
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """`(height, width)` of the images that the model draws."""
+        return tuple(side * self.vae_scale_factor for side in self.vqvae.config.scale_sizes[-1])
+
+    def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
+        """
+        Class ids of labels given by name or id, mixed as one likes.
+
+        Raises:
+            ValueError: If a label is unknown, ambiguous or out of range.
+        """
+        return label_ids(label, self.transformer.config.num_classes, self.id2label)
+
+    def check_inputs(
+        self,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> None:
+        check_components(self.vqvae, self.transformer, self.scheduler)
+        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be a positive integer, got {num_images_per_prompt!r}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        names = callback_on_step_end_tensor_inputs or ()
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a part of {self._callback_tensor_inputs}, got"
+                f" {unknown}."
+            )
+
+    def encode_class_labels(self, class_labels: Any) -> Conditions:
+        """What the transformer is told of classes, one image each; `None` is one image without a class."""
+        transformer, device = self.transformer, self._execution_device
+        return class_conditions(class_labels, transformer.config.num_classes, transformer.id2label, device)
+
+    def prepare_pixels(self, image: PipelineImageInput) -> torch.Tensor:
+        """
+        Images as one batch of pixels in [-1, 1], float32 of shape `(batch, 3, height, width)`.
+
+        Raises:
+            ValueError: If images differ in size or have other than 3 channels.
+        """
+        check_one_size("image", image)
+        pixels = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
+        if pixels.shape[1] != 3:
+            raise ValueError(f"`image` must have 3 channels, got {pixels.shape[1]}.")
+        return pixels
+
+    def prepare_batch(self, class_labels: Any, num_images_per_prompt: int, *images: torch.Tensor) -> tuple[Any, ...]:
+        """
+        Conditions and images, each repeated to one batch.
+
+        Raises:
+            ValueError: If there are several images and several labels, but not one for each.
+        """
+        conditions, num_images = self.encode_class_labels(class_labels), len(images[0])
+        num_pairs = max(num_images, len(conditions))
+        if num_images not in (1, num_pairs) or len(conditions) not in (1, num_pairs):
+            raise ValueError(
+                f"`class_labels` must hold 1 or {num_images} labels for {num_images} images, got {len(conditions)}."
+            )
+        batch_size = num_pairs * num_images_per_prompt
+        return (
+            conditions.repeat_interleave(batch_size // len(conditions)),
+            *(image.repeat_interleave(batch_size // num_images, dim=0) for image in images),
+        )
+
+    def prepare_latents(self, batch_size: int, latents: torch.Tensor | None = None) -> torch.Tensor:
+        """The latent state to start from, float32: zeros, or the caller's."""
+        shape = (batch_size, self.vqvae.config.latent_channels, *self.vqvae.config.scale_sizes[-1])
+        if latents is None:
+            return torch.zeros(shape, device=self._execution_device)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        return latents.to(self._execution_device, torch.float32)
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Pictures of latent states, as `output_type` says."""
+        if output_type == "latent":
+            return latents
+        return self.image_processor.postprocess(self.decode_pixels(latents), output_type=output_type)
+
+    def decode_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels of latent states, float32 in [-1, 1]."""
+        return self.vqvae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+
+    def draw(
+        self,
+        conditions: Conditions,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        known_tokens: KnownTokens | None = None,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        """
+        Draw one pyramid for each condition, with progress bar and callback.
+
+        Args:
+            conditions ([`Conditions`]): What to draw.
+            guidance_scale (`float`, *optional*): The pipeline's own by default; off where nothing is told that one
+                could guide away from.
+            generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.
+            latents (`torch.Tensor`, *optional*): As in [`SRDDPipeline`].
+            known_tokens (`KnownTokens`, *optional*): As in [`~srdd.pipelines.scale_sampling.sample_scales`].
+            callback_on_step_end (`Callable`, *optional*): As in [`SRDDPipeline`].
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`SRDDPipeline`].
+
+        Returns:
+            `tuple[torch.Tensor, torch.LongTensor]`: The last latent state and the pyramids.
+
+        Raises:
+            ValueError: If the number of generators is not that of images, or `latents` have another shape.
+        """
+        if isinstance(generator, list) and len(generator) != len(conditions):
+            raise ValueError(f"`generator` must be a list of {len(conditions)} generators, got {len(generator)}.")
+        latents = self.prepare_latents(len(conditions), latents)
+        if conditions.unconditional is None:
+            guidance_scale = 1.0
+        elif guidance_scale is None:
+            guidance_scale = self.default_guidance_scale
+        self._call.guidance_scale = guidance_scale
+        names = callback_on_step_end_tensor_inputs
+        names = ["latents"] if names is None else names
+
+        def on_step_end(index: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+            changed = callback_on_step_end(self, index, timestep, {name: tensors[name] for name in names})
+            return {**tensors, **changed, "guidance_scale": self._guidance_scale}
+
+        num_passes = len(self.scheduler.timesteps)
+        with self.progress_bar(total=num_passes) as progress_bar:
+            latents, token_ids = sample_scales(
+                vqvae=self.vqvae,
+                transformer=self.transformer,
+                scheduler=self.scheduler,
+                conditions=conditions,
+                latents=latents,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                known_tokens=known_tokens,
+                progress_bar=progress_bar,
+                on_step_end=on_step_end if callback_on_step_end is not None else None,
+            )
+            progress_bar.update(num_passes - progress_bar.n)
+        return latents, token_ids

@@ -1,0 +1,77 @@
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+
+# Rows and columns of a window.
+Window = tuple[slice, slice]
+
+
+class WindowedCanvas:
+    """
+    A canvas that is drawn window by window. Windows overlap by half and fade into each other over their overlap; those
+    with most known pixels come first.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1].
+        known (`torch.Tensor` of shape `(batch, 1, height, width)`): 1 where a pixel is known from the start.
+        size (`(int, int)`): Height and width of a window; at most those of the images.
+
+    `pixels` is the canvas so far, `drawn` only what windows have drawn, and `known` is 1 where later windows build on
+    `pixels`.
+    """
+
+    def __init__(self, pixels: torch.Tensor, known: torch.Tensor, size: Sequence[int]):
+        self.pixels = pixels.clone()
+        self.known = known.clone()
+        self.given = known.bool()
+        self.drawn = torch.zeros_like(pixels)
+        self.size = tuple(size)
+        ramps = [(torch.arange(side) + 0.5 - side / 2).abs().neg().add(side / 2) for side in self.size]
+        self.fade = (ramps[0][:, None] * ramps[1]).to(pixels)  # (height, width), falls to the borders
+        self.total = torch.zeros_like(pixels)
+        self.weight = torch.zeros_like(pixels[:1, :1])
+
+    def fill(self, draw: Callable[[Window], tuple[torch.Tensor, torch.LongTensor]]) -> torch.LongTensor | None:
+        """
+        Draw windows until all is known.
+
+        Args:
+            draw (`Callable`): Draws a window: returns its pixels, `(batch, 3, *size)`, and their tokens.
+
+        Returns:
+            `torch.LongTensor`, *optional*: The tokens of the window drawn last; `None` if all was known.
+        """
+        token_ids = None
+        for window in self._windows():
+            pixels, token_ids = draw(window)
+            self._add(window, pixels)
+        return token_ids
+
+    def _windows(self) -> Iterator[Window]:
+        starts = [
+            sorted({*range(0, full - side + 1, max(side // 2, 1)), full - side})
+            for full, side in zip(self.pixels.shape[-2:], self.size)
+        ]
+        left = {(top, first) for top in starts[0] for first in starts[1]}
+        while left:
+            unknown = self.known.amin(dim=(0, 1)) == 0
+            shares = {corner: unknown[self._window(corner)].float().mean().item() for corner in left}
+            left = {corner for corner in left if shares[corner] > 0}
+            if left:
+                corner = min(left, key=lambda corner: (shares[corner], corner))
+                left.remove(corner)
+                yield self._window(corner)
+
+    def _window(self, corner: tuple[int, int]) -> Window:
+        return tuple(slice(start, start + side) for start, side in zip(corner, self.size))
+
+    def _add(self, window: Window, pixels: torch.Tensor) -> None:
+        """Blend a drawn window into what is not given."""
+        place = (..., *window)
+        self.total[place] += self.fade * pixels
+        self.weight[place] += self.fade
+        blended = self.total[place] / self.weight[place]
+        self.drawn[place] = blended
+        self.pixels[place] = torch.where(self.given[place], self.pixels[place], blended)
+        self.known[place] = 1.0

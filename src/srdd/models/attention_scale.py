@@ -1,0 +1,256 @@
+"""Attention over scales: what the patterns let tokens see, and how it is computed.
+
+Shape legend: B batch, N_k tokens in scale k, N tokens of the scales at hand, D width, H heads.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from srdd.models.fast_linear import quicken
+from srdd.models.scale_cache import ScaleKVCache
+
+
+ATTENTION_PATTERNS = ("causal", "markov", "banded")
+
+
+@dataclass(frozen=True)
+class ScaleSegment:
+    """
+    Where one scale lies in the packed input, and what its tokens may see: cached scales and a part of the packed
+    tokens, which `seen` names together, as timesteps.
+    """
+
+    timestep: int
+    tokens: slice
+    context: slice
+    cached: tuple[int, ...]
+    seen: tuple[int, ...]
+
+
+def scale_segments(
+    pattern: str, timesteps: Sequence[int], num_tokens: Sequence[int], cached: Sequence[int] = ()
+) -> list[ScaleSegment]:
+    """
+    What each packed scale sees under an attention pattern.
+
+    Args:
+        pattern (`str`): "causal", "markov" or "banded".
+        timesteps (`Sequence[int]`): The packed scales, coarse to fine.
+        num_tokens (`Sequence[int]`): How many tokens each has.
+        cached (`Sequence[int]`, defaults to `()`): Timesteps of coarser scales that a cache holds, coarse to fine.
+
+    Returns:
+        `list[ScaleSegment]`
+    """
+    segments, start = [], 0
+    for index, (timestep, count) in enumerate(zip(timesteps, num_tokens)):
+        tokens = slice(start, start + count)
+        first, seen_cached = index, ()
+        if pattern == "causal":
+            first, seen_cached = 0, tuple(cached)
+        elif pattern == "banded" and index > 0:
+            first = index - 1
+        elif pattern == "banded":
+            seen_cached = tuple(cached[-1:])
+        seen_from = segments[first].tokens.start if first < index else start
+        seen = (*seen_cached, *timesteps[first : index + 1])
+        segments.append(ScaleSegment(timestep, tokens, slice(seen_from, tokens.stop), seen_cached, seen))
+        start = tokens.stop
+    return segments
+
+
+class ScaleAttnProcessor:
+    """One dense attention call per scale: no pattern ever needs an N x N mask."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "ScaleAttention",
+        hidden_states: torch.Tensor,
+        segments: Sequence[ScaleSegment],
+        kv_cache: ScaleKVCache | None = None,
+        attention_mask: torch.BoolTensor | BlockMask | None = None,
+    ) -> torch.Tensor:
+        query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
+        if len(segments) == 1 and kv_cache is None:
+            # Nothing but the shape differs from scale to scale here, so that a compiled block serves them all.
+            seen = [(query, key, value)]
+        else:
+            seen = [
+                (query[:, segment.tokens], *self.context(attn.layer, segment, key, value, kv_cache))
+                for segment in segments
+            ]
+        # FlexAttention is for calls under a mask.
+        is_flex = self._attention_backend == AttentionBackendName.FLEX
+        backend = AttentionBackendName.NATIVE if is_flex else self._attention_backend
+        attended = [
+            dispatch_attention_fn(*states, scale=attn.scale, backend=backend, parallel_config=self._parallel_config)
+            for states in seen
+        ]
+        return attn.to_out[0](torch.cat(attended, dim=1).flatten(2, 3))  # (B, N, D)
+
+    @staticmethod
+    @torch.compiler.disable
+    def context(
+        layer: int, segment: ScaleSegment, key: torch.Tensor, value: torch.Tensor, kv_cache: ScaleKVCache | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Keys and values that a scale sees, which the cache receives unless it is read only."""
+        if kv_cache is not None and not kv_cache.is_read_only:
+            kv_cache.update(layer, segment.timestep, key[:, segment.tokens], value[:, segment.tokens])
+            return kv_cache.get(layer, segment.seen, len(key))
+        packed = key[:, segment.context], value[:, segment.context]
+        if kv_cache is None or not segment.cached:
+            return packed
+        past = kv_cache.get(layer, segment.cached, len(key))
+        return tuple(torch.cat(pair, dim=1) for pair in zip(past, packed))
+
+
+# Of each packed scale: where its queries start and stop, and where the keys that they see do.
+MaskLayout = tuple[tuple[int, int, int, int], ...]
+
+
+@functools.lru_cache(maxsize=8)
+def dense_mask(layout: MaskLayout, device: torch.device) -> torch.BoolTensor:
+    """`(1, 1, N, N)`, true where attention is allowed. Masks are made once for all layers and calls."""
+    num_tokens = layout[-1][1]
+    mask = torch.zeros(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=device)
+    for start, stop, first, last in layout:
+        mask[..., start:stop, first:last] = True
+    return mask
+
+
+@functools.lru_cache(maxsize=8)
+def block_mask(layout: MaskLayout, device: torch.device) -> BlockMask:
+    """[`dense_mask`] as FlexAttention reads it: tiles that it forbids altogether are not computed."""
+    sizes = torch.tensor([stop - start for start, stop, _, _ in layout])
+    first, last = (
+        torch.tensor(bounds).repeat_interleave(sizes).to(device)  # (N,)
+        for bounds in zip(*(keys for _, _, *keys in layout))
+    )
+
+    def is_seen(batch, head, query, key):
+        return (first[query] <= key) & (key < last[query])
+
+    num_tokens = layout[-1][1]
+    return create_block_mask(is_seen, None, None, num_tokens, num_tokens, device)
+
+
+class MaskedScaleAttnProcessor(ScaleAttnProcessor):
+    """
+    One attention call for all packed scales under an N x N mask, as VAR trains: the same numbers in fewer calls.
+
+    By default the mask is dense, and what it forbids is computed all the same. With the backend "flex" it is a
+    `BlockMask`, and most of that is left out. FlexAttention wants compiled blocks: without a compiler it holds the
+    scores of all pairs of tokens, and on CPUs it has no gradients.
+
+    ```py
+    transformer.set_attn_processor(MaskedScaleAttnProcessor())
+    with attention_backend():  # of diffusers.models.attention_dispatch: other models keep theirs
+        transformer.set_attention_backend("flex")  # after the processor: a new one has the default backend
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    ```
+
+    Inputs of a single scale, and calls with a cache, need no mask. They go the usual way, and under "flex" to
+    torch's own attention.
+    """
+
+    def attention_mask(
+        self, segments: Sequence[ScaleSegment], kv_cache: ScaleKVCache | None, device: torch.device
+    ) -> torch.BoolTensor | BlockMask | None:
+        """The mask that all layers of a forward want, made ahead of it: compiled blocks do not make it."""
+        if kv_cache is not None or len(segments) == 1:
+            return None
+        layout = tuple((s.tokens.start, s.tokens.stop, s.context.start, s.context.stop) for s in segments)
+        make_mask = block_mask if self._attention_backend == AttentionBackendName.FLEX else dense_mask
+        with torch.inference_mode(False):  # training may want what an evaluation has made
+            return make_mask(layout, device)
+
+    def __call__(
+        self,
+        attn: "ScaleAttention",
+        hidden_states: torch.Tensor,
+        segments: Sequence[ScaleSegment],
+        kv_cache: ScaleKVCache | None = None,
+        attention_mask: torch.BoolTensor | BlockMask | None = None,
+    ) -> torch.Tensor:
+        if attention_mask is None:
+            return super().__call__(attn, hidden_states, segments, kv_cache)
+        query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
+        attended = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            scale=attn.scale,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[0](attended.flatten(2, 3))  # (B, N, D)
+
+
+class ScaleAttention(nn.Module, AttentionModuleMixin):
+    """
+    Self-attention with VAR's query-key normalisation.
+
+    The projections are named as diffusers' LoRA scripts expect. VAR's has no bias on the keys; converted checkpoints
+    carry zeros there.
+    """
+
+    _default_processor_cls = ScaleAttnProcessor
+    _available_processors = [ScaleAttnProcessor, MaskedScaleAttnProcessor]
+
+    use_bias = True
+    max_query_scale = math.log(100)
+
+    def __init__(self, dim: int, heads: int, qk_norm: bool, layer: int):
+        super().__init__()
+        self.heads = heads
+        self.layer = layer
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.scale = 1.0
+            self.query_scale = nn.Parameter(torch.full((heads, 1), math.log(4.0)))
+        else:
+            self.scale = 0.25 / math.sqrt(dim // heads)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.set_processor(self._default_processor_cls())
+
+    def fuse_projections(self) -> None:
+        super().fuse_projections()
+        quicken(self, getattr(self.to_q, "fast", None))
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value of hidden states `(B, N, D)`, `(B, N, H, D / H)` each; the first two normalised."""
+        if self.fused_projections:
+            projections = self.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            projections = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        query, key, value = (states.unflatten(-1, (self.heads, -1)) for states in projections)  # (B, N, H, D/H)
+        if self.qk_norm:
+            query = F.normalize(query, dim=-1) * self.query_scale.clamp(max=self.max_query_scale).exp()
+            key = F.normalize(key, dim=-1)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return query, key, value
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        segments: Sequence[ScaleSegment],
+        kv_cache: ScaleKVCache | None = None,
+        attention_mask: torch.BoolTensor | BlockMask | None = None,
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, segments, kv_cache, attention_mask)

@@ -1,0 +1,110 @@
+"""What one forward of a sampling run leaves for the next: keys and values, and the modulations of the condition."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+class ScaleKVCache:
+    """
+    Keys and values of the scales already drawn, for the attention patterns that look back.
+
+    Pass one object to every [`ScaleTransformer2DModel.forward`] of a sampling run. A pass at a scale replaces what an
+    earlier pass stored there; scales are kept apart, so that nothing of a finer scale is ever seen by a coarser one.
+    Scales lie one behind the other in one buffer for each layer, so that looking back copies nothing. It is for
+    inference: buffers are written in place.
+
+    Args:
+        num_tokens (`int`, *optional*): Tokens of all scales to come; without it the buffers grow as needed.
+    """
+
+    def __init__(self, num_tokens: int | None = None):
+        self.num_tokens = num_tokens
+        self.is_read_only = False
+        self.rows: torch.LongTensor | None = None
+        self.token_indices: torch.LongTensor | None = None
+        self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.places: dict[int, slice] = {}
+
+    def update(self, layer: int, timestep: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store keys and values `(B, N_k, H, D / H)` of one layer and scale, or of those of its tokens at hand."""
+        if timestep not in self.places:
+            start = max([0, *(place.stop for place in self.places.values())])
+            self.places[timestep] = slice(start, start + key.shape[1])
+        place = self.places[timestep]
+        found = self.buffers.get(layer)
+        if found is None or found[0].shape[1] < place.stop:
+            size = max(self.num_tokens or 0, place.stop)
+            grown = tuple(states.new_empty(states.shape[0], size, *states.shape[2:]) for states in (key, value))
+            for states, stored in zip(grown, found or ()):
+                states[:, : stored.shape[1]] = stored
+            self.buffers[layer] = grown
+        rows, tokens = slice(len(key)) if self.rows is None else self.rows, place
+        if self.token_indices is not None:
+            rows = torch.arange(len(key), device=key.device) if self.rows is None else rows
+            rows, tokens = rows.unsqueeze(1), place.start + self.token_indices
+        for states, stored in zip((key, value), self.buffers[layer]):
+            stored[rows, tokens] = states
+
+    def get(self, layer: int, timesteps: Sequence[int], batch_size: int | None = None) -> tuple[torch.Tensor, ...]:
+        """Keys and values of one layer and some scales, for the first images of the batch or all."""
+        places = [self.places[timestep] for timestep in timesteps]
+        if all(place.stop == following.start for place, following in zip(places, places[1:])):
+            places = [slice(places[0].start, places[-1].stop)]
+        rows = slice(batch_size) if self.rows is None else self.rows
+        parts = [[stored[rows, place] for place in places] for stored in self.buffers[layer]]
+        return tuple(part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in parts)
+
+    def read_only(self) -> "ScaleKVCache":
+        """This cache for forwards that shall leave it as it is."""
+        view = copy.copy(self)
+        view.is_read_only = True
+        return view
+
+    def select(
+        self, rows: torch.LongTensor | None = None, token_indices: torch.LongTensor | None = None
+    ) -> "ScaleKVCache":
+        """
+        This cache for a forward of some images of the batch, by their rows, and of some tokens of a scale that it
+        holds, `(num_rows, num_indices)`.
+        """
+        view = copy.copy(self)
+        view.rows, view.token_indices = rows, token_indices
+        return view
+
+    def clone(self) -> "ScaleKVCache":
+        """A cache of the same content, for forwards that others shall not see."""
+        cloned = copy.copy(self)
+        cloned.buffers = {layer: tuple(part.clone() for part in pair) for layer, pair in self.buffers.items()}
+        cloned.places = dict(self.places)
+        return cloned
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The scales stored, as timesteps, coarse to fine."""
+        return sorted(self.places, reverse=True)
+
+
+@dataclass
+class ModulationCache:
+    """
+    AdaLN modulations of some class labels. They are the same at all scales and passes of a sampling run.
+
+    Pass one object to every [`ScaleTransformer2DModel.forward`] with the same `class_labels`; the first fills it. It
+    is for inference.
+
+    Args:
+        blocks (`list`): For each block the modulations, `(batch, 6, dim)`.
+        out (`torch.Tensor`, *optional*): Those of the last norm, `(batch, 2 * dim)`.
+    """
+
+    blocks: list[torch.Tensor] = field(default_factory=list)
+    out: torch.Tensor | None = None
+
+    def select(self, rows: torch.Tensor) -> "ModulationCache":
+        """The modulations of some images, by their rows in the batch."""
+        if self.out is None:
+            return ModulationCache()
+        return ModulationCache([modulations[rows] for modulations in self.blocks], self.out[rows])
