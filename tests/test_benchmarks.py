@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_pipeline, tiny_vqvae
 
-from srdd.models.fast_linear import multiplies_int8
+from srdd.acceleration.linear_layers import multiplies_int8
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

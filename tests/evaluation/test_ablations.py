@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_models import tiny_pipeline
 
+from srdd.acceleration.linear_layers import multiplies_int8
 from srdd.evaluation.ablation_report import markdown, mean_and_interval, save_sweep
 from srdd.evaluation.ablations import Measurements, read_tables
 from srdd.evaluation.image_sources import PipelineImages
-from srdd.models.fast_linear import multiplies_int8
 
 
 ROW = {"model": "SDD"}

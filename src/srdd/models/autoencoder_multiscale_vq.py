@@ -12,9 +12,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from srdd.models import int8_decoding
-from srdd.models.decoding import decoding_path, lighten, set_fast
-from srdd.models.fast_linear import multiplies_int8
+from srdd.acceleration import int8_decoder as int8_decoding
+from srdd.acceleration.decoder import decoding_path, lighten, set_fast
+from srdd.acceleration.linear_layers import multiplies_int8
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
 from srdd.scales import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
 

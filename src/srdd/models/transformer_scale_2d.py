@@ -21,7 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from srdd.models.fast_linear import quicken, set_fast
+from srdd.acceleration.linear_layers import quicken, set_fast
 from srdd.models.guidance import guide
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import LATENT_CHANNELS, LIGHT_DECODER, VQVAE_CONFIG, tiny_vqvae
 
 from srdd import MultiScaleVQModel
-from srdd.models.decoding import (
+from srdd.acceleration.decoder import (
     ACCELERATOR,
     FLOAT32_ON_CPU,
     HALF_ON_CPU,
@@ -181,7 +181,7 @@ def test_new_weights_are_decoded_with():
 def test_batches_are_decoded_in_slices(monkeypatch):
     # The largest map of a tiny image has 32 channels of 8 x 8 pixels: 8 KiB.
     small = dataclasses.replace(FLOAT32_ON_CPU, bytes_per_slice=2 * 8192)
-    monkeypatch.setattr("srdd.models.decoding.FLOAT32_ON_CPU", small)
+    monkeypatch.setattr("srdd.acceleration.decoder.FLOAT32_ON_CPU", small)
     model, latents = tiny_vqvae(), random_latents(5)
     batch_sizes = []
     model.decoder.register_forward_hook(lambda module, args, output: batch_sizes.append(len(output)))

@@ -15,8 +15,8 @@ from tiny_models import LATENT_CHANNELS, tiny_pipeline, tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srdd import ScaleTransformer2DModel, SRDDPipeline
-from srdd.models import fast_linear
-from srdd.models.fast_linear import FastGELU, FastLinear, linear_kernel, packed_weight, quicken
+from srdd.acceleration import linear_layers as fast_linear
+from srdd.acceleration.linear_layers import FastGELU, FastLinear, linear_kernel, packed_weight, quicken
 
 
 FLOAT32, INT8 = "mkldnn._linear_pointwise.default", "onednn.qlinear_pointwise.default"

@@ -11,8 +11,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import LATENT_CHANNELS, LIGHT_DECODER, tiny_pipeline, tiny_vqvae
 
 from srdd import MultiScaleVQModel
-from srdd.models import fast_linear
-from srdd.models.int8_decoding import CHUNK, Int8Conv2d, Int8UpsamplingConv2d, scale_and_zero_point, to_uint8
+from srdd.acceleration import linear_layers as fast_linear
+from srdd.acceleration.int8_decoder import CHUNK, Int8Conv2d, Int8UpsamplingConv2d, scale_and_zero_point, to_uint8
 
 
 # Constructor overrides, and how many convolutions are quantized: all of residual blocks, and one between two levels.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GELU
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from srdd.models.decoding import recast
+from srdd.acceleration.decoder import recast
 
 
 # What oneDNN makes of torchao's integers, and the versions that it was made of. An entry lives as long as the integers

@@ -19,7 +19,7 @@ import torch.nn as nn
 from diffusers.models.autoencoders.vae import Decoder
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from srdd.models.decoding import (
+from srdd.acceleration.decoder import (
     LeanResnetBlock2D,
     MergedUpsample2D,
     UpsamplingConv2d,
@@ -27,7 +27,7 @@ from srdd.models.decoding import (
     merged_kernels,
     recast,
 )
-from srdd.models.fast_linear import multiplies_int8
+from srdd.acceleration.linear_layers import multiplies_int8
 
 
 # Numbers that are quantized at a time: few enough to stay in a cache from one operator to the next.
