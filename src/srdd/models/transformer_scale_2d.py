@@ -21,7 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from srdd.acceleration.linear_layers import quicken, set_fast
+from srdd.acceleration import accelerate, set_fast_linears
 from srdd.models.guidance import guide
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
 
@@ -343,7 +343,7 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
 
     def fuse_projections(self) -> None:
         super().fuse_projections()
-        quicken(self, getattr(self.to_q, "fast", None))
+        accelerate(self)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value of hidden states `(B, N, D)`, `(B, N, H, D / H)` each; the first two normalised."""
@@ -550,7 +550,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.proj_out = nn.Linear(dim, codebook_size)
         self.gradient_checkpointing = False
         self.init_weights()
-        quicken(self)
+        accelerate(self)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -606,11 +606,11 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         known to be faster: for float32 on AMD's CPUs from Zen 5 on, for torchao's int8 weights wherever there is VNNI.
         Logits agree with torch's to rounding; no copies of float32 weights are kept.
         """
-        set_fast(self, True)
+        set_fast_linears(self, True)
 
     def disable_fast_linears(self) -> None:
         """Leave linear layers to torch and torchao."""
-        set_fast(self, False)
+        set_fast_linears(self, False)
 
     def _check_timesteps(self, timestep: Timesteps | None) -> list[int]:
         last = len(self.token_slices) - 1
