@@ -28,7 +28,7 @@ from speed import CPU_OPERATORS
 from torch.utils.flop_counter import FlopCounterMode
 
 from srdd import MultiScaleVQModel
-from srdd.models.fast_linear import multiplies_int8
+from srdd.acceleration.cpu import MULTIPLIES_INT8
 from srdd.training.arguments import positive_int
 from srdd.training.data import image_to_tensor, load_labelled_images
 from srdd.training.light_decoder import light_tokenizer
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         draw_weights(tokenizer)
     tokenizer.eval()
     models = {"own": tokenizer}
-    if device.type == "cpu" and multiplies_int8():
+    if device.type == "cpu" and MULTIPLIES_INT8:
         models["int8"] = with_int8_decoder(tokenizer)
     for layers in args.layers_per_block:
         light = light_tokenizer(tokenizer, layers_per_block=layers)

@@ -25,7 +25,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from tqdm.auto import tqdm
 
 from srdd import ScaleTransformer2DModel, SRDDPipeline
-from srdd.models.fast_linear import FastLinear
+from srdd.acceleration.linear_layers import FastLinear
 from srdd.training.data import image_to_tensor, load_labelled_images
 
 

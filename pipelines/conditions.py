@@ -13,25 +13,21 @@ class Conditions:
     What the transformer is told of a batch of images, as tensors by the names of its arguments.
 
     Args:
+        batch_size (`int`): Number of images.
         conditional (`dict[str, torch.Tensor]`): What its conditional half is told, `(batch, ...)` each.
         unconditional (`dict[str, torch.Tensor]`, *optional*): What its unconditional half is told, alike; `None` where
             there is nothing to guide away from.
     """
 
+    batch_size: int
     conditional: dict[str, torch.Tensor]
     unconditional: dict[str, torch.Tensor] | None = None
 
-    def __len__(self) -> int:
-        return len(next(iter(self.conditional.values())))
-
     def repeat_interleave(self, count: int) -> "Conditions":
         """Every image's conditions `count` times, one after the other."""
-        if count == 1:
-            return self
         halves = [self.conditional] if self.unconditional is None else [self.conditional, self.unconditional]
-        return Conditions(
-            *({name: told.repeat_interleave(count, dim=0) for name, told in half.items()} for half in halves)
-        )
+        told = ({name: tensor.repeat_interleave(count, dim=0) for name, tensor in half.items()} for half in halves)
+        return Conditions(self.batch_size * count, *told)
 
 
 def class_conditions(
@@ -51,9 +47,9 @@ def class_conditions(
         ValueError: As [`label_ids`].
     """
     if class_labels is None:
-        return Conditions({"class_labels": torch.tensor([num_classes], device=device)})
+        return Conditions(1, {"class_labels": torch.tensor([num_classes], device=device)})
     told = torch.tensor(label_ids(class_labels, num_classes, id2label), device=device)
-    return Conditions({"class_labels": told}, {"class_labels": torch.full_like(told, num_classes)})
+    return Conditions(len(told), {"class_labels": told}, {"class_labels": torch.full_like(told, num_classes)})
 
 
 def label_ids(class_labels: Any, num_classes: int, id2label: dict[int, str]) -> list[int]:

@@ -28,7 +28,7 @@ class GuidedTransformer:
         guidance_scale: float,
     ):
         self.transformer = transformer
-        self.dtype, self.batch_size = transformer.dtype, len(conditions)
+        self.dtype, self.batch_size = transformer.dtype, conditions.batch_size
         self.kv_cache = ScaleKVCache(scheduler.num_tokens) if transformer.needs_kv_cache else None
         guided = [s.timestep for s in scheduler.visits if scheduler.guidance_weight(s.timestep, guidance_scale) > 0]
         # Guided scales look back at what the unconditional half has seen of all scales before.

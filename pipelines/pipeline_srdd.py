@@ -75,8 +75,11 @@ class SRDDPipeline(scale_pipeline.ScalePipeline):
             ValueError: If a label, a shape, the number of generators, an output type, or the schedule does not fit.
         """
         self.check_inputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        conditions = self.encode_class_labels(class_labels)
+        if num_images_per_prompt > 1:
+            conditions = conditions.repeat_interleave(num_images_per_prompt)
         latents, token_ids = self.draw(
-            self.encode_class_labels(class_labels).repeat_interleave(num_images_per_prompt),
+            conditions,
             guidance_scale=guidance_scale,
             generator=generator,
             latents=latents,

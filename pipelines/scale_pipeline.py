@@ -191,15 +191,16 @@ class ScalePipeline(DiffusionPipeline):
         Raises:
             ValueError: If there are several images and several labels, but not one for each.
         """
-        conditions, num_images = self.encode_class_labels(class_labels), len(images[0])
-        num_pairs = max(num_images, len(conditions))
-        if num_images not in (1, num_pairs) or len(conditions) not in (1, num_pairs):
+        conditions = self.encode_class_labels(class_labels)
+        num_labels, num_images = conditions.batch_size, len(images[0])
+        num_pairs = max(num_images, num_labels)
+        if num_images not in (1, num_pairs) or num_labels not in (1, num_pairs):
             raise ValueError(
-                f"`class_labels` must hold 1 or {num_images} labels for {num_images} images, got {len(conditions)}."
+                f"`class_labels` must hold 1 or {num_images} labels for {num_images} images, got {num_labels}."
             )
         batch_size = num_pairs * num_images_per_prompt
         return (
-            conditions.repeat_interleave(batch_size // len(conditions)),
+            conditions.repeat_interleave(batch_size // num_labels),
             *(image.repeat_interleave(batch_size // num_images, dim=0) for image in images),
         )
 
@@ -251,9 +252,10 @@ class ScalePipeline(DiffusionPipeline):
         Raises:
             ValueError: If the number of generators is not that of images, or `latents` have another shape.
         """
-        if isinstance(generator, list) and len(generator) != len(conditions):
-            raise ValueError(f"`generator` must be a list of {len(conditions)} generators, got {len(generator)}.")
-        latents = self.prepare_latents(len(conditions), latents)
+        batch_size = conditions.batch_size
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
+        latents = self.prepare_latents(batch_size, latents)
         if conditions.unconditional is None:
             guidance_scale = 1.0
         elif guidance_scale is None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_pipeline, tiny_vqvae
 
-from srdd.models.fast_linear import multiplies_int8
+from srdd.acceleration.cpu import MULTIPLIES_INT8
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -52,7 +52,7 @@ def test_decoders(load, tmp_path, clock):
     args = benchmark.parse_args([*arguments, "--clock", clock])
     found = benchmark.measure(args)
     int8 = found.pop("int8", None)
-    assert (int8 is not None) == multiplies_int8()
+    assert (int8 is not None) == MULTIPLIES_INT8
     if int8 is not None:
         # As many multiplications, though not all by operators that torch knows.
         assert {**int8, "seconds": None} == {**found["own"], "seconds": None}
@@ -136,7 +136,7 @@ def test_rows_change_what_they_say_and_nothing_else(load):
     assert not torch.equal(light_images, images)
     for name in ("sdd-bf16-light", "sdd-interval-torch", "sdd-unguided"):
         assert sampler(name)(labels).shape == images.shape
-    if multiplies_int8():
+    if MULTIPLIES_INT8:
         int8 = sampler("sdd-int8vae")
         weights = (vae.decoder.conv_out.weight for vae in (int8.pipe.vqvae, pipe.vqvae))
         assert len(set(map(id, weights))) == 1

@@ -25,7 +25,8 @@ SOURCES = sorted(
 LOWER_PARTS = {
     "scales.py": (),
     "schedulers": ("srdd.scales", "srdd.schedulers"),
-    "models": ("srdd.scales", "srdd.models"),
+    "acceleration": ("srdd.acceleration",),
+    "models": ("srdd.scales", "srdd.acceleration", "srdd.models"),
     "pipelines": ("srdd.scales", "srdd.models", "srdd.schedulers", "srdd.pipelines"),
 }
 

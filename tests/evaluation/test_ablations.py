@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_models import tiny_pipeline
 
+from srdd.acceleration.cpu import MULTIPLIES_INT8
 from srdd.evaluation.ablation_report import markdown, mean_and_interval, save_sweep
 from srdd.evaluation.ablations import Measurements, read_tables
 from srdd.evaluation.image_sources import PipelineImages
-from srdd.models.fast_linear import multiplies_int8
 
 
 ROW = {"model": "SDD"}
@@ -75,7 +75,7 @@ def test_rows_change_the_scheduler_and_leave_the_pipeline(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not multiplies_int8(), reason="The CPU has no VNNI.")
+@pytest.mark.skipif(not MULTIPLIES_INT8, reason="The CPU has no VNNI.")
 def test_rows_decode_in_int8_and_leave_the_pipeline(tmp_path):
     (table,) = read(tmp_path, {**TABLE, "rows": {"float32": ROW, "int8": {**ROW, "int8_decoding": True}}})
     pipe = tiny_pipeline()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from srdd.models.quantizer_multiscale import MultiScaleQuantizer, ResidualConv
+from srdd.models.quantizer_multiscale import MultiScaleQuantizer
 
 
 PAPER_SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
@@ -80,7 +80,7 @@ def plain_residual_map(quantizer, token_map: np.ndarray, grid_size, conv_index: 
     if codes.shape[-2:] != tuple(grid_size):
         codes = plain_resize(codes, grid_size, bicubic_matrix)
     weight, bias = conv.weight.detach().double().numpy(), conv.bias.detach().double().numpy()
-    ratio = conv.residual_ratio
+    ratio = quantizer.residual_ratio
     return (1 - ratio) * codes + ratio * plain_conv3x3(codes, weight, bias)
 
 
@@ -261,10 +261,11 @@ def test_a_scale_keeps_its_convolution_in_a_shorter_list_and_on_another_grid():
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 def test_residual_conv_mixes_identity_and_convolution(ratio):
-    conv = ResidualConv(4, ratio)
-    x = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(0))
-    expected = (1 - ratio) * x + ratio * F.conv2d(x, conv.weight, conv.bias, padding=1)
-    torch.testing.assert_close(conv(x), expected, atol=1e-6, rtol=0)
+    quantizer = make_quantizer([[1, 1], [5, 3]], residual_ratio=ratio)
+    token_map = torch.randint(16, (2, 5, 3), generator=torch.Generator().manual_seed(0))
+    codes, conv = quantizer.codebook(token_map).permute(0, 3, 1, 2), quantizer.residual_conv((5, 3), (5, 3))
+    expected = (1 - ratio) * codes + ratio * F.conv2d(codes, conv.weight, conv.bias, padding=1)
+    torch.testing.assert_close(quantizer.residual_map(token_map, (5, 3)), expected, atol=1e-6, rtol=0)
 
 
 def test_coarse_part_of_a_pyramid_is_a_prefix_of_the_whole():

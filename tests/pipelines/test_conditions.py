@@ -72,7 +72,7 @@ def test_a_long_list_of_names_is_cut_short():
 
 def test_classes_are_told_with_the_null_class_beside_them():
     conditions = class_conditions(["apple", 3], 4, ID2LABEL)
-    assert len(conditions) == 2
+    assert conditions.batch_size == 2
     assert conditions.conditional["class_labels"].tolist() == [0, 3]
     assert conditions.unconditional["class_labels"].tolist() == [4, 4]
 
@@ -88,9 +88,8 @@ def test_without_a_class_there_is_nothing_to_guide_away_from():
 
 def test_every_image_may_be_told_several_times():
     prompts, null = torch.randn(2, 5, 3), torch.zeros(2, 5, 3)
-    conditions = Conditions({"text": prompts, "size": torch.arange(2)}, {"text": null, "size": torch.arange(2)})
+    conditions = Conditions(2, {"text": prompts, "size": torch.arange(2)}, {"text": null, "size": torch.arange(2)})
     repeated = conditions.repeat_interleave(2)
-    assert len(repeated) == 4
+    assert repeated.batch_size == 4
     assert repeated.conditional["size"].tolist() == repeated.unconditional["size"].tolist() == [0, 0, 1, 1]
     assert torch.equal(repeated.conditional["text"], prompts[[0, 0, 1, 1]])
-    assert conditions.repeat_interleave(1) is conditions

@@ -15,7 +15,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from srdd.models.fast_linear import quicken
+from srdd.acceleration import accelerate
 from srdd.models.scale_cache import ScaleKVCache
 
 
@@ -231,7 +231,7 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
 
     def fuse_projections(self) -> None:
         super().fuse_projections()
-        quicken(self, getattr(self.to_q, "fast", None))
+        accelerate(self)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value of hidden states `(B, N, D)`, `(B, N, H, D / H)` each; the first two normalised."""

@@ -1,5 +1,4 @@
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from srdd.models import int8_decoding
-from srdd.models.decoding import decoding_path, lighten, set_fast
-from srdd.models.fast_linear import multiplies_int8
+from srdd.acceleration import accelerate, dequantize_decoder, quantize_decoder, run_decoder
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
 from srdd.scales import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
 
@@ -175,7 +172,11 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             act_fn=act_fn,
             **decoder_sizes,
         )
-        lighten(self.decoder)
+        accelerate(self.decoder)
+        # Numbers of the decoder's largest feature map for a cell of the latent grid: the last up-sampling writes the
+        # channels of the last block but one.
+        channels = decoder_sizes["block_out_channels"]
+        self._largest_map = max(channels[:2]) * 4 ** (len(channels) - 1)
         self.use_slicing = False
         self.use_fast_decoding = True
 
@@ -234,46 +235,26 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if low < 0 or high >= self.config.codebook_size:
             raise ValueError(f"`token_ids` must lie in [0, {self.config.codebook_size - 1}], got [{low}, {high}].")
 
-    def _in_slices(
-        self,
-        function: Callable[[torch.Tensor], torch.Tensor],
-        batch: torch.Tensor,
-        images_per_slice: int | None = None,
-    ) -> torch.Tensor:
-        if self.use_slicing:
-            images_per_slice = 1
-        if images_per_slice is None or batch.shape[0] <= images_per_slice:
-            return function(batch)
-        return torch.cat([function(images) for images in batch.split(images_per_slice)])
-
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
+        if self.use_slicing and len(sample) > 1:
+            return torch.cat([self._encode(image) for image in sample.split(1)])
         return self.quant_conv(self.encoder(F.pixel_unshuffle(sample, self.config.patch_size)))
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(latents)), self.config.patch_size)
 
-    def _images_per_slice(self, latents: torch.Tensor, bytes_per_slice: int | None) -> int | None:
-        """How many images to decode at once; `None` for all."""
-        if bytes_per_slice is None:
-            return None
-        # The last up-sampling writes the channels of the last block but one.
-        channels = self.config.decoder_block_out_channels or self.config.block_out_channels
-        pixels = math.prod(latents.shape[-2:]) * 4 ** (len(channels) - 1)
-        return max(1, bytes_per_slice // (max(channels[:2]) * pixels * latents.element_size()))
-
     def enable_fast_decoding(self) -> None:
         """
         Let `decode` go other ways than diffusers' decoder where no gradient is asked for, as it does by default: in
         place, in slices of a few images, and on a CPU in float32 with channels innermost and up-sampling merged into
-        the convolutions. Pixels agree to about 1e-5.
+        the convolutions. Pixels agree to about 1e-5. diffusers' code runs in training, under autocast, in compiled
+        code, and for who calls the decoder itself.
         """
         self.use_fast_decoding = True
-        set_fast(self.decoder, True)
 
     def disable_fast_decoding(self) -> None:
         """Decode with diffusers' own code, the whole batch at once unless `enable_slicing` was called."""
         self.use_fast_decoding = False
-        set_fast(self.decoder, False)
 
     def enable_int8_decoding(self, latents: torch.Tensor) -> None:
         """
@@ -299,30 +280,11 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: If `latents` are none, the decoder's weights are not in float32 on the CPU, or the CPU lacks
                 VNNI.
         """
-        if not multiplies_int8():
-            raise ValueError(
-                "`enable_int8_decoding` needs oneDNN and a CPU with VNNI (`avx512_vnni`, `avx_vnni` or `amx_int8`)."
-            )
-        weights = {f"{weight.dtype} on {weight.device}" for weight in self.decoder.parameters()}
-        if weights != {"torch.float32 on cpu"}:
-            raise ValueError(
-                f"`enable_int8_decoding` needs a decoder in torch.float32 on cpu, got {', '.join(sorted(weights))}."
-            )
-        shape, channels = tuple(latents.shape), self.config.latent_channels
-        if len(shape) != 4 or shape[1] != channels or 0 in shape or latents.device.type != "cpu":
-            raise ValueError(
-                f"`latents` must be of shape (batch, {channels}, height, width) on cpu, got {shape} on"
-                f" {latents.device}."
-            )
-        if not latents.isfinite().all():
-            raise ValueError("`latents` must be finite, got infinities or NaN.")
-        self.disable_int8_decoding()
-        int8_decoding.quantize(self.decoder, lambda: self.decode(latents))
-        set_fast(self.decoder, self.use_fast_decoding)
+        quantize_decoder(self.decoder, self.decode, latents)
 
     def disable_int8_decoding(self) -> None:
         """Decode in float32 again, with the very weights that there were."""
-        int8_decoding.dequantize(self.decoder)
+        dequantize_decoder(self.decoder)
 
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> MultiScaleVQEncoderOutput | tuple:
@@ -340,7 +302,7 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: If height or width is not a multiple of the compression ratio.
         """
         self._grid_of(*sample.shape[-2:])
-        latents = self._in_slices(self._encode, sample)
+        latents = self._encode(sample)
         return MultiScaleVQEncoderOutput(latents) if return_dict else (latents,)
 
     @apply_forward_hook
@@ -358,12 +320,9 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             clamped.
         """
         latents = latents.to(self.dtype)
-        path = decoding_path(latents, self.training, self.use_fast_decoding)
-        if path.channels_last:
-            latents = latents.contiguous(memory_format=torch.channels_last)
-        sample = self._in_slices(self._decode, latents, self._images_per_slice(latents, path.bytes_per_slice))
-        if path.channels_last:
-            sample = sample.contiguous()
+        fast = self.use_fast_decoding and not self.training
+        bytes_per_image = latents.shape[-2:].numel() * self._largest_map * latents.element_size()
+        sample = run_decoder(self._decode, latents, fast, bytes_per_image, one_by_one=self.use_slicing)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook
@@ -400,7 +359,7 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         scale_sizes = self._own_or(scale_sizes)
         self._check_grid(scale_sizes, self._grid_of(*sample.shape[-2:]))
-        return self.quantize.quantize(self._in_slices(self._encode, sample), scale_sizes)
+        return self.quantize.quantize(self._encode(sample), scale_sizes)
 
     @apply_forward_hook
     def residual_map(

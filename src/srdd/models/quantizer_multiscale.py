@@ -35,17 +35,6 @@ class QuantizerOutput(BaseOutput):
     commitment_loss: torch.Tensor
 
 
-class ResidualConv(nn.Conv2d):
-    """`phi(x) = (1 - r) x + r conv3x3(x)`: repairs what upsampling a coarse code map smears (`r = residual_ratio`)."""
-
-    def __init__(self, channels: int, residual_ratio: float):
-        super().__init__(channels, channels, kernel_size=3, padding=1)
-        self.residual_ratio = residual_ratio
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.lerp(hidden_states, super().forward(hidden_states), self.residual_ratio)
-
-
 class MultiScaleQuantizer(nn.Module):
     """
     One codebook shared by all scales and a few residual convolutions shared among them.
@@ -71,8 +60,9 @@ class MultiScaleQuantizer(nn.Module):
         super().__init__()
         self.codebook = nn.Embedding(codebook_size, latent_channels)
         self.residual_convs = nn.ModuleList(
-            ResidualConv(latent_channels, residual_ratio) for _ in range(num_residual_convs)
+            nn.Conv2d(latent_channels, latent_channels, kernel_size=3, padding=1) for _ in range(num_residual_convs)
         )
+        self.residual_ratio = residual_ratio
         self.normalize_codes = normalize_codes
         grid_area = math.prod(scale_sizes[-1])
         self.log_shares = [math.log(math.prod(size) / grid_area) for size in scale_sizes]
@@ -82,7 +72,7 @@ class MultiScaleQuantizer(nn.Module):
         step = (1 - margin - margin) / max(num_residual_convs - 1, 1)
         self.conv_positions = [index * step + margin for index in range(num_residual_convs)]
 
-    def residual_conv(self, scale_size: Sequence[int], grid_size: Sequence[int]) -> ResidualConv:
+    def residual_conv(self, scale_size: Sequence[int], grid_size: Sequence[int]) -> nn.Conv2d:
         """The convolution of a scale: that of the model's own scale which covers the nearest share of its grid."""
         log_share = math.log(math.prod(scale_size) / math.prod(grid_size))
         distances = [abs(own - log_share) for own in self.log_shares]
@@ -97,7 +87,11 @@ class MultiScaleQuantizer(nn.Module):
         grid_size: Sequence[int],
         mask: torch.BoolTensor | None = None,
     ) -> torch.Tensor:
-        """`phi_k(up(mask * C[z_k]))` of a token map `(B, h, w)`, at latent resolution: `(B, C, H, W)`."""
+        """
+        `phi_k(up(mask * C[z_k]))` of a token map `(B, h, w)`, at latent resolution: `(B, C, H, W)`.
+
+        `phi(x) = (1 - r) x + r conv3x3(x)` repairs what upsampling a coarse code map smears (`r = residual_ratio`).
+        """
         codes = self.codebook(token_map).permute(0, 3, 1, 2)  # (B, C, h, w)
         if mask is not None:
             codes = codes * mask.unsqueeze(1)
@@ -106,7 +100,8 @@ class MultiScaleQuantizer(nn.Module):
         with torch.autocast(codes.device.type, enabled=False):
             if scale_size != grid_size:
                 codes = F.interpolate(codes, size=grid_size, mode="bicubic")  # (B, C, H, W)
-            return self.residual_conv(scale_size, grid_size)(codes)
+            convolved = self.residual_conv(scale_size, grid_size)(codes)
+            return torch.lerp(codes, convolved, self.residual_ratio)
 
     def nearest_tokens(self, features: torch.Tensor) -> torch.LongTensor:
         """Ids `(B, h, w)` of the codes nearest to a feature map `(B, C, h, w)`, compared in float32."""

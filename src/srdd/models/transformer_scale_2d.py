@@ -17,6 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch.nn.attention.flex_attention import BlockMask
 
+from srdd.acceleration import accelerate, set_fast_linears
 from srdd.models.attention_scale import (
     ATTENTION_PATTERNS,
     MaskedScaleAttnProcessor,
@@ -24,7 +25,6 @@ from srdd.models.attention_scale import (
     ScaleSegment,
     scale_segments,
 )
-from srdd.models.fast_linear import quicken, set_fast
 from srdd.models.guidance import guide
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
@@ -34,13 +34,6 @@ Timesteps = int | Sequence[int] | torch.Tensor
 
 # Modes of `torch.compile` that replay CUDA graphs.
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
-
-
-def modulate(
-    norm: nn.LayerNorm, hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
-) -> torch.Tensor:
-    """AdaLN: `norm(x) * (1 + scale) + shift`."""
-    return torch.addcmul(shift, norm(hidden_states), 1 + scale)
 
 
 class ScaleTransformerBlock(nn.Module):
@@ -105,10 +98,11 @@ class ScaleTransformerBlock(nn.Module):
         elif modulations is None:
             modulations = conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
         gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
-        branch = self.attn(modulate(self.norm1, hidden_states, scale1, shift1), segments, kv_cache, attention_mask)
+        modulated = torch.addcmul(shift1, self.norm1(hidden_states), 1 + scale1)  # AdaLN
+        branch = self.attn(modulated, segments, kv_cache, attention_mask)
         drops_paths = self.training and self.drop_path_rate > 0
         hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch) if drops_paths else branch)
-        branch = self.ff(modulate(self.norm2, hidden_states, scale2, shift2))
+        branch = self.ff(torch.addcmul(shift2, self.norm2(hidden_states), 1 + scale2))
         hidden_states = torch.addcmul(hidden_states, gate2, self.drop_path(branch) if drops_paths else branch)
         return hidden_states, modulations
 
@@ -222,7 +216,6 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.proj_out = nn.Linear(dim, codebook_size)
         self.gradient_checkpointing = False
         self.init_weights()
-        quicken(self)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -267,17 +260,22 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         if kwargs.get("mode") in CUDA_GRAPH_MODES or options.get("triton.cudagraphs"):
             self.register_forward_pre_hook(begin_step)
 
+    def train(self, mode: bool = True) -> "ScaleTransformer2DModel":
+        """As torch has it. Kernels are chosen then, for what the weights have become: loaded, quantized or trained."""
+        accelerate(self)
+        return super().train(mode)
+
     def enable_fast_linears(self) -> None:
         """
         Let linear layers use kernels of oneDNN on CPUs where no gradient is asked for. By default they do where it is
         known to be faster: for float32 on AMD's CPUs from Zen 5 on, for torchao's int8 weights wherever there is VNNI.
         Logits agree with torch's to rounding; no copies of float32 weights are kept.
         """
-        set_fast(self, True)
+        set_fast_linears(self, True)
 
     def disable_fast_linears(self) -> None:
         """Leave linear layers to torch and torchao."""
-        set_fast(self, False)
+        set_fast_linears(self, False)
 
     def _check_timesteps(self, timestep: Timesteps | None) -> list[int]:
         last = len(self.token_slices) - 1
@@ -424,7 +422,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         if modulation_cache is not None:
             modulation_cache.out = modulations
         scale, shift = modulations.unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
-        hidden_states = modulate(self.norm_out, hidden_states, scale, shift)
+        hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
         if guidance_weight is not None:
             hidden_states = guide(*hidden_states.chunk(2), guidance_weight)
         logits = self.proj_out(hidden_states)  # (B, N, V)

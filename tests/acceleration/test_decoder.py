@@ -1,5 +1,7 @@
+import contextlib
 import copy
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import LATENT_CHANNELS, LIGHT_DECODER, VQVAE_CONFIG, tiny_vqvae
 
 from srdd import MultiScaleVQModel
-from srdd.models.decoding import (
+from srdd.acceleration import accelerate, decoder
+from srdd.acceleration.decoder import (
     ACCELERATOR,
     FLOAT32_ON_CPU,
     HALF_ON_CPU,
@@ -20,10 +23,11 @@ from srdd.models.decoding import (
     LeanResnetBlock2D,
     MergedUpsample2D,
     UpsamplingConv2d,
+    current_path,
     decoding_path,
-    lighten,
-    recast,
+    run_decoder,
 )
+from srdd.acceleration.module_swapping import recast
 
 
 ATTENTION = {
@@ -91,7 +95,8 @@ def test_pixels_are_those_of_the_plain_path(overrides, height, width):
 @pytest.mark.parametrize("bias", [True, False])
 def test_merged_kernels_are_up_sampling_and_convolution(size, bias):
     torch.manual_seed(0)
-    conv = recast(torch.nn.Conv2d(3, 7, 3, padding=1, bias=bias), UpsamplingConv2d)
+    conv = torch.nn.Conv2d(3, 7, 3, padding=1, bias=bias)
+    recast(conv, {torch.nn.Conv2d: UpsamplingConv2d})
     hidden_states = torch.randn(2, 3, *size)
     expected = conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
     torch.testing.assert_close(conv(hidden_states, upsample=True), expected, atol=1e-5, rtol=0)
@@ -116,7 +121,7 @@ def test_training_and_gradients_run_diffusers_code(overrides, training):
         assert not training or torch.equal(model.decoder(latents[0]), ours)
 
 
-def test_gradients_pass_through_decode():
+def with_gradient_pass_through_decode():
     model, latents = tiny_vqvae(), random_latents().requires_grad_()
     model.decode(latents).sample.square().sum().backward()
     assert latents.grad.abs().sum() > 0
@@ -129,7 +134,7 @@ def test_weights_are_drawn_and_named_as_diffusers_does():
     state = torch.get_rng_state()
     torch.manual_seed(0)
     ours = Decoder(LATENT_CHANNELS, 3, ("UpDecoderBlock2D",) * 2, (16, 32), layers_per_block=1, norm_num_groups=8)
-    lighten(ours)
+    accelerate(ours)
     assert torch.equal(torch.get_rng_state(), state)
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in decoder.named_parameters()]
     assert list(ours.state_dict()) == list(decoder.state_dict())
@@ -148,17 +153,153 @@ def test_every_block_of_the_decoder_is_exchanged_and_none_of_the_encoder():
 
 def test_the_path_of_an_input():
     latents = random_latents()
-    assert decoding_path(latents, training=False) == PLAIN  # a gradient may be wanted
+    assert decoding_path(latents) == PLAIN  # a gradient may be wanted
     with torch.no_grad():
-        assert decoding_path(latents, training=False) == FLOAT32_ON_CPU
-        assert decoding_path(latents, training=True) == PLAIN
-        assert decoding_path(latents, training=False, fast=False) == PLAIN
-        assert decoding_path(latents.to(torch.bfloat16), training=False) == HALF_ON_CPU
-        assert decoding_path(latents.to("meta"), training=False) == ACCELERATOR
+        assert decoding_path(latents) == FLOAT32_ON_CPU
+        assert decoding_path(latents, fast=False) == PLAIN
+        assert decoding_path(latents.to(torch.bfloat16)) == HALF_ON_CPU
+        assert decoding_path(latents.to("meta")) == ACCELERATOR
         with torch.autocast("cpu", torch.bfloat16):
-            assert decoding_path(latents, training=False) == PLAIN
+            assert decoding_path(latents) == PLAIN
     with torch.inference_mode():
-        assert decoding_path(latents, training=False) == FLOAT32_ON_CPU
+        assert decoding_path(latents) == FLOAT32_ON_CPU
+
+
+def note_paths(model: MultiScaleVQModel) -> list[decoder.DecodingPath]:
+    """The paths of all later runs of a decoder."""
+    paths = []
+    model.decoder.conv_in.register_forward_pre_hook(lambda module, args: paths.append(current_path.get()))
+    return paths
+
+
+def test_the_path_is_decided_once_for_a_decode(monkeypatch):
+    decided = []
+
+    def decide(*args):
+        decided.append(decoding_path(*args))
+        return decided[-1]
+
+    monkeypatch.setattr(decoder, "decoding_path", decide)
+    small = dataclasses.replace(FLOAT32_ON_CPU, bytes_per_slice=2 * 8192)
+    monkeypatch.setattr(decoder, "FLOAT32_ON_CPU", small)
+    model, latents = tiny_vqvae(), random_latents(5)
+    paths = note_paths(model)
+    with torch.no_grad():
+        model.decode(latents)
+        model.train().decode(latents)
+    model.eval().decode(latents)
+    with torch.no_grad():
+        model.enable_slicing()
+        model.decode(latents)
+    assert decided == [small, PLAIN, PLAIN, small]
+    assert paths == [small] * 3 + [PLAIN] * 2 + [small] * 5
+
+
+@torch.no_grad()
+def test_a_decoder_on_its_own_is_diffusers():
+    model, latents = tiny_vqvae(**ATTENTION), random_latents()
+    paths = note_paths(model)
+    assert torch.equal(model.decoder(latents), diffusers_decoder(model)(latents))
+    assert paths == [PLAIN]
+
+
+def test_nothing_stays_switched_on_after_an_exception():
+    model, latents = tiny_vqvae(), random_latents()
+
+    def fail(module, args):
+        raise RuntimeError("out of memory")
+
+    handle = model.decoder.conv_out.register_forward_pre_hook(fail)
+    paths = note_paths(model)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="out of memory"):
+        model.decode(latents)
+    handle.remove()
+    assert paths == [FLOAT32_ON_CPU]
+    assert current_path.get() == PLAIN
+    with_gradient = latents.clone().requires_grad_()
+    assert torch.equal(model.decoder(with_gradient), diffusers_decoder(model)(with_gradient))
+
+
+def test_a_decode_within_another_has_its_own_path():
+    outer, inner, latents = tiny_vqvae(), tiny_vqvae(seed=7), random_latents()
+
+    def differentiate(module, args):
+        with torch.enable_grad():
+            inner.decode(latents)
+
+    outer.decoder.up_blocks[0].register_forward_pre_hook(differentiate)
+    paths = note_paths(inner)
+    outer.decoder.conv_out.register_forward_pre_hook(lambda module, args: paths.append(current_path.get()))
+    with torch.no_grad():
+        outer.decode(latents)
+    assert paths == [PLAIN, FLOAT32_ON_CPU]
+
+
+def test_threads_that_share_a_model_take_each_its_own_path():
+    model, latents, paths = tiny_vqvae(), random_latents(), {}
+    contexts = {
+        "no_grad": (torch.no_grad,),
+        "autocast": (torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)),
+        "grad": (torch.enable_grad,),
+    }
+
+    def decode(name: str) -> torch.Tensor:
+        with contextlib.ExitStack() as stack:
+            for context in contexts[name]:
+                stack.enter_context(context())
+            return model.decode(latents).sample
+
+    expected = {name: decode(name) for name in contexts}
+    barrier = threading.Barrier(len(contexts), timeout=60)
+
+    def meet(module, args):
+        barrier.wait()
+        paths[threading.current_thread().name] = current_path.get()
+        barrier.wait()
+
+    handles = [
+        module.register_forward_pre_hook(meet) for module in (model.decoder.conv_in, model.decoder.up_blocks[1])
+    ]
+    found = {}
+    threads = [
+        threading.Thread(target=lambda name=name: found.update({name: decode(name)}), name=name) for name in contexts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    assert paths == {"no_grad": FLOAT32_ON_CPU, "autocast": PLAIN, "grad": PLAIN}
+    for name, sample in expected.items():
+        assert torch.equal(found[name], sample), name
+    assert found["grad"].requires_grad
+
+
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_compiled_decoder_is_one_graph_of_diffusers_code(overrides, dtype, gradients):
+    model, latents = tiny_vqvae(**overrides).to(dtype), random_latents().to(dtype)
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(gradients):
+        expected = diffusers_decoder(model).to(dtype)(latents)
+        compiled = torch.compile(model.decoder, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(latents), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True], ids=["decoder", "decode"])
+def test_compiled_code_is_diffusers_within_decode(whole):
+    model, latents = tiny_vqvae(), random_latents()
+    expected = plainly(model, latents)
+    torch._dynamo.reset()
+    decode = model.decode
+    if whole:
+        decode = torch.compile(decode, fullgraph=True, backend="eager")
+    else:
+        model.decoder.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(decode(latents).sample, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -181,7 +322,7 @@ def test_new_weights_are_decoded_with():
 def test_batches_are_decoded_in_slices(monkeypatch):
     # The largest map of a tiny image has 32 channels of 8 x 8 pixels: 8 KiB.
     small = dataclasses.replace(FLOAT32_ON_CPU, bytes_per_slice=2 * 8192)
-    monkeypatch.setattr("srdd.models.decoding.FLOAT32_ON_CPU", small)
+    monkeypatch.setattr(decoder, "FLOAT32_ON_CPU", small)
     model, latents = tiny_vqvae(), random_latents(5)
     batch_sizes = []
     model.decoder.register_forward_hook(lambda module, args, output: batch_sizes.append(len(output)))
@@ -198,23 +339,49 @@ def test_batches_are_decoded_in_slices(monkeypatch):
     ("side", "dtype", "on_cpu", "on_accelerator"),
     [(16, torch.float32, 1, 6), (16, torch.bfloat16, 1, 12), (64, torch.bfloat16, 1, 1), (4, torch.float32, 3, 102)],
 )
-def test_images_per_slice_of_the_full_tokenizer(side, dtype, on_cpu, on_accelerator):
+def test_images_per_slice_of_the_full_tokenizer(side, dtype, on_cpu, on_accelerator, monkeypatch):
     with init_empty_weights():
-        model = MultiScaleVQModel(**{**VQVAE_CONFIG, "block_out_channels": [160, 160]})
+        model = MultiScaleVQModel(**{**VQVAE_CONFIG, "block_out_channels": [160, 160]}).eval().to(dtype)
     # Two levels of five: latent maps are larger by 8 than those of the full tokenizer for the same image.
-    latents = torch.empty(64, LATENT_CHANNELS, 8 * side, 8 * side, dtype=dtype, device="meta")
+    latents = torch.empty(128, LATENT_CHANNELS, 8 * side, 8 * side, dtype=dtype, device="meta")
     paths = {torch.float32: FLOAT32_ON_CPU, torch.bfloat16: HALF_ON_CPU}
-    assert model._images_per_slice(latents, paths[dtype].bytes_per_slice) == on_cpu
-    assert model._images_per_slice(latents, ACCELERATOR.bytes_per_slice) == on_accelerator
-    assert model._images_per_slice(latents, None) is None
+    monkeypatch.setattr(model, "_decode", lambda latents: batch_sizes.append(len(latents)) or latents)
+    batch_sizes = []
+    for path, expected in ((paths[dtype], on_cpu), (ACCELERATOR, on_accelerator)):
+        monkeypatch.setattr(decoder, "decoding_path", lambda latents, fast, path=path: path)
+        model.decode(latents)
+        assert batch_sizes.pop(0) == expected
+        batch_sizes.clear()
 
 
 @torch.no_grad()
-def test_slices_are_as_large_as_the_decoders_own_channels_allow():
-    latents = random_latents(100)
+def test_slices_are_as_large_as_the_decoders_own_channels_allow(monkeypatch):
     # Float32 maps of 8 x 8 pixels: 8 KiB of the encoder's 32 channels, 3 KiB of the decoder's 12.
+    monkeypatch.setattr(decoder, "FLOAT32_ON_CPU", dataclasses.replace(FLOAT32_ON_CPU, bytes_per_slice=24 * 1024))
     for overrides, expected in (({}, 3), (LIGHT_DECODER, 8)):
-        assert tiny_vqvae(**overrides)._images_per_slice(latents, 24 * 1024 + 1) == expected
+        model, batch_sizes = tiny_vqvae(**overrides), []
+        model.decoder.register_forward_hook(lambda module, args, output: batch_sizes.append(len(output)))
+        model.decode(random_latents(10))
+        assert batch_sizes[0] == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("bytes_per_image", "expected"), [(1, [100]), (FLOAT32_ON_CPU.bytes_per_slice // 30, [30, 30, 30, 10])]
+)
+def test_a_slice_has_one_image_at_least(bytes_per_image, expected):
+    batch_sizes = []
+
+    def decode(latents):
+        batch_sizes.append(len(latents))
+        return latents
+
+    latents = random_latents(100)
+    assert torch.equal(run_decoder(decode, latents, True, bytes_per_image), latents)
+    assert batch_sizes == expected
+    batch_sizes.clear()
+    run_decoder(decode, latents[:3], True, 2 * FLOAT32_ON_CPU.bytes_per_slice)
+    assert batch_sizes == [1] * 3
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """
 Decoding in int8 on CPUs: the same blocks in less time, by convolutions of oneDNN, which torch brings along.
 
-[`quantize`] puts the classes below into a lightened decoder in the place of its blocks' 3 x 3 convolutions. They hold
-the same parameters under the same names, and run float32 code wherever [`decoding_path`] leaves int8 out.
+[`quantize_decoder`] puts the classes below into a lightened decoder in the place of its blocks' 3 x 3 convolutions.
+They hold the same parameters under the same names, and run float32 code wherever [`decoding_path`] leaves int8 out.
 
 Weights become symmetric int8 with a scale for every output channel. Inputs become uint8 between bounds that were
 found on examples once and for all: to look for them in every call takes longer than the convolution saves, and lets
@@ -19,15 +19,15 @@ import torch.nn as nn
 from diffusers.models.autoencoders.vae import Decoder
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from srdd.models.decoding import (
+from srdd.acceleration.cpu import MULTIPLIES_INT8
+from srdd.acceleration.decoder import (
     LeanResnetBlock2D,
     MergedUpsample2D,
     UpsamplingConv2d,
-    decoding_path,
+    current_path,
     merged_kernels,
-    recast,
 )
-from srdd.models.fast_linear import multiplies_int8
+from srdd.acceleration.module_swapping import recast
 
 
 # Numbers that are quantized at a time: few enough to stay in a cache from one operator to the next.
@@ -89,14 +89,11 @@ class Int8Convolution(nn.Conv2d):
     makes for an adapter, of the class that it adapts.
     """
 
-    fast = True
     input_bounds: tuple[float, float] | None = None
 
-    def multiplies_int8(self, hidden_states: torch.Tensor) -> bool:
-        """Whether this input will be quantized."""
-        if self.input_bounds is None or torch.compiler.is_compiling():
-            return False
-        return decoding_path(hidden_states, self.training, self.fast).int8 and multiplies_int8()
+    def multiplies_int8(self) -> bool:
+        """Whether inputs are quantized now."""
+        return self.input_bounds is not None and not torch.compiler.is_compiling() and current_path.get().int8
 
     def convolutions(self, hidden_states: torch.Tensor, merged: bool) -> Iterator[torch.Tensor]:
         """The input's convolutions by all of [`packed_kernels`]."""
@@ -129,7 +126,7 @@ class Int8Conv2d(Int8Convolution):
     """A 3 x 3 convolution in int8."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.multiplies_int8(hidden_states):
+        if self.multiplies_int8():
             return next(self.convolutions(hidden_states, merged=False))
         return super().forward(hidden_states)
 
@@ -138,7 +135,7 @@ class Int8UpsamplingConv2d(Int8Convolution, UpsamplingConv2d):
     """Up-sampling and a 3 x 3 convolution in int8, as one step."""
 
     def phases(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-        if self.multiplies_int8(hidden_states):
+        if self.multiplies_int8():
             return self.convolutions(hidden_states, merged=True)
         return super().phases(hidden_states)
 
@@ -147,19 +144,50 @@ INT8 = {nn.Conv2d: Int8Conv2d, UpsamplingConv2d: Int8UpsamplingConv2d}
 FLOAT32 = {int8: float32 for float32, int8 in INT8.items()}
 
 
+def check_quantizable(decoder: Decoder, latents: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: If a decoder cannot be quantized on this machine, or latents are no examples for it.
+    """
+    if not MULTIPLIES_INT8:
+        raise ValueError(
+            "`enable_int8_decoding` needs oneDNN and a CPU with VNNI (`avx512_vnni`, `avx_vnni` or `amx_int8`)."
+        )
+    weights = {f"{weight.dtype} on {weight.device}" for weight in decoder.parameters()}
+    if weights != {"torch.float32 on cpu"}:
+        raise ValueError(
+            f"`enable_int8_decoding` needs a decoder in torch.float32 on cpu, got {', '.join(sorted(weights))}."
+        )
+    shape, channels = tuple(latents.shape), decoder.conv_in.in_channels
+    if len(shape) != 4 or shape[1] != channels or 0 in shape or latents.device.type != "cpu":
+        raise ValueError(
+            f"`latents` must be of shape (batch, {channels}, height, width) on cpu, got {shape} on {latents.device}."
+        )
+    if not latents.isfinite().all():
+        raise ValueError("`latents` must be finite, got infinities or NaN.")
+
+
 @torch.no_grad()
-def quantize(decoder: Decoder, decode_examples: Callable[[], Any]) -> None:
+def quantize_decoder(decoder: Decoder, decode: Callable[[torch.Tensor], Any], latents: torch.Tensor) -> None:
     """
     Exchange the 3 x 3 convolutions of a lightened decoder's blocks. Parameters and their names stay as they are.
 
     Args:
         decoder (`Decoder`): The decoder.
-        decode_examples (`Callable[[], Any]`): Runs it on what shows the bounds of its feature maps.
+        decode (`Callable[[torch.Tensor], Any]`): Runs it.
+        latents (`torch.Tensor` of shape `(batch, channels, height, width)`): Inputs of `decode` that show the bounds
+            of the decoder's feature maps, finite, on the CPU, with as many channels as the decoder's inputs.
+
+    Raises:
+        ValueError: If `latents` are none, the decoder's weights are not in float32 on the CPU, or the CPU lacks VNNI.
     """
+    check_quantizable(decoder, latents)
+    dequantize_decoder(decoder)
     blocks = [module for module in decoder.modules() if isinstance(module, (LeanResnetBlock2D, MergedUpsample2D))]
-    children = [(block, *child) for block in blocks for child in block.named_children()]
     # Adapters around some convolutions want float32.
-    found = [child for child in children if type(child[2]) in INT8 and child[2].kernel_size == (3, 3)]
+    convolutions = [
+        child for block in blocks for child in block.children() if type(child) in INT8 and child.kernel_size == (3, 3)
+    ]
     bounds: dict[nn.Module, tuple[float, float]] = {}
 
     def widen(conv: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -167,24 +195,19 @@ def quantize(decoder: Decoder, decode_examples: Callable[[], Any]) -> None:
         lowest, highest = bounds.get(conv, (low, high))
         bounds[conv] = min(low, lowest), max(high, highest)
 
-    handles = [conv.register_forward_pre_hook(widen) for _, _, conv in found]
+    handles = [conv.register_forward_pre_hook(widen) for conv in convolutions]
     try:
-        decode_examples()
+        decode(latents)
     finally:
         for handle in handles:
             handle.remove()
-    for block, name, conv in found:
-        int8 = recast(conv, INT8[type(conv)])
-        int8.input_bounds = bounds[conv]
-        setattr(block, name, int8)
+    for conv in convolutions:
+        recast(conv, INT8)
+        conv.input_bounds = bounds[conv]
 
 
-def dequantize(decoder: Decoder) -> None:
-    """Take back what [`quantize`] did."""
-    for parent in list(decoder.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) in FLOAT32:
-                conv = recast(child, FLOAT32[type(child)])
-                for attribute in ("input_bounds", "fast"):
-                    vars(conv).pop(attribute, None)
-                setattr(parent, name, conv)
+def dequantize_decoder(decoder: Decoder) -> None:
+    """Take back what [`quantize_decoder`] did."""
+    for module in decoder.modules():
+        vars(module).pop("input_bounds", None)
+    recast(decoder, FLOAT32)

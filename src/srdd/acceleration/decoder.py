@@ -1,16 +1,17 @@
 """
 Decoding without gradients: the arithmetic of diffusers' decoder in less time and memory.
 
-[`lighten`] puts the classes below into a decoder in the place of diffusers'. They hold the same parameters under the
-same names and run diffusers' code while training and wherever a gradient may be asked for. What they do otherwise is
-decided in one place, [`decoding_path`].
+[`lighten`] puts the classes below in the place of diffusers'. They hold the same parameters under the same names and
+run diffusers' code, unless [`run_decoder`] has told them otherwise. It decides once for all of them, by
+[`decoding_path`], and tells them through a context variable: what one thread decodes is nothing to another, and
+nothing stays switched on after an exception.
 
 Shape legend: B batch, O and I output and input channels, H W height and width of the input.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.nn as nn
@@ -19,8 +20,9 @@ from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 
+from srdd.acceleration.cpu import MULTIPLIES_INT8
+from srdd.acceleration.module_swapping import recast
 
-Module = TypeVar("Module", bound=nn.Module)
 
 MIB = 2**20
 
@@ -53,52 +55,91 @@ class DecodingPath:
 
 PLAIN = DecodingPath()
 FLOAT32_ON_CPU = DecodingPath(
-    in_place=True, channels_last=True, merged_kernels=True, bytes_per_slice=8 * MIB, int8=True
+    in_place=True, channels_last=True, merged_kernels=True, bytes_per_slice=8 * MIB, int8=MULTIPLIES_INT8
 )
 HALF_ON_CPU = DecodingPath(in_place=True, bytes_per_slice=8 * MIB)
 ACCELERATOR = DecodingPath(in_place=True, bytes_per_slice=256 * MIB)
 
 
-def decoding_path(hidden_states: torch.Tensor, training: bool, fast: bool = True) -> DecodingPath:
+# The path of the decoder that is running in this thread.
+current_path: ContextVar[DecodingPath] = ContextVar("current_path", default=PLAIN)
+
+
+def decoding_path(latents: torch.Tensor, fast: bool = True) -> DecodingPath:
     """
-    The path for an input: diffusers' own while training, under autocast, and wherever a gradient may be asked for.
+    The path for an input: diffusers' own under autocast and wherever a gradient may be asked for.
 
     Float32 on a CPU was measured (`benchmarks/SPEED.md`). Accelerators were not: there, only what saves memory is on.
     Channels stay outermost, as CUDA's group norm would copy maps that have them innermost.
 
     Args:
-        hidden_states (`torch.Tensor`): The input.
-        training (`bool`): Whether the module is in training mode.
+        latents (`torch.Tensor`): The input.
         fast (`bool`, defaults to `True`): Whether another path than diffusers' own is welcome.
 
     Returns:
         [`DecodingPath`]
     """
-    device_type = hidden_states.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    if not fast or training or autocast or torch.is_grad_enabled():
+    if not fast or torch.is_grad_enabled():
+        return PLAIN
+    device_type = latents.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return PLAIN
     if device_type != "cpu":
         return ACCELERATOR
-    return FLOAT32_ON_CPU if hidden_states.dtype == torch.float32 else HALF_ON_CPU
+    return FLOAT32_ON_CPU if latents.dtype == torch.float32 else HALF_ON_CPU
+
+
+def run_decoder(
+    decode: Callable[[torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    fast: bool,
+    bytes_per_image: int,
+    one_by_one: bool = False,
+) -> torch.Tensor:
+    """
+    Decode latents with a lightened decoder on the path that suits them.
+
+    Compiled code is diffusers' own, the whole batch at once: a compiler does the rest better.
+
+    Args:
+        decode (`Callable[[torch.Tensor], torch.Tensor]`): Runs the decoder.
+        latents (`torch.Tensor` of shape `(batch, channels, height, width)`): Its input.
+        fast (`bool`): Whether another path than diffusers' own is welcome.
+        bytes_per_image (`int`): Size of an image's largest feature map.
+        one_by_one (`bool`, defaults to `False`): Whether slices are to hold one image each.
+
+    Returns:
+        `torch.Tensor`: What `decode` returns.
+    """
+    if torch.compiler.is_compiling():
+        return decode(latents)
+    path = decoding_path(latents, fast)
+    if path.channels_last:
+        latents = latents.contiguous(memory_format=torch.channels_last)
+    num_images = len(latents) if path.bytes_per_slice is None else path.bytes_per_slice // bytes_per_image
+    slices = latents.split(1 if one_by_one else max(1, num_images))
+    entered = current_path.set(path)
+    try:
+        samples = [*map(decode, slices)]
+    finally:
+        current_path.reset(entered)
+    sample = samples[0] if len(samples) == 1 else torch.cat(samples)
+    return sample.contiguous() if path.channels_last else sample
 
 
 class InPlaceSiLU(nn.SiLU):
     """The activation after a norm, whose output nobody else reads."""
 
-    fast = True
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.silu(hidden_states, inplace=decoding_path(hidden_states, self.training, self.fast).in_place)
+        in_place = not torch.compiler.is_compiling() and current_path.get().in_place
+        return F.silu(hidden_states, inplace=in_place)
 
 
 class LeanResnetBlock2D(ResnetBlock2D):
     """A residual block without time embedding that adds in place, and does not divide by 1."""
 
-    fast = True
-
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        if not decoding_path(input_tensor, self.training, self.fast).in_place:
+        if torch.compiler.is_compiling() or not current_path.get().in_place:
             return super().forward(input_tensor, temb)
         hidden_states = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
         hidden_states = self.conv2(self.nonlinearity(self.norm2(hidden_states)))
@@ -108,12 +149,12 @@ class LeanResnetBlock2D(ResnetBlock2D):
 class MergedUpsample2D(Upsample2D):
     """Nearest-neighbour up-sampling by 2 that leaves both steps to its convolution where these are one."""
 
-    fast = True
-
     def forward(self, hidden_states: torch.Tensor, output_size: int | None = None) -> torch.Tensor:
-        merged = decoding_path(hidden_states, self.training, self.fast).merged_kernels and output_size is None
+        if output_size is None and torch.compiler.is_compiling():
+            # diffusers' code asks for torch's version, which does not compile everywhere.
+            return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
         # An adapter around the convolution wants to see the up-sampled map.
-        if merged and isinstance(self.conv, UpsamplingConv2d):
+        if output_size is None and current_path.get().merged_kernels and isinstance(self.conv, UpsamplingConv2d):
             return self.conv(hidden_states, upsample=True)
         return super().forward(hidden_states, output_size)
 
@@ -156,29 +197,11 @@ def merged_kernels(weight: torch.Tensor) -> list[torch.Tensor]:
     return [kernels[:, :, row, :, column] for row in range(2) for column in range(2)]
 
 
-def recast(module: nn.Module, cls: type[Module]) -> Module:
-    """A module under another class, with the same parameters, children and settings."""
-    again = cls.__new__(cls)
-    vars(again).update(vars(module))
-    return again
-
-
 def lighten(decoder: Decoder) -> None:
     """Exchange those modules of a decoder that can do with less. Parameters and their names stay as they are."""
-    decoder.conv_act = recast(decoder.conv_act, InPlaceSiLU)
-    for parent in list(decoder.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is ResnetBlock2D and child.upsample is child.downsample is child.time_emb_proj is None:
-                if type(child.nonlinearity) is nn.SiLU:
-                    child.nonlinearity = recast(child.nonlinearity, InPlaceSiLU)
-                setattr(parent, name, recast(child, LeanResnetBlock2D))
-            elif type(child) is Upsample2D and child.use_conv and child.conv.kernel_size == (3, 3):
-                child.conv = recast(child.conv, UpsamplingConv2d)
-                setattr(parent, name, recast(child, MergedUpsample2D))
-
-
-def set_fast(decoder: Decoder, fast: bool) -> None:
-    """Whether the modules of a lightened decoder may take another path than diffusers' own."""
-    for module in decoder.modules():
-        if hasattr(type(module), "fast"):
-            module.fast = fast
+    recast(decoder.conv_act, {nn.SiLU: InPlaceSiLU})
+    for block in list(decoder.modules()):
+        if type(block) is ResnetBlock2D and block.upsample is block.downsample is block.time_emb_proj is None:
+            recast(block, {ResnetBlock2D: LeanResnetBlock2D, nn.SiLU: InPlaceSiLU})
+        elif type(block) is Upsample2D and block.use_conv and block.conv.kernel_size == (3, 3):
+            recast(block, {Upsample2D: MergedUpsample2D, nn.Conv2d: UpsamplingConv2d})

@@ -1,8 +1,11 @@
 """Linear layers by oneDNN's kernels against torch's and torchao's own."""
 
+import contextlib
 import copy
 import gc
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,8 @@ from tiny_models import LATENT_CHANNELS, tiny_pipeline, tiny_transformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from srdd import ScaleTransformer2DModel, SRDDPipeline
-from srdd.models import fast_linear
-from srdd.models.fast_linear import FastGELU, FastLinear, linear_kernel, packed_weight, quicken
+from srdd.acceleration import accelerate, cpu, linear_layers, set_fast_linears
+from srdd.acceleration.linear_layers import FastGELU, FastLinear, packed_weight
 
 
 FLOAT32, INT8 = "mkldnn._linear_pointwise.default", "onednn.qlinear_pointwise.default"
@@ -28,7 +31,7 @@ SAPPHIRE_RAPIDS = {**ZEN_5, "cpu_name": "Intel(R) Xeon(R) Platinum 8480+", "amx_
 HASWELL = {"cpu_name": "Intel(R) Core(TM) i7-4770", "avx512_f": False, "avx512_vnni": False, "avx_vnni": False}
 
 pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not fast_linear.cpu_capabilities().get("avx2"),
+    not cpu.CAPABILITIES.get("avx2"),
     reason="needs oneDNN, and torch to know the CPU",
 )
 
@@ -87,15 +90,25 @@ def test_every_linear_layer_takes_part_and_can_be_told_not_to():
     assert count(FLOAT32, model, *random_inputs()) == 0
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
-    ("capabilities", "expected"), [(ZEN_5, NUM_LINEARS), (ZEN_4, 0), (SAPPHIRE_RAPIDS, 0), ({}, 0)]
+    ("capabilities", "slow"), [(ZEN_5, True), (ZEN_4, False), (SAPPHIRE_RAPIDS, False), ({}, False)]
 )
-def test_the_cpu_decides_by_default(monkeypatch, capabilities, expected):
-    if not torch.backends.mkl.is_available():
-        expected = 0
-    monkeypatch.setattr(fast_linear, "cpu_capabilities", lambda: capabilities)
-    assert count(FLOAT32, tiny_transformer(), *random_inputs()) == expected
+def test_mkl_is_slow_on_cpus_of_amd_from_zen_5_on(capabilities, slow):
+    assert cpu.mkl_is_slow(capabilities) == (slow and torch.backends.mkl.is_available())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "able"), [(ZEN_4, True), (SAPPHIRE_RAPIDS, True), (HASWELL, False), ({}, False)]
+)
+def test_int8_wants_vnni(capabilities, able):
+    assert cpu.multiplies_int8(capabilities) == able
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mkl_is_slow", [True, False])
+def test_the_cpu_decides_by_default(monkeypatch, mkl_is_slow):
+    monkeypatch.setattr(linear_layers, "MKL_IS_SLOW", mkl_is_slow)
+    assert count(FLOAT32, tiny_transformer(), *random_inputs()) == (NUM_LINEARS if mkl_is_slow else 0)
 
 
 INPUTS = {
@@ -117,7 +130,7 @@ INPUTS = {
 def test_inputs_of_all_shapes(inputs, bias):
     layer = fast_layer(bias=bias)
     expected = F.linear(inputs, layer.weight, layer.bias)
-    assert linear_kernel(inputs, layer.weight, fast=True) == "float32"
+    assert count(FLOAT32, layer, inputs) == 1
     torch.testing.assert_close(layer(inputs), expected, atol=1e-6, rtol=0, equal_nan=True)
     torch.testing.assert_close(
         layer(inputs, tanh_gelu=True), F.gelu(expected, approximate="tanh"), atol=1e-6, rtol=0, equal_nan=True
@@ -145,26 +158,58 @@ def test_torch_computes_where_a_gradient_may_be_asked_for():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["float16", "mixed", "float64", "meta", "subclass", "off", "autocast", "gradients"])
+@pytest.mark.parametrize("case", ["float16", "float64", "meta", "subclass", "off", "autocast", "gradients"])
 def test_torch_computes_all_else(case):
-    inputs, weight = torch.randn(3, 12), fast_layer().weight
-    assert linear_kernel(inputs, weight, fast=True) == "float32"
+    layer, inputs, other = fast_layer(), torch.randn(3, 12), contextlib.nullcontext()
+    assert count(FLOAT32, layer, inputs) == 1
     if case == "autocast":
-        with torch.autocast("cpu", torch.bfloat16):
-            assert linear_kernel(inputs, weight, fast=True) is None
+        other = torch.autocast("cpu", torch.bfloat16)
     elif case == "gradients":
-        with torch.enable_grad():
-            assert linear_kernel(inputs, weight, fast=True) is None
+        other = torch.enable_grad()
+    elif case == "off":
+        layer.fast = False
+    elif case == "meta":
+        layer, inputs = layer.to("meta"), inputs.to("meta")
+    elif case == "subclass":
+        inputs = inputs.as_subclass(type("Subclass", (torch.Tensor,), {}))
     else:
-        inputs, weight, fast = {
-            "float16": (inputs.half(), weight.half(), True),
-            "mixed": (inputs, weight.half(), True),
-            "float64": (inputs.double(), weight.double(), True),
-            "meta": (inputs.to("meta"), weight, True),
-            "subclass": (inputs.as_subclass(type("Subclass", (torch.Tensor,), {})), weight, True),
-            "off": (inputs, weight, False),
-        }[case]
-        assert linear_kernel(inputs, weight, fast) is None
+        layer, inputs = layer.to(getattr(torch, case)), inputs.to(getattr(torch, case))
+    with other:
+        assert count(FLOAT32, layer, inputs) == 0
+
+
+@torch.no_grad()
+def test_a_layer_that_is_cast_or_moved_changes_its_kernel_at_once():
+    layer, inputs = fast_layer(), torch.randn(3, 12)
+    expected = layer(inputs)
+    for change in (nn.Module.half, nn.Module.double, lambda module: module.to("meta")):
+        other = change(copy.deepcopy(layer))
+        other_inputs = inputs.to(other.weight.device, other.weight.dtype)
+        assert count(FLOAT32, other, other_inputs) == 0
+        assert other(other_inputs).dtype == other.weight.dtype
+    layer.double().float()
+    assert count(FLOAT32, layer, inputs) == 1
+    assert torch.equal(layer(inputs), expected)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer.half()(inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_call_of_a_layer_is_one_function_of_ours(fast):
+    layer, inputs, functions = fast_layer(), torch.randn(3, 12), []
+    layer.fast = fast
+
+    def note(frame, event, _):
+        if event == "call" and Path(frame.f_code.co_filename).parent.name == "acceleration":
+            functions.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        layer(inputs)
+    finally:
+        sys.setprofile(None)
+    assert functions == ["forward"]
 
 
 @torch.no_grad()
@@ -212,7 +257,8 @@ def test_hooks_and_adapters_see_what_comes_before_the_activation():
     inputs, seen = torch.randn(3, 12), []
     gelu = nn.Sequential(GELU(12, 7, approximate="tanh"))
     expected = gelu(inputs)
-    quicken(gelu, fast=True)
+    accelerate(gelu)
+    set_fast_linears(gelu, True)
     assert type(gelu[0]) is FastGELU
     assert type(gelu[0].proj) is FastLinear
     assert count(FLOAT32, gelu, inputs) == 1
@@ -231,7 +277,8 @@ def test_hooks_and_adapters_see_what_comes_before_the_activation():
 def test_the_exact_gelu_stays_exact():
     inputs, gelu = torch.randn(3, 12), nn.Sequential(GELU(12, 7))
     expected = gelu(inputs)
-    quicken(gelu, fast=True)
+    accelerate(gelu)
+    set_fast_linears(gelu, True)
     torch.testing.assert_close(gelu(inputs), expected, atol=1e-6, rtol=0)
 
 
@@ -251,7 +298,7 @@ def test_fused_projections_do_as_the_others(fast):
 @pytest.fixture
 def torchao():
     torchao = pytest.importorskip("torchao.quantization")
-    if not fast_linear.multiplies_int8():
+    if not cpu.MULTIPLIES_INT8:
         pytest.skip("needs a CPU with VNNI")
     return torchao
 
@@ -339,12 +386,12 @@ def test_modules_can_be_left_in_float(torchao, folder):
 def test_nothing_is_left_of_int8_weights_after_dequantization(config, folder):
     model = load(folder, config)
     logits = logits_of(model, fast=True)
-    assert model.proj_out.weight.qdata in fast_linear._packed_weights
+    assert model.proj_out.weight.qdata in linear_layers._packed_weights
     gc.collect()
-    held = len(fast_linear._packed_weights)
+    held = len(linear_layers._packed_weights)
     model.dequantize()
     gc.collect()
-    assert len(fast_linear._packed_weights) == held - NUM_LINEARS
+    assert len(linear_layers._packed_weights) == held - NUM_LINEARS
     assert 1e-4 < relative_error(logits_of(model, fast=True), logits) < 0.03
 
 
@@ -396,14 +443,25 @@ def test_other_kinds_of_weights_are_torchaos_business(torchao):
         model = nn.Sequential(fast_layer())
         torchao.quantize_(model, quant_type)
         assert type(model[0].weight).__name__ == "Int8Tensor"
-        assert linear_kernel(torch.randn(3, 12), model[0].weight, fast=True) is None
+        assert packed_weight(model[0].weight) is None
         assert model(torch.randn(3, 12)).shape == (3, 7)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("capabilities", "expected"), [(ZEN_4, "int8"), (SAPPHIRE_RAPIDS, "int8"), (HASWELL, None)])
-def test_int8_wants_vnni(monkeypatch, config, torchao, capabilities, expected):
+def test_torchao_computes_on_cpus_without_vnni(monkeypatch, config, torchao):
+    monkeypatch.setattr(linear_layers, "MULTIPLIES_INT8", False)
     model = nn.Sequential(fast_layer())
     torchao.quantize_(model, config.quant_type)
-    monkeypatch.setattr(fast_linear, "cpu_capabilities", lambda: capabilities)
-    assert linear_kernel(torch.randn(3, 12), model[0].weight) == expected
+    assert count(INT8, model, torch.randn(3, 12)) == 0
+
+
+@torch.no_grad()
+def test_integers_with_other_rules_for_activations_are_looked_at_again(config, torchao):
+    model = nn.Sequential(fast_layer())
+    torchao.quantize_(model, config.quant_type)
+    assert packed_weight(model[0].weight) is not None
+    rules = model[0].weight.act_quant_kwargs
+    model[0].weight.act_quant_kwargs = None
+    assert packed_weight(model[0].weight) is None
+    model[0].weight.act_quant_kwargs = rules
+    assert packed_weight(model[0].weight) is not None

@@ -1,7 +1,9 @@
 """Decoding in int8 against float32."""
 
 import copy
+import dataclasses
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import LATENT_CHANNELS, LIGHT_DECODER, tiny_pipeline, tiny_vqvae
 
 from srdd import MultiScaleVQModel
-from srdd.models import fast_linear
-from srdd.models.int8_decoding import CHUNK, Int8Conv2d, Int8UpsamplingConv2d, scale_and_zero_point, to_uint8
+from srdd.acceleration import decoder, int8_decoder
+from srdd.acceleration.cpu import MULTIPLIES_INT8
+from srdd.acceleration.decoder import FLOAT32_ON_CPU, current_path
+from srdd.acceleration.int8_decoder import CHUNK, Int8Conv2d, Int8UpsamplingConv2d, scale_and_zero_point, to_uint8
 
 
 # Constructor overrides, and how many convolutions are quantized: all of residual blocks, and one between two levels.
@@ -23,7 +27,7 @@ MODELS = {
     "light": (LIGHT_DECODER, 9),
 }
 
-needs_vnni = pytest.mark.skipif(not fast_linear.multiplies_int8(), reason="needs oneDNN and a CPU with VNNI")
+needs_vnni = pytest.mark.skipif(not MULTIPLIES_INT8, reason="needs oneDNN and a CPU with VNNI")
 
 
 def random_latents(batch_size=3, seed=0) -> torch.Tensor:
@@ -41,6 +45,14 @@ def int8_conv(in_channels=12, out_channels=7, bias=True, kind=Int8Conv2d) -> Int
     conv = kind(in_channels, out_channels, 3, padding=1, bias=bias).eval()
     conv.input_bounds = (-0.3, 2.0)
     return conv
+
+
+@pytest.fixture
+def on_int8_path() -> Iterator[None]:
+    """Layers on their own run as they do while a decoder decodes in float32 on a CPU."""
+    entered = current_path.set(FLOAT32_ON_CPU)
+    yield
+    current_path.reset(entered)
 
 
 def rounded(inputs, bounds) -> torch.Tensor:
@@ -91,6 +103,7 @@ def test_integers_spread_over_the_bounds_and_zero_is_exact(low, high):
 
 
 @needs_vnni
+@pytest.mark.usefixtures("on_int8_path")
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -104,6 +117,7 @@ def test_a_convolution_is_that_of_the_rounded_numbers(bias, layout):
 
 
 @needs_vnni
+@pytest.mark.usefixtures("on_int8_path")
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (5, 2), (6, 6)])
 def test_up_sampling_is_merged_in_int8(size):
@@ -114,6 +128,7 @@ def test_up_sampling_is_merged_in_int8(size):
 
 
 @needs_vnni
+@pytest.mark.usefixtures("on_int8_path")
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_batch():
     conv = int8_conv(64, 48)
@@ -183,6 +198,7 @@ def test_copies_decode_alike_on_their_own():
 
 
 @needs_vnni
+@pytest.mark.usefixtures("on_int8_path")
 @torch.no_grad()
 def test_new_weights_count_at_once():
     conv, inputs = int8_conv(), torch.randn(1, 12, 5, 5)
@@ -256,8 +272,9 @@ def test_what_cannot_be_quantized_is_refused():
 
 @torch.no_grad()
 def test_cpus_without_vnni_are_refused_and_keep_float32(monkeypatch):
-    model, latents = int8_vqvae() if fast_linear.multiplies_int8() else tiny_vqvae(), random_latents()
-    monkeypatch.setattr(fast_linear, "cpu_capabilities", lambda: {"avx2": True})
+    model, latents = int8_vqvae() if MULTIPLIES_INT8 else tiny_vqvae(), random_latents()
+    monkeypatch.setattr(decoder, "FLOAT32_ON_CPU", dataclasses.replace(FLOAT32_ON_CPU, int8=False))
+    monkeypatch.setattr(int8_decoder, "MULTIPLIES_INT8", False)
     assert torch.equal(model.decode(latents).sample, tiny_vqvae().decode(latents).sample)
     with pytest.raises(ValueError, match="needs oneDNN and a CPU with VNNI"):
         model.enable_int8_decoding(latents)
