@@ -2,8 +2,8 @@
 How large the parts are that a reader must hold in mind at once, and bounds for it.
 
 `python tests/test_sizes.py` prints the sizes. Functions and changes of file are those of one draw with a tiny Markov
-model whose linear layers are torch's own, as on most CPUs and on GPUs: each function of ours counts once, and each time
-that the next call is in another file than the one before.
+model whose linear layers are torch's own, as on most CPUs and on GPUs: each function of ours counts once, and each
+time that the next call is in another file than the one before.
 """
 
 import ast
