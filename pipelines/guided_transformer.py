@@ -46,7 +46,7 @@ class GuidedTransformer:
         scale: Scale,
         guidance_weight: float,
         kv_cache: ScaleKVCache | None = None,
-        rows: torch.LongTensor | None = None,
+        image_indices: torch.LongTensor | None = None,
         token_indices: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
@@ -57,13 +57,13 @@ class GuidedTransformer:
             guidance_weight (`float`): The weight `w` of `cond + w (cond - uncond)`. At 0 the unconditional half is
                 not computed, unless guided scales will look back at it.
             kv_cache ([`ScaleKVCache`], *optional*): Keys and values; by default the run's.
-            rows (`torch.LongTensor` of shape `(num_rows,)`, *optional*): The images to compute, by their places in the
-                batch; all by default.
-            token_indices (`torch.LongTensor` of shape `(num_rows, num_indices)`, *optional*): The tokens of the scale
-                to compute; all by default.
+            image_indices (`torch.LongTensor` of shape `(num_images,)`, *optional*): The images to compute, by their
+                places in the batch; all by default.
+            token_indices (`torch.LongTensor` of shape `(num_images, num_indices)`, *optional*): The tokens of the
+                scale to compute; all by default.
 
         Returns:
-            `torch.Tensor` of shape `(num_rows, num_indices, codebook_size)`: Logits.
+            `torch.Tensor` of shape `(num_images, num_indices, codebook_size)`: Logits.
 
         Raises:
             ValueError: If guidance begins after the run has, and the attention pattern looks back.
@@ -79,13 +79,13 @@ class GuidedTransformer:
         told, modulation_cache = self.told[two_halves], self.modulation_caches[two_halves]
         kv_cache = self.kv_cache if kv_cache is None else kv_cache
         hidden_states = hidden_states.to(self.dtype)
-        if rows is not None:
-            hidden_states = hidden_states[rows]
+        if image_indices is not None:
+            hidden_states = hidden_states[image_indices]
             if two_halves:
-                rows = torch.cat([rows, rows + self.batch_size])
-            told = {name: tensor[rows] for name, tensor in told.items()}
-            modulation_cache = modulation_cache.select(rows)
-            kv_cache = kv_cache.select(rows) if kv_cache is not None else None
+                image_indices = torch.cat([image_indices, image_indices + self.batch_size])
+            told = {name: tensor[image_indices] for name, tensor in told.items()}
+            modulation_cache = modulation_cache.select(image_indices)
+            kv_cache = kv_cache.select(image_indices) if kv_cache is not None else None
         if token_indices is not None:
             hidden_states = hidden_states.take_along_dim(token_indices.unsqueeze(-1), dim=1)
             token_indices = torch.cat([token_indices, token_indices]) if two_halves else token_indices

@@ -25,24 +25,25 @@ class KnownRegion:
         vqvae ([`MultiScaleVQModel`]): The tokenizer.
         latents (`torch.Tensor` of shape `(batch, channels, height, width)`): Its latent map of the images, their
             unknown part filled by [`extend_known`]. Nothing in it comes from unknown pixels.
-        known (`torch.Tensor` of shape `(batch, 1, image_height, image_width)`): 1 where a pixel is known, 0 elsewhere.
+        known_pixels (`torch.Tensor` of shape `(batch, 1, image_height, image_width)`): 1 where a pixel is known, 0
+            elsewhere.
         hint_ids (`torch.LongTensor` of shape `(batch, num_hint_tokens)`, *optional*): Tokens of the coarsest scales
             that are known everywhere, packed.
     """
 
     vqvae: MultiScaleVQModel
     latents: torch.Tensor
-    known: torch.Tensor
+    known_pixels: torch.Tensor
     hint_ids: torch.LongTensor | None = None
 
     def known_mask(self, scale_size: Sequence[int]) -> torch.BoolTensor:
         """Which cells of a scale are known, `(batch, height, width)`: the one rule for all scales and tasks."""
         grid_size = tuple(self.latents.shape[-2:])
         # Area means of ones may miss a bound by rounding.
-        known = F.interpolate(self.known, size=grid_size, mode="area") > 0.25 - 1e-4
+        known_cells = F.interpolate(self.known_pixels, size=grid_size, mode="area") > 0.25 - 1e-4
         if tuple(scale_size) == grid_size:
-            return known.squeeze(1)
-        share = F.interpolate(known.to(self.known.dtype), size=tuple(scale_size), mode="area").squeeze(1)
+            return known_cells.squeeze(1)
+        share = F.interpolate(known_cells.to(self.known_pixels.dtype), size=tuple(scale_size), mode="area").squeeze(1)
         return share > 0.5 + 1e-4
 
     def token_ids(self, scale: Scale, state: torch.Tensor) -> torch.LongTensor:
@@ -58,7 +59,7 @@ class KnownRegion:
         """
         if self.hint_ids is not None and self.hint_ids.shape[1] >= scale.tokens.stop:
             return self.hint_ids[:, scale.tokens]
-        weights = F.interpolate(self.known, size=self.latents.shape[-2:], mode="area")
+        weights = F.interpolate(self.known_pixels, size=self.latents.shape[-2:], mode="area")
         rest = F.interpolate((self.latents - state) * weights, size=scale.size, mode="area")
         total = F.interpolate(weights, size=scale.size, mode="area")
         token_ids = self.vqvae.quantize_latents(rest / total.clamp(min=1e-6), [scale.size])
@@ -84,24 +85,24 @@ def coarse_tokens(
     return vqvae.quantize_latents(vqvae.encode(pixels.to(vqvae.dtype)).latents, scale_sizes)
 
 
-def extend_known(pixels: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+def extend_known(pixels: torch.Tensor, known_pixels: torch.Tensor) -> torch.Tensor:
     """
     Fill unknown pixels with a smooth continuation of the known ones (push-pull: means over growing cells).
 
     Args:
         pixels (`torch.Tensor` of shape `(batch, channels, height, width)`): Images; their unknown pixels are not read.
-        known (`torch.Tensor` of shape `(batch, 1, height, width)`): 1 where a pixel is known, 0 elsewhere.
+        known_pixels (`torch.Tensor` of shape `(batch, 1, height, width)`): 1 where a pixel is known, 0 elsewhere.
 
     Returns:
         `torch.Tensor` of the shape of `pixels`: Known pixels as they are; zero where an image has none at all.
     """
-    pixels = pixels.masked_fill(known == 0, 0.0)
+    pixels = pixels.masked_fill(known_pixels == 0, 0.0)
     size = tuple(pixels.shape[-2:])
-    if known.bool().all() or size == (1, 1):
+    if known_pixels.bool().all() or size == (1, 1):
         return pixels
     # Overlapping cells, so that an unknown pixel at an edge continues its neighbour and not a distant mean.
-    total = F.avg_pool2d(F.pad(known, (1, 2, 1, 2)), kernel_size=4, stride=2)
+    total = F.avg_pool2d(F.pad(known_pixels, (1, 2, 1, 2)), kernel_size=4, stride=2)
     coarse = F.avg_pool2d(F.pad(pixels, (1, 2, 1, 2)), kernel_size=4, stride=2) / total.clamp(min=1e-6)
-    coarse = extend_known(coarse, (total > 0).to(known.dtype))
+    coarse = extend_known(coarse, (total > 0).to(known_pixels.dtype))
     smooth = F.interpolate(coarse, size=size, mode="bilinear")
-    return torch.where(known > 0, pixels, smooth)
+    return torch.where(known_pixels > 0, pixels, smooth)

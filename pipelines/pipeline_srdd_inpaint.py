@@ -76,14 +76,14 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
             mask (`torch.Tensor` of shape `(batch, 1, height, width)`): Masks in [0, 1], 1 where to draw.
             strength (`float`, defaults to 1.0): Share of the scales to draw inside the mask.
         """
-        known = (mask < 0.5).float()
-        filled = resize(extend_known(pixels, known), self.sample_size)
+        known_pixels = (mask < 0.5).float()
+        filled = resize(extend_known(pixels, known_pixels), self.sample_size)
         # A pixel of the model is known if all pixels that it stands for are.
-        known = (F.interpolate(known, size=self.sample_size, mode="area") > 1 - 1e-4).float()
+        known_pixels = (F.interpolate(known_pixels, size=self.sample_size, mode="area") > 1 - 1e-4).float()
         latents = self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float()
         hinted = self.scheduler.scales[: round((1 - strength) * len(self.scheduler.scales))]
         return KnownRegion(
-            self.vqvae, latents, known, coarse_tokens(self.vqvae, resize(pixels, self.sample_size), hinted)
+            self.vqvae, latents, known_pixels, coarse_tokens(self.vqvae, resize(pixels, self.sample_size), hinted)
         )
 
     @torch.no_grad()
@@ -158,11 +158,11 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
         )
         images: Any = latents
         if output_type != "latent":
-            drawn = resize(self.decode_pixels(latents), region.shape[-2:])
+            result = resize(self.decode_pixels(latents), region.shape[-2:])
             if paste_known:
-                drawn = paste(region, hole, drawn, feather)
+                result = paste(region, hole, result, feather)
             whole = pixels.clone()
-            whole[box] = drawn
+            whole[box] = result
             images = self.image_processor.postprocess(whole, output_type=output_type)
         self.maybe_free_model_hooks()
         return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
@@ -216,17 +216,18 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
         conditions, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, F.pad(pixels, border), mask)
         full_size = tuple(pixels.shape[-2:])
         size = tuple(max(side, least) for side, least in zip(full_size, self.sample_size))
-        known = 1 - F.interpolate(mask, size=size, mode="nearest")
-        canvas = WindowedCanvas(resize(extend_known(pixels, 1 - mask), size), known, self.sample_size)
+        known_pixels = 1 - F.interpolate(mask, size=size, mode="nearest")
+        canvas = WindowedCanvas(resize(extend_known(pixels, 1 - mask), size), known_pixels, self.sample_size)
 
         def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
-            known = self.prepare_known(canvas.pixels[(..., *window)], 1 - canvas.known[(..., *window)])
-            latents, token_ids = self.draw(conditions, guidance_scale, generator, known_tokens=known.token_ids)
+            place = (..., *window)
+            region = self.prepare_known(canvas.pixels[place], 1 - canvas.known_pixels[place])
+            latents, token_ids = self.draw(conditions, guidance_scale, generator, known_tokens=region.token_ids)
             return self.decode_pixels(latents), token_ids
 
         token_ids = canvas.fill(draw_window)
-        drawn = paste(pixels, mask, resize(canvas.drawn, full_size), feather)
-        images = self.image_processor.postprocess(drawn, output_type=output_type)
+        result = paste(pixels, mask, resize(canvas.drawn_pixels, full_size), feather)
+        images = self.image_processor.postprocess(result, output_type=output_type)
         self.maybe_free_model_hooks()
         return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
 

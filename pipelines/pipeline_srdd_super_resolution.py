@@ -115,18 +115,18 @@ class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
 
         def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
             place = (..., *window)
-            filled = torch.where(canvas.known[place] > 0, canvas.pixels[place], smooth[place])
-            known = KnownRegion(
+            filled = torch.where(canvas.known_pixels[place] > 0, canvas.pixels[place], smooth[place])
+            region = KnownRegion(
                 self.vqvae,
                 self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float(),
-                canvas.known[place],
+                canvas.known_pixels[place],
                 coarse_tokens(self.vqvae, smooth[place], determined),
             )
             latents, token_ids = self.draw(
                 conditions,
                 guidance_scale=guidance_scale,
                 generator=generator,
-                known_tokens=known.token_ids,
+                known_tokens=region.token_ids,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             )

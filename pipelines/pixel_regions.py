@@ -16,7 +16,7 @@ def resize(pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
-def paste(pixels: torch.Tensor, mask: torch.Tensor, drawn: torch.Tensor, feather: int) -> torch.Tensor:
+def paste(pixels: torch.Tensor, mask: torch.Tensor, drawn_pixels: torch.Tensor, feather: int) -> torch.Tensor:
     """
     Lay known pixels over drawn ones.
 
@@ -25,7 +25,7 @@ def paste(pixels: torch.Tensor, mask: torch.Tensor, drawn: torch.Tensor, feather
         mask (`torch.Tensor` of shape `(batch, 1, height, width)`): In [0, 1]; 0 is known. Masks with values in between
             blend as they say; hard ones fade in over `feather` pixels, inside the hole, out of a continuation of the
             known pixels.
-        drawn (`torch.Tensor` of the shape of `pixels`): The result of the model.
+        drawn_pixels (`torch.Tensor` of the shape of `pixels`): The result of the model.
         feather (`int`): Width of the edge.
 
     Returns:
@@ -38,7 +38,7 @@ def paste(pixels: torch.Tensor, mask: torch.Tensor, drawn: torch.Tensor, feather
         hard = ((mask == 0) | (mask == 1)).flatten(1).all(dim=1)[:, None, None, None]
         weight = torch.where(hard, inside * mask, mask)
     below = torch.where(mask < 1, pixels, extend_known(pixels, (mask < 0.5).float()))
-    return torch.lerp(below, drawn, weight)
+    return torch.lerp(below, drawn_pixels, weight)
 
 
 def crop_box(mask: torch.Tensor, margin: int, size: Sequence[int]) -> tuple[slice, slice]:
@@ -83,13 +83,14 @@ def project_to_low_resolution(pixels: torch.Tensor, small: torch.Tensor, num_ite
         small (`torch.Tensor` of shape `(batch, channels, small_height, small_width)`): Small images in [-1, 1].
         num_iterations (`int`, defaults to 10): How often projection and bounds alternate.
     """
-    down_rows, down_columns = (
-        _downsampling_matrix(full, part).to(pixels) for full, part in zip(pixels.shape[-2:], small.shape[-2:])
+    down_vertically, down_horizontally = (
+        _downsampling_matrix(side, small_side).to(pixels)
+        for side, small_side in zip(pixels.shape[-2:], small.shape[-2:])
     )
-    up_rows, up_columns = torch.linalg.pinv(down_rows), torch.linalg.pinv(down_columns)
+    up_vertically, up_horizontally = torch.linalg.pinv(down_vertically), torch.linalg.pinv(down_horizontally)
     for _ in range(num_iterations):
-        error = small - down_rows @ pixels @ down_columns.T
-        pixels = (pixels + up_rows @ error @ up_columns.T).clamp(-1, 1)
+        error = small - down_vertically @ pixels @ down_horizontally.T
+        pixels = (pixels + up_vertically @ error @ up_horizontally.T).clamp(-1, 1)
     return pixels
 
 

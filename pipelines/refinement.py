@@ -45,13 +45,15 @@ class RefinedScale:
         if resample_mask is None:
             return self.first_pass(hidden_states)
         unfinished = resample_mask.any(dim=1).nonzero().squeeze(1)
-        rows = None if len(unfinished) == len(resample_mask) else unfinished
+        image_indices = None if len(unfinished) == len(resample_mask) else unfinished
         token_indices = indices_of(resample_mask[unfinished]) if self.keeps_accepted else None
-        computed = self.guided(hidden_states, self.scale, self.guidance_weight, self.kv_cache, rows, token_indices)
+        computed = self.guided(
+            hidden_states, self.scale, self.guidance_weight, self.kv_cache, image_indices, token_indices
+        )
         if token_indices is not None:
             self.logits[unfinished.unsqueeze(1), token_indices] = computed
         else:
-            self.logits = computed if rows is None else self.logits.index_copy(0, rows, computed)
+            self.logits = computed if image_indices is None else self.logits.index_copy(0, image_indices, computed)
         return self.logits
 
     def first_pass(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -68,8 +70,8 @@ class RefinedScale:
 
 def indices_of(mask: torch.BoolTensor) -> torch.LongTensor:
     """
-    Where a mask `(batch, num_tokens)` is true, row by row in order, as `(batch, num_indices)`. Rows with fewer places
-    than others repeat their first one.
+    Where a mask `(batch, num_tokens)` is true, image by image in order, as `(batch, num_indices)`. Images with fewer
+    places than others repeat their first one.
     """
     counts = mask.sum(dim=1, keepdim=True)
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : counts.max()]

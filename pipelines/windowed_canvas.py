@@ -14,18 +14,18 @@ class WindowedCanvas:
 
     Args:
         pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1].
-        known (`torch.Tensor` of shape `(batch, 1, height, width)`): 1 where a pixel is known from the start.
+        known_pixels (`torch.Tensor` of shape `(batch, 1, height, width)`): 1 where a pixel is known from the start.
         size (`(int, int)`): Height and width of a window; at most those of the images.
 
-    `pixels` is the canvas so far, `drawn` only what windows have drawn, and `known` is 1 where later windows build on
-    `pixels`.
+    `pixels` is the canvas so far, `drawn_pixels` only what windows have drawn, and `known_pixels` is 1 where later
+    windows build on `pixels`.
     """
 
-    def __init__(self, pixels: torch.Tensor, known: torch.Tensor, size: Sequence[int]):
+    def __init__(self, pixels: torch.Tensor, known_pixels: torch.Tensor, size: Sequence[int]):
         self.pixels = pixels.clone()
-        self.known = known.clone()
-        self.given = known.bool()
-        self.drawn = torch.zeros_like(pixels)
+        self.known_pixels = known_pixels.clone()
+        self.given_pixels = known_pixels.bool()
+        self.drawn_pixels = torch.zeros_like(pixels)
         self.size = tuple(size)
         ramps = [(torch.arange(side) + 0.5 - side / 2).abs().neg().add(side / 2) for side in self.size]
         self.fade = (ramps[0][:, None] * ramps[1]).to(pixels)  # (height, width), falls to the borders
@@ -55,7 +55,7 @@ class WindowedCanvas:
         ]
         left = {(top, first) for top in starts[0] for first in starts[1]}
         while left:
-            unknown = self.known.amin(dim=(0, 1)) == 0
+            unknown = self.known_pixels.amin(dim=(0, 1)) == 0
             shares = {corner: unknown[self._window(corner)].float().mean().item() for corner in left}
             left = {corner for corner in left if shares[corner] > 0}
             if left:
@@ -72,6 +72,6 @@ class WindowedCanvas:
         self.total[place] += self.fade * pixels
         self.weight[place] += self.fade
         blended = self.total[place] / self.weight[place]
-        self.drawn[place] = blended
-        self.pixels[place] = torch.where(self.given[place], self.pixels[place], blended)
-        self.known[place] = 1.0
+        self.drawn_pixels[place] = blended
+        self.pixels[place] = torch.where(self.given_pixels[place], self.pixels[place], blended)
+        self.known_pixels[place] = 1.0

@@ -332,9 +332,11 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         config, draw_mask = self.config, resample_mask
         if known_mask is not None:
             draw_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
-        rows = None if draw_mask is None else draw_mask.any(dim=1)
-        if rows is None or rows.any():
-            drawn_ids = sample_tokens(model_output, config.temperature, config.top_k, config.top_p, generator, rows)
+        image_mask = None if draw_mask is None else draw_mask.any(dim=1)
+        if image_mask is None or image_mask.any():
+            drawn_ids = sample_tokens(
+                model_output, config.temperature, config.top_k, config.top_p, generator, image_mask
+            )
             token_ids = drawn_ids if draw_mask is None else torch.where(draw_mask, drawn_ids, token_ids)
         chosen = model_output.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
         probabilities = (chosen - log_normalizer).exp()
@@ -345,7 +347,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             resample_mask = torch.ones_like(token_ids, dtype=torch.bool)
         if draw_mask is not None:
             # An image without tokens to draw is finished at this scale, whatever its neighbours still need.
-            resample_mask &= draw_mask if self.keeps_accepted_tokens else rows.unsqueeze(1)
+            resample_mask &= draw_mask if self.keeps_accepted_tokens else image_mask.unsqueeze(1)
         if known_mask is not None:
             resample_mask &= ~known_mask
         prev_sample = sample.clone()

@@ -10,7 +10,7 @@ def candidate_probabilities(
     logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[torch.Tensor, torch.LongTensor | None]:
     """
-    The distribution that tokens are drawn from.
+    The distribution that tokens are own_noise from.
 
     Only `top_k` candidates are ever sorted. Top-p keeps the most probable tokens until their probability reaches
     `top_p`, counted among the top-k candidates as VAR does. Among tokens with exactly equal logits at the cut some are
@@ -41,7 +41,7 @@ def candidate_probabilities(
 
 
 def exponential_noise(
-    shape: torch.Size, generator: Generators, device: torch.device, rows: torch.BoolTensor | None = None
+    shape: torch.Size, generator: Generators, device: torch.device, image_mask: torch.BoolTensor | None = None
 ) -> torch.Tensor:
     """
     Exponential noise of `shape`, image by image if there is a generator for each.
@@ -50,19 +50,19 @@ def exponential_noise(
         shape (`torch.Size`): `(batch, ...)`.
         generator (`torch.Generator` or a list of `batch` of them, *optional*): The only source of randomness.
         device (`torch.device`): Where the noise is needed.
-        rows (`torch.BoolTensor` of shape `(batch,)`, *optional*): Images that need noise. The generators of the others
-            are left alone, so that what an image draws does not depend on its neighbours.
+        image_mask (`torch.BoolTensor` of shape `(batch,)`, *optional*): Images that need noise. The generators of the
+            others are left alone, so that what an image draws does not depend on its neighbours.
     """
-    if rows is not None and not rows.any():
+    if image_mask is not None and not image_mask.any():
         return torch.ones(shape, device=device)
     if not isinstance(generator, list):
         where = generator.device if generator is not None else device
         return torch.empty(shape, device=where).exponential_(generator=generator).to(device)
     noise = torch.ones(shape, device=device)
     for index, image_generator in enumerate(generator):
-        if rows is None or rows[index]:
-            drawn = torch.empty(shape[1:], device=image_generator.device)
-            noise[index] = drawn.exponential_(generator=image_generator).to(device)
+        if image_mask is None or image_mask[index]:
+            own_noise = torch.empty(shape[1:], device=image_generator.device)
+            noise[index] = own_noise.exponential_(generator=image_generator).to(device)
     return noise
 
 
@@ -72,7 +72,7 @@ def sample_tokens(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: Generators = None,
-    rows: torch.BoolTensor | None = None,
+    image_mask: torch.BoolTensor | None = None,
 ) -> torch.LongTensor:
     """
     Draw one token per position by an exponential race, `argmax(p / E)` with `E ~ Exp(1)`.
@@ -83,7 +83,7 @@ def sample_tokens(
         top_k (`int`, defaults to 0): Number of candidates; 0 keeps all.
         top_p (`float`, defaults to 1.0): Probability mass of the candidates, in (0, 1].
         generator (`torch.Generator` or a list of `batch` of them, *optional*): The only source of randomness.
-        rows (`torch.BoolTensor` of shape `(batch,)`, *optional*): Images whose tokens will be used.
+        image_mask (`torch.BoolTensor` of shape `(batch,)`, *optional*): Images whose tokens will be used.
 
     Returns:
         `torch.LongTensor` of shape `(batch, num_tokens)`.
@@ -91,6 +91,6 @@ def sample_tokens(
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities, token_ids = candidate_probabilities(logits, temperature, top_k, top_p)
-    noise = exponential_noise(probabilities.shape, generator, logits.device, rows)
+    noise = exponential_noise(probabilities.shape, generator, logits.device, image_mask)
     winners = (probabilities / noise).argmax(dim=-1)
     return winners if token_ids is None else token_ids.gather(-1, winners.unsqueeze(-1)).squeeze(-1)

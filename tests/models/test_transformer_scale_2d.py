@@ -360,14 +360,17 @@ def test_a_cache_holds_each_scale_once_whatever_its_first_size(num_tokens):
 
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", ["causal", "banded"])
-def test_selected_rows_of_the_caches_give_the_rows_of_the_batch(pattern):
+def test_selected_images_of_the_caches_give_those_of_the_batch(pattern):
     model, inputs, labels = make_transformer(pattern, shared_adaln=False), random_inputs(), torch.tensor([2, 5])
     cache, modulations = ScaleKVCache(), ModulationCache()
     model(inputs[:, :3], [3, 2], labels, kv_cache=cache, modulation_cache=modulations)
-    rows = torch.tensor([1])
-    expected = model(inputs[:, 3:], [1, 0], labels, kv_cache=cache.read_only()).sample[rows]
-    selected = {"kv_cache": cache.read_only().select(rows), "modulation_cache": modulations.select(rows)}
-    logits = model(inputs[rows, 3:], [1, 0], labels[rows], **selected).sample
+    image_indices = torch.tensor([1])
+    expected = model(inputs[:, 3:], [1, 0], labels, kv_cache=cache.read_only()).sample[image_indices]
+    selected = {
+        "kv_cache": cache.read_only().select(image_indices),
+        "modulation_cache": modulations.select(image_indices),
+    }
+    logits = model(inputs[image_indices, 3:], [1, 0], labels[image_indices], **selected).sample
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 

@@ -52,7 +52,7 @@ def test_the_unconditional_half_is_computed_where_guided_scales_look_back_at_it(
     for scale in scheduler.visits:
         guided(random_inputs(scale.num_tokens), scale, scheduler.guidance_weight(scale.timestep, guidance_scale))
     assert batches == computed
-    # The buffers are those of the first scale: all later ones find their rows there.
+    # The buffers are those of the first scale: all later ones find their places there.
     assert len(guided.kv_cache.get(0, [2, 1, 0])[0]) == computed[0]
 
 
@@ -61,13 +61,13 @@ def test_the_unconditional_half_is_computed_where_guided_scales_look_back_at_it(
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 def test_some_images_are_told_what_they_are_told_in_the_batch(pattern, weight):
     guided = guided_transformer(pattern, class_labels=(1, 4, 2, 0))
-    inputs, rows = random_inputs(4, batch_size=4), torch.tensor([0, 3])
+    inputs, image_indices = random_inputs(4, batch_size=4), torch.tensor([0, 3])
     for timestep in (2, 1):
         scale = scale_of(timestep)
         whole = guided(inputs[:, : scale.num_tokens], scale, weight)
     cache = guided.kv_cache.read_only() if guided.kv_cache is not None else None
-    some = guided(inputs, scale_of(1), weight, cache, rows)
-    torch.testing.assert_close(some, whole[rows], atol=1e-5, rtol=0)
+    some = guided(inputs, scale_of(1), weight, cache, image_indices)
+    torch.testing.assert_close(some, whole[image_indices], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ def test_windows_cover_the_canvas_and_leave_given_pixels(size):
 
     def draw(window):
         assert [side.stop - side.start for side in window] == [8, 8]
-        assert canvas.known[(..., *window)].min() == 0
-        shares.append(canvas.known[(..., *window)].mean().item())
+        assert canvas.known_pixels[(..., *window)].min() == 0
+        shares.append(canvas.known_pixels[(..., *window)].mean().item())
         return torch.full((1, 3, 8, 8), 0.5), torch.tensor([[len(shares)]])
 
     assert canvas.fill(draw).item() == len(shares)
-    assert canvas.known.min() == 1
+    assert canvas.known_pixels.min() == 1
     assert all(share > 0 for share in shares)
     torch.testing.assert_close(canvas.pixels, torch.where(known == 1, pixels, torch.tensor(0.5)))
 

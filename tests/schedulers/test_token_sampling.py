@@ -125,17 +125,17 @@ def test_an_image_with_its_own_generator_does_not_depend_on_the_batch(arguments)
         assert torch.equal(sample_tokens(logits[index : index + 1], generator=alone, **arguments)[0], together[index])
 
 
-def test_generators_of_rows_that_are_not_wanted_stand_still():
+def test_generators_of_images_that_are_not_wanted_stand_still():
     generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
     states = [generator.get_state() for generator in generators]
-    rows = torch.tensor([True, False, True])
-    noise = exponential_noise((3, 4, 5), generators, torch.device("cpu"), rows)
+    image_mask = torch.tensor([True, False, True])
+    noise = exponential_noise((3, 4, 5), generators, torch.device("cpu"), image_mask)
     moved = [not torch.equal(generator.get_state(), state) for generator, state in zip(generators, states)]
-    assert moved == rows.tolist()
+    assert moved == image_mask.tolist()
     whole = exponential_noise(
         (3, 4, 5), [torch.Generator().manual_seed(seed) for seed in range(3)], torch.device("cpu")
     )
-    assert torch.equal(noise[rows], whole[rows])
+    assert torch.equal(noise[image_mask], whole[image_mask])
 
 
 def test_noise_is_exponential():

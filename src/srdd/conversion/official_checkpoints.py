@@ -44,14 +44,14 @@ def imagenet_class_names() -> dict[int, str]:
     return dict(enumerate(names))
 
 
-def read_checkpoint(path: str | os.PathLike, part: str) -> StateDict:
+def read_checkpoint(path: str | os.PathLike, model_name: str) -> StateDict:
     """
     Read the state dict of one model without copying it into memory and without running code from the file.
 
     Args:
         path (`str` or `os.PathLike`): A state dict (`.pth` or `.safetensors`), or a training checkpoint of the
             official trainer.
-        part (`str`): What the model is called in a training checkpoint: `"var_wo_ddp"` or `"vae_local"`.
+        model_name (`str`): What the model is called in a training checkpoint: `"var_wo_ddp"` or `"vae_local"`.
 
     Returns:
         `dict[str, torch.Tensor]`: Tensors that are mapped from the file.
@@ -65,9 +65,9 @@ def read_checkpoint(path: str | os.PathLike, part: str) -> StateDict:
     # Files of torch versions before 1.6 are no zip archives and cannot be mapped.
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if isinstance(content, dict) and isinstance(content.get("trainer"), dict):
-        content = content["trainer"].get(part)
+        content = content["trainer"].get(model_name)
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
-        raise ValueError(f"{path} must hold a state dict, or a training checkpoint with trainer.{part}.")
+        raise ValueError(f"{path} must hold a state dict, or a training checkpoint with trainer.{model_name}.")
     return dict(content)
 
 

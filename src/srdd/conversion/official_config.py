@@ -34,7 +34,7 @@ def _agreed_size(shapes: Shapes, default: int, *places: tuple[str, int]) -> int:
 
 def _count(shapes: Shapes, pattern: str) -> int:
     """How many different indices the keys that match `pattern` have."""
-    return len({found[1] for key in shapes if (found := re.match(pattern, key))})
+    return len({match[1] for key in shapes if (match := re.match(pattern, key))})
 
 
 def residual_conv_layout(shapes: Shapes) -> tuple[str, int]:

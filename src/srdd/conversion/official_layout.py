@@ -130,11 +130,11 @@ def tokenizer_origins(shapes: Mapping[str, Shape], residual_conv_name: str) -> d
     Returns:
         `dict[str, Origin]`: By our key.
     """
-    levels = len({found[1] for key in shapes if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", key))})
+    levels = len({match[1] for key in shapes if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", key))})
     origins = {}
     for key, shape in shapes.items():
         # The official list of upward blocks starts at the finest one, ours at the one that runs first.
-        official = re.sub(r"\.up_blocks\.(\d+)", lambda found: f".up_blocks.{levels - 1 - int(found[1])}", key)
+        official = re.sub(r"\.up_blocks\.(\d+)", lambda match: f".up_blocks.{levels - 1 - int(match[1])}", key)
         official, third = _renamed(official, TOKENIZER_RENAMES), _third(key)
         if residual_conv := re.match(r"quantize\.residual_convs\.(\d+)\.", key):
             official = residual_conv_name.format(residual_conv[1]) + key[residual_conv.end() :]

@@ -23,7 +23,7 @@ class ScaleKVCache:
     def __init__(self, num_tokens: int | None = None):
         self.num_tokens = num_tokens
         self.is_read_only = False
-        self.rows: torch.LongTensor | None = None
+        self.image_indices: torch.LongTensor | None = None
         self.token_indices: torch.LongTensor | None = None
         self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.places: dict[int, slice] = {}
@@ -34,28 +34,28 @@ class ScaleKVCache:
             start = max([0, *(place.stop for place in self.places.values())])
             self.places[timestep] = slice(start, start + key.shape[1])
         place = self.places[timestep]
-        found = self.buffers.get(layer)
-        if found is None or found[0].shape[1] < place.stop:
+        buffers = self.buffers.get(layer, ())
+        if not buffers or buffers[0].shape[1] < place.stop:
             size = max(self.num_tokens or 0, place.stop)
             grown = tuple(states.new_empty(states.shape[0], size, *states.shape[2:]) for states in (key, value))
-            for states, stored in zip(grown, found or ()):
+            for states, stored in zip(grown, buffers):
                 states[:, : stored.shape[1]] = stored
             self.buffers[layer] = grown
-        rows, tokens = slice(len(key)) if self.rows is None else self.rows, place
+        image_indices, tokens = slice(len(key)) if self.image_indices is None else self.image_indices, place
         if self.token_indices is not None:
-            rows = torch.arange(len(key), device=key.device) if self.rows is None else rows
-            rows, tokens = rows.unsqueeze(1), place.start + self.token_indices
+            image_indices = torch.arange(len(key), device=key.device) if self.image_indices is None else image_indices
+            image_indices, tokens = image_indices.unsqueeze(1), place.start + self.token_indices
         for states, stored in zip((key, value), self.buffers[layer]):
-            stored[rows, tokens] = states
+            stored[image_indices, tokens] = states
 
     def get(self, layer: int, timesteps: Sequence[int], batch_size: int | None = None) -> tuple[torch.Tensor, ...]:
         """Keys and values of one layer and some scales, for the first images of the batch or all."""
         places = [self.places[timestep] for timestep in timesteps]
         if all(place.stop == following.start for place, following in zip(places, places[1:])):
             places = [slice(places[0].start, places[-1].stop)]
-        rows = slice(batch_size) if self.rows is None else self.rows
-        parts = [[stored[rows, place] for place in places] for stored in self.buffers[layer]]
-        return tuple(part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in parts)
+        image_indices = slice(batch_size) if self.image_indices is None else self.image_indices
+        pieces = [[stored[image_indices, place] for place in places] for stored in self.buffers[layer]]
+        return tuple(piece[0] if len(piece) == 1 else torch.cat(piece, dim=1) for piece in pieces)
 
     def read_only(self) -> "ScaleKVCache":
         """This cache for forwards that shall leave it as it is."""
@@ -64,20 +64,20 @@ class ScaleKVCache:
         return view
 
     def select(
-        self, rows: torch.LongTensor | None = None, token_indices: torch.LongTensor | None = None
+        self, image_indices: torch.LongTensor | None = None, token_indices: torch.LongTensor | None = None
     ) -> "ScaleKVCache":
         """
-        This cache for a forward of some images of the batch, by their rows, and of some tokens of a scale that it
-        holds, `(num_rows, num_indices)`.
+        This cache for a forward of some images of the batch, by their places, and of some tokens of a scale that it
+        holds, `(num_images, num_indices)`.
         """
         view = copy.copy(self)
-        view.rows, view.token_indices = rows, token_indices
+        view.image_indices, view.token_indices = image_indices, token_indices
         return view
 
     def clone(self) -> "ScaleKVCache":
         """A cache of the same content, for forwards that others shall not see."""
         cloned = copy.copy(self)
-        cloned.buffers = {layer: tuple(part.clone() for part in pair) for layer, pair in self.buffers.items()}
+        cloned.buffers = {layer: tuple(states.clone() for states in pair) for layer, pair in self.buffers.items()}
         cloned.places = dict(self.places)
         return cloned
 
@@ -103,8 +103,8 @@ class ModulationCache:
     blocks: list[torch.Tensor] = field(default_factory=list)
     out: torch.Tensor | None = None
 
-    def select(self, rows: torch.Tensor) -> "ModulationCache":
-        """The modulations of some images, by their rows in the batch."""
+    def select(self, image_indices: torch.Tensor) -> "ModulationCache":
+        """The modulations of some images, by their places in the batch."""
         if self.out is None:
             return ModulationCache()
-        return ModulationCache([modulations[rows] for modulations in self.blocks], self.out[rows])
+        return ModulationCache([modulations[image_indices] for modulations in self.blocks], self.out[image_indices])

@@ -295,10 +295,10 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             raise ValueError(f"`timestep` must be one scale's with `token_indices`, got {timesteps}.")
         if kv_cache is None or kv_cache.is_read_only or timesteps[0] not in kv_cache.places:
             read_only = kv_cache is not None and kv_cache.is_read_only
-            found = "a read-only one" if read_only else None if kv_cache is None else kv_cache.timesteps
+            given = "a read-only one" if read_only else None if kv_cache is None else kv_cache.timesteps
             raise ValueError(
                 f"`kv_cache` must hold the timestep {timesteps[0]} and not be read only with `token_indices`, got"
-                f" {found}."
+                f" {given}."
             )
         tokens = self.token_slices[-1 - timesteps[0]]
         low, high = (bound.item() for bound in token_indices.aminmax())
@@ -377,7 +377,7 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         if token_indices is not None:
             self._check_token_indices(token_indices, timesteps, kv_cache)
             expected = (token_indices.shape[1], self.config.latent_channels)
-            kv_cache = kv_cache.select(kv_cache.rows, token_indices)
+            kv_cache = kv_cache.select(kv_cache.image_indices, token_indices)
         if hidden_states.ndim != 3 or tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(
                 f"`hidden_states` must have shape (batch, {expected[0]}, {expected[1]}) for the timesteps {timesteps},"
