@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
             finish_tokenizer(args, averaged, images, part="decoder")
         else:
             args.validation_guidance_scale = pipe.default_guidance_scale
-            finished = SRDDPipeline(averaged, pipe.transformer, pipe.scheduler, pipe.token_critic)
+            finished = SRDDPipeline(averaged, pipe.transformer, pipe.scheduler)
             finish_pipeline(args, finished, images, part="decoder")
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()

@@ -218,8 +218,10 @@ def main(args: argparse.Namespace) -> None:
     if args.adversarial_weight > 0:
         discriminator = PatchDiscriminator(config.out_channels, num_layers=args.discriminator_layers)
         rate = args.discriminator_learning_rate or args.learning_rate
-        critic_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=rate, betas=(0.5, 0.9), weight_decay=0.0)
-        discriminator, critic_optimizer = accelerator.prepare(discriminator, critic_optimizer)
+        discriminator_optimizer = torch.optim.AdamW(
+            discriminator.parameters(), lr=rate, betas=(0.5, 0.9), weight_decay=0.0
+        )
+        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
     run = TrainingRun(args, accelerator, model, schedule, stateful)
     weigh = TokenizerLosses(args, accelerator, tokenizer.decoder.conv_out.weight)
     needs_codes = run.step == 0 and not args.pretrained_model_name_or_path
@@ -233,25 +235,25 @@ def main(args: argparse.Namespace) -> None:
                     latents = accelerator.gather(tokenizer.encode(sample).latents)
                 revive(tokenizer, tracker, run.ema, latents, seed=args.seed)
                 needs_codes = False
-            critic = discriminator if run.step >= args.adversarial_start_step else None
+            adversary = discriminator if run.step >= args.adversarial_start_step else None
             output = model(sample, num_scales=kept_scales(args, len(config.scale_sizes), sample))
-            if critic is not None:
-                critic.requires_grad_(False)
-            losses = weigh(output, sample, accelerator.unwrap_model(critic) if critic is not None else None)
+            if adversary is not None:
+                adversary.requires_grad_(False)
+            losses = weigh(output, sample, accelerator.unwrap_model(adversary) if adversary is not None else None)
             run.check_finite(losses)
             accelerator.backward(losses["loss"])
             run.clip_gradients(model.parameters())
             optimizer.step()
             optimizer.zero_grad()
-            if critic is not None:
-                critic.requires_grad_(True)
-                logits = critic(torch.cat([sample, output.sample.detach()]))
+            if adversary is not None:
+                adversary.requires_grad_(True)
+                logits = adversary(torch.cat([sample, output.sample.detach()]))
                 losses["discriminator"] = discriminator_loss(*logits.float().chunk(2))
                 run.check_finite(losses)
                 accelerator.backward(losses["discriminator"])
-                run.clip_gradients(critic.parameters())
-                critic_optimizer.step()
-                critic_optimizer.zero_grad()
+                run.clip_gradients(adversary.parameters())
+                discriminator_optimizer.step()
+                discriminator_optimizer.zero_grad()
         num_images += len(sample)
         latents = accelerator.gather(output.latents.detach())
         if args.codebook_update == "ema" and not args.train_decoder_only:

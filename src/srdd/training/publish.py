@@ -26,7 +26,6 @@ SAVED_CONFIGS = [
     "config.json",
     "vqvae/config.json",
     "transformer/config.json",
-    "token_critic/config.json",
     "scheduler/scheduler_config.json",
 ]
 
@@ -39,13 +38,6 @@ reconstruction = vqvae.decode_tokens(token_ids).sample"""
 PIPELINE_SNIPPET = """from srdd import SRDDPipeline
 
 pipe = SRDDPipeline.from_pretrained("{name}")
-image = pipe({labels}{guidance}).images[0]"""
-
-CRITIC_SNIPPET = """from srdd import ScaleScheduler, SRDDPipeline
-
-pipe = SRDDPipeline.from_pretrained("{name}")
-policy = {"resampling_policy": "learned", "resampling_threshold": {threshold}, "resampling_feedback": None}
-pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, **policy)
 image = pipe({labels}{guidance}).images[0]"""
 
 
@@ -64,18 +56,13 @@ def finish_tokenizer(
 def finish_pipeline(args: Namespace, pipe: SRDDPipeline, images: LabelledImages, part: str | None = None) -> None:
     """
     Save a trained pipeline with its card in `output_dir`, and upload it if asked to. `part` is what alone was trained,
-    "token critic" or "decoder", or `None`.
+    "decoder", or `None`.
     """
     models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}
-    snippet = PIPELINE_SNIPPET
-    if pipe.token_critic is not None:
-        models["token_critic"] = pipe.token_critic
-    if part == "token critic":
-        snippet = CRITIC_SNIPPET.replace("{threshold}", str(args.validation_threshold))
     for model in models.values():
         _cast(model, args.save_dtype)
     pipe.save_pretrained(args.output_dir)
-    snippet = snippet.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
+    snippet = PIPELINE_SNIPPET.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
     distilled = pipe.transformer.config.guidance_distilled
     guidance = "" if distilled or not pipe.id2label else f", guidance_scale={args.validation_guidance_scale}"
     picture = "reconstruction" if part == "decoder" else "samples"

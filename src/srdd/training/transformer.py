@@ -8,8 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
-from srdd.models import ScaleKVCache
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.models.guidance import guide
 from srdd.models.transformer_scale_2d import ScaleAttnProcessor
 from srdd.training.data import LabelledImages
@@ -236,14 +235,10 @@ def validate(
 
 
 def draw(
-    args: Namespace,
-    model: ScaleTransformer2DModel,
-    vqvae: MultiScaleVQModel,
-    scheduler: ScaleScheduler,
-    token_critic: TokenCritic | None = None,
+    args: Namespace, model: ScaleTransformer2DModel, vqvae: MultiScaleVQModel, scheduler: ScaleScheduler
 ) -> list[torch.Tensor]:
     """Pictures of classes spread over all from fixed seeds, in rows of up to eight, pixels in [-1, 1]."""
-    pipe = SRDDPipeline(vqvae, model, scheduler, token_critic)
+    pipe = SRDDPipeline(vqvae, model, scheduler)
     pipe.set_progress_bar_config(disable=True)
     num_classes, count = model.config.num_classes, args.num_validation_images
     labels = [index * num_classes // count % num_classes for index in range(count)] if num_classes else None
@@ -263,7 +258,6 @@ def guided_distribution(
     class_labels: torch.LongTensor,
     scheduler: ScaleScheduler,
     guidance_scale: float,
-    kv_cache: ScaleKVCache | None = None,
 ) -> torch.Tensor:
     """
     Log-probabilities of a teacher under guidance (paper, Section 3.3 a), for all scales of a schedule at once.
@@ -274,13 +268,12 @@ def guided_distribution(
         class_labels (`torch.LongTensor` of shape `(batch,)`): Class ids; the null class gets no guidance.
         scheduler ([`ScaleScheduler`]): Its scales and its guidance ramp.
         guidance_scale (`float`): diffusers' `g`; 1 and below is off.
-        kv_cache ([`ScaleKVCache`], *optional*): Receives the scales as the conditional half has seen them.
 
     Returns:
         `torch.Tensor` of shape `(batch, num_tokens, codebook_size)`, float32.
     """
     timesteps = scheduler.scale_timesteps()
-    logits = teacher(inputs, timestep=timesteps, class_labels=class_labels, kv_cache=kv_cache).sample.float()
+    logits = teacher(inputs, timestep=timesteps, class_labels=class_labels).sample.float()
     if guidance_scale > 1:
         unconditional = teacher(inputs, timestep=timesteps).sample.float()
         weights = scheduler.guidance_weights(guidance_scale).to(logits)
