@@ -28,9 +28,9 @@ from speed import CPU_OPERATORS
 from torch.utils.flop_counter import FlopCounterMode
 
 from srdd import MultiScaleVQModel
+from srdd.data.images import image_to_tensor, load_labelled_images
 from srdd.models.fast_linear import multiplies_int8
 from srdd.training.arguments import positive_int
-from srdd.training.data import image_to_tensor, load_labelled_images
 from srdd.training.light_decoder import light_tokenizer
 
 

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from srdd.data.images import image_to_tensor, picture_grid, validation_images
 from srdd.evaluation.ablation_cells import AblationCells
 from srdd.evaluation.ablation_report import markdown, save_sweep
 from srdd.evaluation.ablations import Measurements, load_pipelines, read_tables
 from srdd.evaluation.features import load_features
 from srdd.training.arguments import add_data_arguments
-from srdd.training.data import image_to_tensor
-from srdd.training.loop import load_images, picture_grid, validation_images
+from srdd.training.loop import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -26,6 +26,7 @@ from PIL import Image
 
 import srdd
 from srdd import ScaleScheduler, SRDDPipeline
+from srdd.data.images import picture_grid
 from srdd.evaluation.collecting import collect
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages, FolderImages, ImageSource, PipelineImages
@@ -33,7 +34,7 @@ from srdd.evaluation.pairs import load_lpips
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, markdown_table
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_FEEDBACKS, RESAMPLING_POLICIES
 from srdd.training.arguments import add_data_arguments, int_list, positive_int
-from srdd.training.loop import check_processes, load_images, picture_grid
+from srdd.training.loop import check_processes, load_images
 
 
 def one_or_list(text: str) -> int | list[int]:

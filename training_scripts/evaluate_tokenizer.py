@@ -20,11 +20,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
+from srdd.data.images import picture_grid, training_transform
 from srdd.evaluation.features import EfficientNetLite0Features
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.training.arguments import add_data_arguments
-from srdd.training.data import training_transform
-from srdd.training.loop import load_images, picture_grid
+from srdd.training.loop import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

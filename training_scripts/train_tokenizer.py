@@ -16,23 +16,14 @@ from accelerate.utils import set_seed
 from diffusers.utils import logging
 
 from srdd import MultiScaleVQModel
+from srdd.data.images import AugmentedImages, picture_grid, training_transform, validation_images
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
 from srdd.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from srdd.training.arguments import add_pixel_loss_arguments, add_training_arguments, int_list, positive_int
 from srdd.training.averaging import AveragedWeights
 from srdd.training.codebook import CodebookTracker, low_usage
-from srdd.training.data import AugmentedImages, training_transform
-from srdd.training.loop import (
-    TrainingRun,
-    evaluation_copy,
-    load_images,
-    make_accelerator,
-    make_loader,
-    make_optimizer,
-    picture_grid,
-    validation_images,
-)
+from srdd.training.loop import TrainingRun, evaluation_copy, load_images, make_accelerator, make_loader, make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publish import finish_tokenizer
 

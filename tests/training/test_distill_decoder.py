@@ -20,7 +20,7 @@ from training.tiny_runs import (
 )
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.training.data import image_to_tensor, load_labelled_images
+from srdd.data.images import image_to_tensor, load_labelled_images
 from srdd.training.light_decoder import light_tokenizer
 
 

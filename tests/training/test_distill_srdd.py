@@ -10,7 +10,7 @@ import torch
 from training.tiny_runs import assert_same_weights, distill, load_script, read_log, run_script, weights
 
 from srdd import ScaleScheduler, SRDDPipeline
-from srdd.training.data import image_to_tensor, load_labelled_images
+from srdd.data.images import image_to_tensor, load_labelled_images
 from srdd.training.transformer import inference_scales
 
 

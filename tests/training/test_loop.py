@@ -5,7 +5,6 @@ import json
 import math
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +12,6 @@ from accelerate import Accelerator
 from PIL import Image
 
 from srdd.training.arguments import add_training_arguments, add_transformer_arguments, float_list, int_list
-from srdd.training.data import LabelledImages
 from srdd.training.loop import (
     TrainingRun,
     evaluation_copy,
@@ -21,9 +19,7 @@ from srdd.training.loop import (
     make_accelerator,
     make_loader,
     make_optimizer,
-    picture_grid,
     truncate_log,
-    validation_images,
 )
 
 
@@ -235,26 +231,6 @@ def test_there_may_be_no_log_yet(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_grid_has_rows_under_each_other():
-    rows = [torch.full((3, 3, 2, 4), value) for value in (-1.0, 0.0)]
-    rows[0][1, 0] = 1.0  # the red of the second picture in the first row
-    rows[1][2] = 7.0  # clipped
-    picture = picture_grid(rows)
-    assert picture.shape == (4, 12, 3)
-    assert picture.dtype == np.uint8
-    expected = np.zeros((4, 12, 3), dtype=np.uint8)
-    expected[:2, 4:8, 0] = 255
-    expected[2:] = 128
-    expected[2:, 8:] = 255
-    np.testing.assert_array_equal(picture, expected)
-
-
-def test_a_picture_grid_shows_pixels_as_they_are():
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
-    row = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    np.testing.assert_array_equal(picture_grid([row]), np.concatenate(pixels, axis=1))
-
-
 def test_a_batch_needs_enough_images(tmp_path):
     args = parse(tmp_path, "--train_batch_size", 5)
     with pytest.raises(
@@ -301,23 +277,6 @@ def test_optimizer_and_schedule_follow_the_arguments(tmp_path):
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25, 0])
-
-
-def some_images(num_train: int, num_validation: int | None) -> LabelledImages:
-    def split(start, length):
-        return datasets.Dataset.from_dict({"image": list(range(start, start + length))})
-
-    validation = None if num_validation is None else split(100, num_validation)
-    return LabelledImages(split(0, num_train), validation, "image", None, {})
-
-
-def test_validation_images_are_always_the_same_and_held_out_if_possible():
-    held_out = validation_images(some_images(20, 10), 4)["image"][:]
-    assert len(held_out) == 4
-    assert min(held_out) >= 100
-    assert held_out == validation_images(some_images(30, 10), 4)["image"][:]
-    assert max(validation_images(some_images(20, None), 4)["image"][:]) < 20
-    assert len(validation_images(some_images(20, 3), 4)) == 3
 
 
 def test_settings_reach_the_tracker_without_the_token(tmp_path):

@@ -17,7 +17,7 @@ from tiny_models import tiny_pipeline, tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, read_log, train_tokenizer, train_transformer
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.training.data import LabelledImages
+from srdd.data.images import LabelledImages
 from srdd.training.publish import draw_curve, finish_pipeline, finish_tokenizer, model_card, not_published
 
 

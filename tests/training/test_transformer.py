@@ -10,8 +10,8 @@ from tiny_models import CODEBOOK_SIZE, ID2LABEL, tiny_pipeline, tiny_scheduler, 
 from torch.utils.data import DataLoader
 
 from srdd import ScaleKVCache
+from srdd.data.token_cache import TokenDataset
 from srdd.pipelines.scale_sampling import GuidedTransformer
-from srdd.training.token_cache import TokenDataset
 from srdd.training.transformer import (
     cross_entropy,
     draw,

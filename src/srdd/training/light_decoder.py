@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
+from srdd.data.images import AugmentedImages, LabelledImages, training_transform, validation_images
 from srdd.evaluation.reconstruction import evaluate_reconstruction
-from srdd.training.data import AugmentedImages, LabelledImages, training_transform
-from srdd.training.loop import train_model, validation_images
+from srdd.training.loop import train_model
 from srdd.training.pixel_losses import PixelLosses
 
 

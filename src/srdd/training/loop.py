@@ -20,9 +20,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from srdd.data.images import LabelledImages, load_labelled_images, picture_grid
 from srdd.training.averaging import AveragedWeights
 from srdd.training.checkpoints import remove_partial_checkpoints, resume, save_checkpoint
-from srdd.training.data import LabelledImages, load_labelled_images
 
 
 LOSS_LOG = "train_log.jsonl"
@@ -96,12 +96,6 @@ def load_images(args: Namespace, label_column: str | None, max_train_samples: in
         strict=args.strict_data,
         num_proc=args.preprocessing_num_workers,
     )
-
-
-def validation_images(images: LabelledImages, count: int) -> datasets.Dataset:
-    """At most `count` images, always the same: of the validation split, or of the training split without one."""
-    split = images.validation if images.validation is not None else images.train
-    return split.shuffle(seed=0).select(range(min(count, len(split))))
 
 
 def make_loader(args: Namespace, dataset: Dataset, num_processes: int = 1) -> DataLoader:
@@ -397,18 +391,3 @@ def truncate_log(path: Path, last_step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
-
-
-def picture_grid(rows: list[torch.Tensor]) -> np.ndarray:
-    """
-    Lay equally long rows of pictures under each other.
-
-    Args:
-        rows (`list[torch.Tensor]`): Each of shape `(num_images, 3, height, width)`, pixels in [-1, 1].
-
-    Returns:
-        `np.ndarray` of shape `(len(rows) * height, num_images * width, 3)`, uint8.
-    """
-    strips = [torch.cat(list(row.float().clamp(-1, 1)), dim=-1) for row in rows]
-    picture = torch.cat(strips, dim=-2).add(1).mul(127.5).round().to(torch.uint8)
-    return picture.permute(1, 2, 0).cpu().numpy()

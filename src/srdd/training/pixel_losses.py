@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import torch
 
-from srdd.training.perceptual import EfficientNetPerceptualLoss
+from srdd.evaluation.perceptual_distance import EfficientNetPerceptualLoss
 
 
 class PixelLosses:

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from srdd import MultiScaleVQModel, SRDDPipeline, __version__
-from srdd.training.data import LabelledImages
+from srdd.data.images import LabelledImages
 from srdd.training.loop import LOSS_LOG
 
 

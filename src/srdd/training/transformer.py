@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd.data.images import LabelledImages, validation_images
+from srdd.data.token_cache import TokenDataset, cached_tokens
 from srdd.models.guidance import guide
 from srdd.models.transformer_scale_2d import ScaleAttnProcessor
-from srdd.training.data import LabelledImages
-from srdd.training.loop import ComputeValues, train_model, validation_images
+from srdd.training.loop import ComputeValues, train_model
 from srdd.training.losses import TokenLoss, token_loss
-from srdd.training.token_cache import TokenDataset, cached_tokens
 
 
 # Called with the transformer and a batch of `"token_ids"` and `"labels"`; returns terms by name, `"loss"` being their
