@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from srdd import MultiScaleVQModel
 from srdd.data.images import image_to_tensor, load_labelled_images
 from srdd.models.fast_linear import multiplies_int8
-from srdd.training.arguments import positive_int
 from srdd.training.light_decoder import light_tokenizer
+from srdd.training.settings import positive_int
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -24,8 +24,8 @@ from srdd.evaluation.ablation_cells import AblationCells
 from srdd.evaluation.ablation_report import markdown, save_sweep
 from srdd.evaluation.ablations import Measurements, load_pipelines, read_tables
 from srdd.evaluation.features import load_features
-from srdd.training.arguments import add_data_arguments
-from srdd.training.loop import load_images
+from srdd.training.settings import add_data_arguments
+from srdd.training.training_data import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -16,10 +16,11 @@ import sys
 from accelerate.utils import set_seed
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.training.arguments import add_pixel_loss_arguments, add_training_arguments, int_list
+from srdd.training.accelerator import make_accelerator
 from srdd.training.light_decoder import distill_decoder, light_tokenizer
-from srdd.training.loop import load_images, make_accelerator
-from srdd.training.publish import finish_pipeline, finish_tokenizer
+from srdd.training.publishing import finish_pipeline, finish_tokenizer
+from srdd.training.settings import add_pixel_loss_arguments, add_training_arguments, int_list
+from srdd.training.training_data import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

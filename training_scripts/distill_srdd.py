@@ -25,16 +25,12 @@ from accelerate.utils import set_seed
 from diffusers.utils import logging
 
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.training.arguments import add_training_arguments, add_transformer_arguments, int_list
-from srdd.training.loop import load_images, make_accelerator
-from srdd.training.publish import CARD, finish_pipeline
-from srdd.training.transformer import (
-    cross_entropy,
-    guided_distribution,
-    inference_scales,
-    load_tokens_of,
-    train_transformer,
-)
+from srdd.training.accelerator import make_accelerator
+from srdd.training.guided_distillation import guided_distribution
+from srdd.training.publishing import CARD, finish_pipeline
+from srdd.training.settings import add_training_arguments, add_transformer_arguments, int_list
+from srdd.training.training_data import load_images, load_tokens_of
+from srdd.training.training_run import cross_entropy, train_transformer
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +85,7 @@ def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) 
     )
     null_class = teacher.config.num_classes
     dropout = 0.0 if guided else teacher.config.class_dropout_prob
-    tokens = load_tokens_of(args, accelerator, "teacher", teacher_pipe, images, inference_scales(scheduler))
+    tokens = load_tokens_of(args, accelerator, "teacher", teacher_pipe, images, scheduler.scales)
     loss = cross_entropy(args, vqvae, scheduler)
 
     def compute_loss(model, batch):
@@ -99,7 +95,7 @@ def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) 
         losses = {"loss": args.ce_weight * result.loss, "cross_entropy": result.loss}
         if args.kl_weight > 0:
             with torch.no_grad():
-                inputs = vqvae.teacher_forcing_inputs(batch["token_ids"], inference_scales(scheduler))
+                inputs = vqvae.teacher_forcing_inputs(batch["token_ids"], scheduler.scales)
                 wanted = guided_distribution(teacher, inputs, labels, scheduler, args.guidance_scale)
             drawn = logits.float().log_softmax(dim=-1)
             losses["kl"] = F.kl_div(drawn.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")

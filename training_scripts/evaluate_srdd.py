@@ -33,8 +33,9 @@ from srdd.evaluation.image_sources import DataSetImages, FolderImages, ImageSour
 from srdd.evaluation.pairs import load_lpips
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, markdown_table
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_FEEDBACKS, RESAMPLING_POLICIES
-from srdd.training.arguments import add_data_arguments, int_list, positive_int
-from srdd.training.loop import check_processes, load_images
+from srdd.training.accelerator import check_processes
+from srdd.training.settings import add_data_arguments, int_list, positive_int
+from srdd.training.training_data import load_images
 
 
 def one_or_list(text: str) -> int | list[int]:

@@ -23,8 +23,8 @@ from srdd import MultiScaleVQModel
 from srdd.data.images import picture_grid, training_transform
 from srdd.evaluation.features import EfficientNetLite0Features
 from srdd.evaluation.reconstruction import evaluate_reconstruction
-from srdd.training.arguments import add_data_arguments
-from srdd.training.loop import load_images
+from srdd.training.settings import add_data_arguments
+from srdd.training.training_data import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -18,10 +18,11 @@ from diffusers.models.attention_dispatch import attention_backend
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS, MaskedScaleAttnProcessor
-from srdd.training.arguments import add_training_arguments, add_transformer_arguments
-from srdd.training.loop import load_images, make_accelerator
-from srdd.training.publish import finish_pipeline
-from srdd.training.transformer import cross_entropy, load_tokens, train_transformer
+from srdd.training.accelerator import make_accelerator
+from srdd.training.publishing import finish_pipeline
+from srdd.training.settings import add_training_arguments, add_transformer_arguments
+from srdd.training.training_data import load_images, load_tokens
+from srdd.training.training_run import cross_entropy, train_transformer
 
 
 # What LoRA adapts: attention and MLP of every block.

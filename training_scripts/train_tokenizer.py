@@ -19,13 +19,16 @@ from srdd import MultiScaleVQModel
 from srdd.data.images import AugmentedImages, picture_grid, training_transform, validation_images
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
-from srdd.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from srdd.training.arguments import add_pixel_loss_arguments, add_training_arguments, int_list, positive_int
-from srdd.training.averaging import AveragedWeights
-from srdd.training.codebook import CodebookTracker, low_usage
-from srdd.training.loop import TrainingRun, evaluation_copy, load_images, make_accelerator, make_loader, make_optimizer
+from srdd.training.accelerator import make_accelerator
+from srdd.training.adversarial_loss import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from srdd.training.averaged_weights import AveragedWeights
+from srdd.training.codebook_upkeep import CodebookTracker, low_usage
+from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
-from srdd.training.publish import finish_tokenizer
+from srdd.training.publishing import finish_tokenizer
+from srdd.training.settings import add_pixel_loss_arguments, add_training_arguments, int_list, positive_int
+from srdd.training.training_data import load_images, make_loader
+from srdd.training.training_run import TrainingRun, evaluation_copy
 
 
 logger = logging.get_logger(__name__)

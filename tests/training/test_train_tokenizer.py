@@ -13,7 +13,7 @@ from training.tiny_runs import assert_same_weights, load_script, read_log, train
 from srdd import MultiScaleVQModel
 from srdd.data.images import AugmentedImages, image_to_tensor, load_labelled_images
 from srdd.scales import default_scale_sizes
-from srdd.training.adversarial import PatchDiscriminator, generator_loss
+from srdd.training.adversarial_loss import PatchDiscriminator, generator_loss
 
 
 SCRIPT = load_script("train_tokenizer")

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from srdd import MultiScaleVQModel
 from srdd.data.images import AugmentedImages, LabelledImages, training_transform, validation_images
 from srdd.evaluation.reconstruction import evaluate_reconstruction
-from srdd.training.loop import train_model
 from srdd.training.pixel_losses import PixelLosses
+from srdd.training.training_run import train_model
 
 
 def light_tokenizer(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from srdd.training.losses import token_loss
+from srdd.training.token_loss import token_loss
 
 
 SCALE_SIZES = [[1, 1], [1, 2], [2, 2]]

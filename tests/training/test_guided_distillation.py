@@ -12,14 +12,10 @@ from torch.utils.data import DataLoader
 from srdd import ScaleKVCache
 from srdd.data.token_cache import TokenDataset
 from srdd.pipelines.scale_sampling import GuidedTransformer
-from srdd.training.transformer import (
-    cross_entropy,
-    draw,
-    guided_distribution,
-    inference_scales,
-    parameter_groups,
-    validate,
-)
+from srdd.training.guided_distillation import guided_distribution
+from srdd.training.optimizer import parameter_groups
+from srdd.training.training_run import cross_entropy
+from srdd.training.validation import draw, validate
 
 
 SCHEDULES = {"all scales": {}, "fewer scales": {"scales": [1, 4]}, "constant": {"guidance_schedule": "constant"}}
@@ -41,7 +37,7 @@ def make_batch(scheduler, count: int = 5) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("guidance_scale", [0.5, 1.0, 2.5])
 def test_a_teachers_distribution_is_what_the_pipeline_draws_from(pattern, overrides, guidance_scale):
     vqvae, teacher, scheduler = tiny_vqvae(), tiny_transformer(pattern), tiny_scheduler(**overrides)
-    batch, scale_sizes = make_batch(scheduler), inference_scales(scheduler)
+    batch, scale_sizes = make_batch(scheduler), scheduler.scales
     labels = batch["labels"].clone()
     labels[1] = len(ID2LABEL)  # the null class
     inputs = vqvae.teacher_forcing_inputs(batch["token_ids"], scale_sizes)
@@ -79,12 +75,6 @@ def test_guidance_grows_over_the_scales_and_spares_the_null_class():
     torch.testing.assert_close(guided[0], plain[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("overrides", SCHEDULES.values(), ids=SCHEDULES)
-def test_scales_of_a_schedule_are_those_of_the_config(overrides):
-    expected = [[side, side] for side in overrides.get("scales", (1, 2, 4))]
-    assert inference_scales(tiny_scheduler(**overrides)) == expected
-
-
 def arguments(**overrides) -> Namespace:
     values = {
         "label_smoothing": 0.0,
@@ -109,7 +99,7 @@ def test_cross_entropy_is_the_probability_of_the_next_scale(pattern, overrides):
         for token in range(scheduler.num_tokens):
             total -= log_probabilities[image, token, batch["token_ids"][image, token]].item()
     assert result.loss.item() == pytest.approx(total / (5 * scheduler.num_tokens), abs=1e-4)
-    assert result.per_scale.shape == (len(inference_scales(scheduler)),)
+    assert result.per_scale.shape == (len(scheduler.scales),)
     # What is read of the pyramid is the state before each scale: the finest tokens change no logits.
     changed = {**batch, "token_ids": batch["token_ids"].clone()}
     changed["token_ids"][:, scheduler.token_slice(0)] += 1

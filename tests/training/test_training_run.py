@@ -11,16 +11,11 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from srdd.training.arguments import add_training_arguments, add_transformer_arguments, float_list, int_list
-from srdd.training.loop import (
-    TrainingRun,
-    evaluation_copy,
-    learning_rate,
-    make_accelerator,
-    make_loader,
-    make_optimizer,
-    truncate_log,
-)
+from srdd.training.accelerator import make_accelerator
+from srdd.training.optimizer import learning_rate, make_optimizer
+from srdd.training.settings import add_training_arguments, add_transformer_arguments, float_list, int_list
+from srdd.training.training_data import make_loader
+from srdd.training.training_run import TrainingRun, evaluation_copy, truncate_log
 
 
 def parse(output_dir: Path | str, *arguments) -> argparse.Namespace:

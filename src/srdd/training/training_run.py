@@ -2,27 +2,28 @@
 
 import copy
 import json
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import datasets
-import diffusers
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate import Accelerator
 from diffusers import ModelMixin
-from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from srdd.data.images import LabelledImages, load_labelled_images, picture_grid
-from srdd.training.averaging import AveragedWeights
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel
+from srdd.data.images import picture_grid
+from srdd.models.transformer_scale_2d import ScaleAttnProcessor
+from srdd.training.averaged_weights import AveragedWeights
 from srdd.training.checkpoints import remove_partial_checkpoints, resume, save_checkpoint
+from srdd.training.optimizer import make_optimizer, parameter_groups
+from srdd.training.token_loss import TokenLoss, token_loss
+from srdd.training.training_data import TokenData, make_loader
+from srdd.training.validation import draw, validate
 
 
 LOSS_LOG = "train_log.jsonl"
@@ -32,119 +33,6 @@ LOSS_LOG = "train_log.jsonl"
 ComputeValues = Callable[
     [torch.nn.Module, dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 ]
-
-
-def make_accelerator(args: Namespace) -> Accelerator:
-    """
-    An `Accelerator` set up from the common arguments, with its tracker started.
-
-    Raises:
-        ValueError: If several processes were launched that do not know of each other.
-    """
-    report_to = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(
-        # A step may take batches of two epochs; by default accelerate ends it with the epoch.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        mixed_precision=args.mixed_precision,
-        log_with=report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    check_processes(accelerator)
-    if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        if report_to is not None:
-            settings = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
-            settings.pop("hub_token", None)
-            accelerator.init_trackers(Path(args.output_dir).name or "srdd", config=settings)
-    if not accelerator.is_local_main_process:
-        diffusers.utils.logging.set_verbosity_error()
-        datasets.disable_progress_bars()
-    return accelerator
-
-
-def check_processes(accelerator: Accelerator) -> None:
-    """
-    Make sure that the processes that were launched work together.
-
-    Raises:
-        ValueError: If several processes were launched that do not know of each other.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
-            f" {launched}. Without GPUs, set ACCELERATE_USE_CPU=true."
-        )
-
-
-def load_images(args: Namespace, label_column: str | None, max_train_samples: int | None = None) -> LabelledImages:
-    """The data set that the data arguments name; `label_column` is `None` for data without labels."""
-    return load_labelled_images(
-        dataset_name=args.dataset_name,
-        train_data_dir=args.train_data_dir,
-        dataset_config_name=args.dataset_config_name,
-        image_column=args.image_column,
-        label_column=label_column,
-        cache_dir=args.cache_dir,
-        max_train_samples=max_train_samples,
-        seed=args.seed,
-        min_image_size=args.min_image_size,
-        strict=args.strict_data,
-        num_proc=args.preprocessing_num_workers,
-    )
-
-
-def make_loader(args: Namespace, dataset: Dataset, num_processes: int = 1) -> DataLoader:
-    """
-    Shuffled batches of `train_batch_size`.
-
-    Raises:
-        ValueError: If there are fewer images than all processes need for one batch each.
-    """
-    largest = len(dataset) // num_processes
-    if args.train_batch_size > largest:
-        raise ValueError(
-            f"`train_batch_size` must be at most {largest}, the number of training images ({len(dataset)}) over that"
-            f" of processes ({num_processes}), got {args.train_batch_size}."
-        )
-    return DataLoader(
-        dataset,
-        batch_size=args.train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=args.dataloader_num_workers,
-        generator=torch.Generator().manual_seed(args.seed),
-    )
-
-
-def learning_rate(args: Namespace, num_processes: int) -> float:
-    """`--learning_rate`, for the number of images in a step if `--scale_lr` is set."""
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    return args.learning_rate * (images_per_step / 256 if args.scale_lr else 1)
-
-
-def make_optimizer(
-    args: Namespace, parameters: Iterable, num_processes: int = 1
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW and its learning rate schedule over `max_train_steps` (in optimizer steps on every process)."""
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=learning_rate(args, num_processes),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
-    )
-    return optimizer, schedule
 
 
 class TrainingRun:
@@ -391,3 +279,115 @@ def truncate_log(path: Path, last_step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
+
+
+ComputeLoss = Callable[[torch.nn.Module, dict[str, torch.Tensor]], tuple[dict[str, torch.Tensor], TokenLoss]]
+
+# Called with the averaged model and batches of held-out pyramids; returns metrics, a `"loss"` among them, and rows of
+# pictures in [-1, 1].
+
+
+Evaluate = Callable[[torch.nn.Module, DataLoader], tuple[dict, list[torch.Tensor]]]
+
+
+def train_transformer(
+    args: Namespace,
+    accelerator: Accelerator,
+    model: ScaleTransformer2DModel,
+    vqvae: MultiScaleVQModel,
+    tokens: TokenData,
+    scheduler: ScaleScheduler,
+    compute_loss: ComputeLoss,
+) -> ScaleTransformer2DModel:
+    """
+    Train on cached pyramids, with averaged weights, logs, pictures and checkpoints.
+
+    Args:
+        args (`Namespace`): The common arguments.
+        accelerator (`Accelerator`): Nothing prepared yet.
+        model ([`ScaleTransformer2DModel`]): The transformer.
+        vqvae ([`MultiScaleVQModel`]): The tokenizer, frozen and on its device.
+        tokens ([`TokenData`]): Pyramids over the scheduler's scales.
+        scheduler ([`ScaleScheduler`]): The scales to train.
+        compute_loss (`ComputeLoss`): The loss of a batch.
+
+    Returns:
+        [`ScaleTransformer2DModel`]: A copy with the averaged weights.
+
+    Raises:
+        FloatingPointError: If loss or gradients are not finite; names the step and the scales.
+    """
+    scale_sizes = scheduler.scales
+
+    def compute_values(model: torch.nn.Module, batch: dict[str, torch.Tensor]):
+        losses, statistics = compute_loss(model, batch)
+        losses = {**losses, **by_scale("loss", scale_sizes, statistics.per_scale)}
+        return losses, by_scale("accuracy", scale_sizes, statistics.accuracy)
+
+    def evaluate(averaged: torch.nn.Module, loader: DataLoader):
+        # A backend for training may want what the copy does not have: compiled blocks.
+        averaged.set_attn_processor(ScaleAttnProcessor())
+        return validate(averaged, vqvae, loader, scheduler), draw(args, averaged, vqvae, scheduler)
+
+    return train_on_tokens(args, accelerator, model, tokens, compute_values, evaluate)
+
+
+def by_scale(name: str, scale_sizes: list[list[int]], values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One value for each scale, named as in the loss log."""
+    return {f"{name}/{height}x{width}": value for (height, width), value in zip(scale_sizes, values)}
+
+
+def train_on_tokens(
+    args: Namespace,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    tokens: TokenData,
+    compute_values: ComputeValues,
+    evaluate: Evaluate,
+) -> torch.nn.Module:
+    """
+    The loop of [`train_transformer`], for any model that learns from cached pyramids.
+
+    Args:
+        args (`Namespace`): The common arguments.
+        accelerator (`Accelerator`): Nothing prepared yet.
+        model (`torch.nn.Module`): The model.
+        tokens ([`TokenData`]): The pyramids.
+        compute_values (`ComputeValues`): The loss of a batch.
+        evaluate (`Evaluate`): Validation.
+
+    Returns:
+        `torch.nn.Module`: A copy with the averaged weights.
+
+    Raises:
+        FloatingPointError: If loss or gradients are not finite; names the step and the losses.
+    """
+    validation_loader = DataLoader(tokens.validation, batch_size=args.train_batch_size)
+    return train_model(
+        args,
+        accelerator,
+        model,
+        parameter_groups(model, args.adam_weight_decay),
+        tokens.train,
+        compute_values,
+        evaluate=lambda averaged: evaluate(averaged, validation_loader),
+        count_items=lambda batch: batch["token_ids"].numel(),
+        unit="tok",
+        picture="samples",
+    )
+
+
+def cross_entropy(
+    args: Namespace, vqvae: MultiScaleVQModel, scheduler: ScaleScheduler
+) -> Callable[[torch.nn.Module, dict[str, torch.Tensor]], tuple[torch.Tensor, TokenLoss]]:
+    """A function of the transformer and a batch that returns logits and their [`TokenLoss`] (paper, Equation 7)."""
+    scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
+
+    def compute(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, TokenLoss]:
+        inputs = vqvae.teacher_forcing_inputs(batch["token_ids"], scale_sizes)
+        logits = model(inputs, timestep=timesteps, class_labels=batch["labels"]).sample
+        return logits, token_loss(
+            logits, batch["token_ids"], scale_sizes, args.label_smoothing, args.scale_loss_weights
+        )
+
+    return compute

@@ -1,123 +1,19 @@
-"""The end of a training run: the finished folder with its model card, and its upload to the Hub."""
+"""The model card of a finished run, and the curve in it."""
 
-import json
 import shlex
-import shutil
 from argparse import Namespace
 from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import ModelMixin
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from srdd import MultiScaleVQModel, SRDDPipeline, __version__
+from srdd import __version__
 from srdd.data.images import LabelledImages
-from srdd.training.loop import LOSS_LOG
 
 
-CARD = "README.md"
-# Of the folder of a run, what does not belong to the finished model.
-NOT_PUBLISHED = ["checkpoint-*", "partial-*", "stage-*", "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"]
 # Of a configuration, what the card's table leaves out.
 NOT_IN_TABLE = ("id2label", "scale_sizes", "up_block_types", "down_block_types")
-SAVED_CONFIGS = [
-    "model_index.json",
-    "config.json",
-    "vqvae/config.json",
-    "transformer/config.json",
-    "scheduler/scheduler_config.json",
-]
-
-TOKENIZER_SNIPPET = """from srdd import MultiScaleVQModel
-
-vqvae = MultiScaleVQModel.from_pretrained("{name}")
-token_ids = vqvae.tokenize(pixels)  # (batch, num_tokens), from pixels in [-1, 1]
-reconstruction = vqvae.decode_tokens(token_ids).sample"""
-
-PIPELINE_SNIPPET = """from srdd import SRDDPipeline
-
-pipe = SRDDPipeline.from_pretrained("{name}")
-image = pipe({labels}{guidance}).images[0]"""
-
-
-def finish_tokenizer(
-    args: Namespace, model: MultiScaleVQModel, images: LabelledImages, part: str | None = None
-) -> None:
-    """
-    Save a trained tokenizer with its card in `output_dir`, and upload it if asked to. `part` is what alone was
-    trained, or `None`.
-    """
-    _cast(model, args.save_dtype)
-    model.save_pretrained(args.output_dir)
-    _publish(args, images, {"tokenizer": model}, TOKENIZER_SNIPPET, "reconstruction", part)
-
-
-def finish_pipeline(args: Namespace, pipe: SRDDPipeline, images: LabelledImages, part: str | None = None) -> None:
-    """
-    Save a trained pipeline with its card in `output_dir`, and upload it if asked to. `part` is what alone was trained,
-    "decoder", or `None`.
-    """
-    models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}
-    for model in models.values():
-        _cast(model, args.save_dtype)
-    pipe.save_pretrained(args.output_dir)
-    snippet = PIPELINE_SNIPPET.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
-    distilled = pipe.transformer.config.guidance_distilled
-    guidance = "" if distilled or not pipe.id2label else f", guidance_scale={args.validation_guidance_scale}"
-    picture = "reconstruction" if part == "decoder" else "samples"
-    _publish(args, images, models, snippet.replace("{guidance}", guidance), picture, part)
-
-
-def _cast(model: ModelMixin, dtype: str) -> None:
-    """Cast all weights of a model; not by diffusers' own `to`, which warns of every cast."""
-    torch.nn.Module.to(model, getattr(torch, dtype))
-
-
-def _publish(
-    args: Namespace, images: LabelledImages, models: dict, snippet: str, picture: str, part: str | None
-) -> None:
-    folder = Path(args.output_dir)
-    for name in SAVED_CONFIGS:
-        _forget_local_paths(folder / name)
-    drawn = folder / f"{picture}-{args.max_train_steps:06d}.png"
-    if drawn.is_file():
-        shutil.copyfile(drawn, folder / f"{picture}.png")
-    log = [json.loads(line) for line in (folder / LOSS_LOG).read_text(encoding="utf-8").splitlines()]
-    draw_curve(log, folder / "training_curve.png")
-
-    def write_card(repository: str) -> None:
-        text = model_card(args, images, models, snippet.replace("{name}", repository), picture, log, part)
-        # The card comes last and at once: a folder with a card is finished.
-        partial = folder / "README.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / CARD)
-
-    repository = args.hub_model_id or folder.name
-    write_card(repository)
-    if args.push_to_hub:
-        api = HfApi(token=args.hub_token)
-        repository = api.create_repo(repository, exist_ok=True).repo_id
-        write_card(repository)  # now with the account in its name, as others need it
-        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=not_published(args))
-
-
-def not_published(args: Namespace) -> list[str]:
-    """Patterns of what stays at home: checkpoints, and logs and caches where they lie in the folder of the run."""
-    folder = Path(args.output_dir).resolve()
-    places = [folder / args.logging_dir, args.cache_dir, getattr(args, "token_cache_dir", None)]
-    places = [Path(place).resolve() for place in places if place is not None]
-    inside = [place.relative_to(folder).as_posix() for place in places if place.is_relative_to(folder)]
-    return [*NOT_PUBLISHED, *(f"{place}/*" for place in inside)]
-
-
-def _forget_local_paths(path: Path) -> None:
-    """Drop from a saved configuration, if there is one, where the trainer's machine had its parts."""
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.pop("_name_or_path", None) is not None:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def draw_curve(log: list[dict], path: Path) -> None:

@@ -18,7 +18,8 @@ from training.tiny_runs import assert_same_weights, read_log, train_tokenizer, t
 
 from srdd import MultiScaleVQModel, SRDDPipeline
 from srdd.data.images import LabelledImages
-from srdd.training.publish import draw_curve, finish_pipeline, finish_tokenizer, model_card, not_published
+from srdd.training.model_card import draw_curve, model_card
+from srdd.training.publishing import finish_pipeline, finish_tokenizer, not_published
 
 
 QUIET = ["--report_to", "none", "--max_train_steps", 1]
