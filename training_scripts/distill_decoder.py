@@ -13,14 +13,21 @@ L2). `output_dir` holds what the teacher is, a whole pipeline or a tokenizer, wi
 import argparse
 import sys
 
+import torch
 from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd.data.images import AugmentedImages, training_transform, validation_images
+from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.training.accelerator import make_accelerator
-from srdd.training.light_decoder import distill_decoder, light_tokenizer
+from srdd.training.light_decoder import light_tokenizer
+from srdd.training.optimizer import make_optimizer
+from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_pipeline, finish_tokenizer
 from srdd.training.settings import add_pixel_loss_arguments, add_training_arguments, int_list
-from srdd.training.training_data import load_images
+from srdd.training.training_data import load_images, make_loader
+from srdd.training.training_run import TrainingRun, evaluation_copy
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -68,23 +75,67 @@ def load_teacher(name: str) -> tuple[SRDDPipeline | None, MultiScaleVQModel]:
 
 def main(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(args)
-    pipe, teacher = load_teacher(args.teacher)
-    set_seed(args.seed)  # the new weights must be the same in every process
-    light = light_tokenizer(
-        teacher, args.decoder_block_out_channels, args.decoder_layers_per_block, args.decoder_mid_block_add_attention
-    )
+    teacher_pipe, teacher = load_teacher(args.teacher)
     teacher.requires_grad_(False).eval().to(accelerator.device)
+    set_seed(args.seed)  # the new weights must be the same in every process
+    model = light_tokenizer(
+        teacher, args.decoder_block_out_channels, args.decoder_layers_per_block, args.decoder_mid_block_add_attention
+    ).to(memory_format=torch.channels_last)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     with accelerator.main_process_first():
         images = load_images(args, None, args.max_train_samples)
     set_seed(args.seed, device_specific=True)
-    averaged = distill_decoder(args, accelerator, light, teacher, images)
+    resolution = teacher.config.scale_sizes[-1][0] * teacher.spatial_compression_ratio
+    augmented = AugmentedImages(images, resolution, not args.center_crop, args.random_flip, args.seed)
+    loader = make_loader(args, augmented, accelerator.num_processes)
+    validation = validation_images(images, 512).with_transform(training_transform(images, resolution))
+    validation_loader = DataLoader(validation, batch_size=args.train_batch_size)
+
+    averaged = evaluation_copy(model, accelerator)
+    optimizer, schedule = make_optimizer(args, model.decoder.parameters(), accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    pixel_losses = PixelLosses(args, accelerator.device)
+    run = TrainingRun(args, accelerator, model, schedule)
+    for batch in run.batches(loader):
+        with accelerator.accumulate(model):
+            sample = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+            output, losses = model(sample), {}
+            if args.image_weight > 0:
+                for name, value in pixel_losses(output.sample, sample).items():
+                    losses[f"image_{name}"] = args.image_weight * value
+            if args.teacher_weight > 0:
+                with torch.no_grad():
+                    target = teacher.decode_tokens(output.token_ids).sample.clamp(-1, 1)
+                for name, value in pixel_losses(output.sample, target, with_perceptual=False).items():
+                    losses[f"teacher_{name}"] = args.teacher_weight * value
+            losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
+            run.check_finite(losses)
+            accelerator.backward(losses["loss"])
+            run.clip_gradients(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        run.finish_step(losses)
+        if run.is_due(args.validation_steps):
+            run.averaged_model(averaged)
+            if accelerator.is_main_process:
+                metrics, pictures = evaluate_reconstruction(
+                    averaged, validation_loader, args.num_validation_images, teacher=teacher
+                )
+                run.record_validation(metrics, "reconstruction", pictures)
+        run.checkpoint()
+
+    run.averaged_model(averaged)
+    run.close()
     if accelerator.is_main_process:
-        if pipe is None:
+        if teacher_pipe is None:
             finish_tokenizer(args, averaged, images, part="decoder")
         else:
-            args.validation_guidance_scale = pipe.default_guidance_scale
-            finished = SRDDPipeline(averaged, pipe.transformer, pipe.scheduler)
-            finish_pipeline(args, finished, images, part="decoder")
+            args.validation_guidance_scale = teacher_pipe.default_guidance_scale
+            pipe = SRDDPipeline(averaged, teacher_pipe.transformer, teacher_pipe.scheduler)
+            finish_pipeline(args, pipe, images, part="decoder")
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

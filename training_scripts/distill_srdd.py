@@ -19,18 +19,21 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers.utils import logging
+from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.training.accelerator import make_accelerator
-from srdd.training.guided_distillation import guided_distribution
+from srdd.training.guided_distillation import guided_divergence
+from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import CARD, finish_pipeline
 from srdd.training.settings import add_training_arguments, add_transformer_arguments, int_list
-from srdd.training.training_data import load_images, load_tokens_of
-from srdd.training.training_run import cross_entropy, train_transformer
+from srdd.training.token_loss import token_loss
+from srdd.training.training_data import load_images, load_tokens, make_loader
+from srdd.training.training_run import TrainingRun, evaluation_copy
+from srdd.training.validation import draw, validate
 
 
 logger = logging.get_logger(__name__)
@@ -70,6 +73,15 @@ def stages(args: argparse.Namespace, config: dict) -> list[tuple[Path, ScaleSche
     return list(zip([*folders, Path(args.output_dir)], schedules))
 
 
+def check_classes(id2label: dict[int, str], teacher: dict[int, str]) -> None:
+    """Images without labels are fine: they are of the null class."""
+    if id2label and id2label != teacher:
+        raise ValueError(
+            f"`teacher` must know the classes of the data, {sorted(id2label.values())}, got"
+            f" {sorted(teacher.values())}."
+        )
+
+
 def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) -> None:
     """Train one student, from the weights in `source`, into `args.output_dir`."""
     accelerator = make_accelerator(args)
@@ -78,34 +90,61 @@ def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) 
         images = load_images(args, args.label_column or None, args.max_train_samples)
     teacher_pipe = SRDDPipeline.from_pretrained(args.teacher).to(accelerator.device)
     vqvae, teacher = teacher_pipe.vqvae.requires_grad_(False), teacher_pipe.transformer.requires_grad_(False).eval()
+    check_classes(images.id2label, teacher.id2label)
     guided = args.guidance_scale > 1
+    null_class = teacher.config.num_classes
+    dropout = 0.0 if guided else teacher.config.class_dropout_prob
     # Labels are dropped below, for teacher and student alike.
     model = ScaleTransformer2DModel.from_pretrained(
         source, subfolder="transformer", class_dropout_prob=0.0, guidance_distilled=guided
     )
-    null_class = teacher.config.num_classes
-    dropout = 0.0 if guided else teacher.config.class_dropout_prob
-    tokens = load_tokens_of(args, accelerator, "teacher", teacher_pipe, images, scheduler.scales)
-    loss = cross_entropy(args, vqvae, scheduler)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
+    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes)
+    if not images.id2label:
+        tokens.labels[:] = validation_tokens.labels[:] = null_class
+    loader = make_loader(args, tokens, accelerator.num_processes)
+    validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
 
-    def compute_loss(model, batch):
-        dropped = torch.rand(batch["labels"].shape, device=batch["labels"].device) < dropout
-        labels = torch.where(dropped, null_class, batch["labels"])
-        logits, result = loss(model, {**batch, "labels": labels})
-        losses = {"loss": args.ce_weight * result.loss, "cross_entropy": result.loss}
-        if args.kl_weight > 0:
-            with torch.no_grad():
-                inputs = vqvae.teacher_forcing_inputs(batch["token_ids"], scheduler.scales)
-                wanted = guided_distribution(teacher, inputs, labels, scheduler, args.guidance_scale)
-            drawn = logits.float().log_softmax(dim=-1)
-            losses["kl"] = F.kl_div(drawn.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
-            losses["loss"] = losses["loss"] + args.kl_weight * losses["kl"]
-        return losses, result
+    averaged = evaluation_copy(model, accelerator)
+    pipe = SRDDPipeline(vqvae, averaged, scheduler)
+    parameters = parameter_groups(model, args.adam_weight_decay)
+    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    run = TrainingRun(args, accelerator, model, schedule, unit="tok", units_per_image=scheduler.num_tokens)
+    for batch in run.batches(loader):
+        with accelerator.accumulate(model):
+            token_ids, labels = batch["token_ids"], batch["labels"]
+            labels = torch.where(torch.rand(labels.shape, device=labels.device) < dropout, null_class, labels)
+            inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
+            logits = model(inputs, timestep=timesteps, class_labels=labels).sample
+            result = token_loss(logits, token_ids, scale_sizes, args.label_smoothing, args.scale_loss_weights)
+            losses = {"loss": args.ce_weight * result.loss, "cross_entropy": result.loss}
+            if args.kl_weight > 0:
+                losses["kl"] = guided_divergence(logits, teacher, inputs, labels, scheduler, args.guidance_scale)
+                losses["loss"] = losses["loss"] + args.kl_weight * losses["kl"]
+            losses.update(result.by_scale(scale_sizes))
+            run.check_finite(losses)
+            accelerator.backward(losses["loss"])
+            run.clip_gradients(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        run.finish_step(losses)
+        if run.is_due(args.validation_steps):
+            run.averaged_model(averaged)
+            if accelerator.is_main_process:
+                pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed)
+                run.record_validation(validate(pipe, validation_loader), "samples", pictures)
+        run.checkpoint()
 
-    averaged = train_transformer(args, accelerator, model, vqvae, tokens, scheduler, compute_loss)
+    run.averaged_model(averaged)
+    run.close()
     if accelerator.is_main_process:
         averaged.register_to_config(class_dropout_prob=teacher.config.class_dropout_prob)
-        finish_pipeline(args, SRDDPipeline(vqvae, averaged, scheduler), images)
+        finish_pipeline(args, pipe, images)
     accelerator.wait_for_everyone()
 
 

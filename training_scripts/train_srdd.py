@@ -15,14 +15,18 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 from diffusers.models.attention_dispatch import attention_backend
+from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS, MaskedScaleAttnProcessor
+from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS, MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.training.accelerator import make_accelerator
+from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import add_training_arguments, add_transformer_arguments
-from srdd.training.training_data import load_images, load_tokens
-from srdd.training.training_run import cross_entropy, train_transformer
+from srdd.training.token_loss import token_loss
+from srdd.training.training_data import load_images, load_tokens, make_loader
+from srdd.training.training_run import TrainingRun, evaluation_copy
+from srdd.training.validation import draw, validate
 
 
 # What LoRA adapts: attention and MLP of every block.
@@ -92,8 +96,8 @@ def fit_classes(model: ScaleTransformer2DModel, id2label: dict[int, str]) -> Non
         return
     old, null_class = model.class_embed.weight, model.config.num_classes
     old_ids = {name: index for index, name in model.id2label.items()}
-    rows = [old_ids.get(id2label[index], null_class) for index in range(len(id2label))] + [null_class]
-    model.class_embed = torch.nn.Embedding.from_pretrained(old[rows].clone(), freeze=False)
+    taken_from = [old_ids.get(id2label[index], null_class) for index in range(len(id2label))] + [null_class]
+    model.class_embed = torch.nn.Embedding.from_pretrained(old[taken_from].clone(), freeze=False)
     model.register_to_config(
         num_classes=len(id2label), id2label={str(index): name for index, name in id2label.items()}
     )
@@ -138,22 +142,52 @@ def main(args: argparse.Namespace) -> None:
         add_lora(model, args)
     if args.attention_backend:
         select_attention(model, args.attention_backend, accelerator.device)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     set_seed(args.seed, device_specific=True)
     scheduler = ScaleScheduler(scale_sizes=vqvae.config.scale_sizes)
-    tokens = load_tokens(args, accelerator, vqvae, images, vqvae.config.scale_sizes)
-    loss = cross_entropy(args, vqvae, scheduler)
+    scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
+    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes)
+    loader = make_loader(args, tokens, accelerator.num_processes)
+    validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
 
-    def compute_loss(model, batch):
-        _, result = loss(model, batch)
-        return {"loss": result.loss}, result
+    averaged = evaluation_copy(model, accelerator)
+    averaged.set_attn_processor(ScaleAttnProcessor())  # it may not have the compiled blocks of another
+    pipe = SRDDPipeline(vqvae, averaged, scheduler)
+    parameters = parameter_groups(model, args.adam_weight_decay)
+    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    run = TrainingRun(args, accelerator, model, schedule, unit="tok", units_per_image=scheduler.num_tokens)
+    for batch in run.batches(loader):
+        with accelerator.accumulate(model):
+            token_ids = batch["token_ids"]
+            inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
+            logits = model(inputs, timestep=timesteps, class_labels=batch["labels"]).sample
+            result = token_loss(logits, token_ids, scale_sizes, args.label_smoothing, args.scale_loss_weights)
+            losses = {"loss": result.loss, **result.by_scale(scale_sizes)}
+            run.check_finite(losses)
+            accelerator.backward(losses["loss"])
+            run.clip_gradients(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        run.finish_step(losses)
+        if run.is_due(args.validation_steps):
+            run.averaged_model(averaged)
+            if accelerator.is_main_process:
+                pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed)
+                run.record_validation(validate(pipe, validation_loader), "samples", pictures)
+        run.checkpoint()
 
-    averaged = train_transformer(args, accelerator, model, vqvae, tokens, scheduler, compute_loss)
+    run.averaged_model(averaged)
+    run.close()
     if accelerator.is_main_process:
         if args.lora_rank:
             averaged.save_lora_adapter(Path(args.output_dir) / "lora")
             averaged.fuse_lora()
             averaged.unload_lora()
-        finish_pipeline(args, SRDDPipeline(vqvae, averaged, scheduler), images)
+        finish_pipeline(args, pipe, images)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

@@ -14,9 +14,10 @@ import sys
 import torch
 from accelerate.utils import set_seed
 from diffusers.utils import logging
+from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
-from srdd.data.images import AugmentedImages, picture_grid, training_transform, validation_images
+from srdd.data.images import AugmentedImages, training_transform, validation_images
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
 from srdd.training.accelerator import make_accelerator
@@ -134,6 +135,11 @@ def latent_grid(args: argparse.Namespace) -> int:
     return args.resolution // ratio
 
 
+def image_side(model: MultiScaleVQModel) -> int:
+    """Pixels of a side of the images that a tokenizer is trained on."""
+    return model.config.scale_sizes[-1][0] * model.spatial_compression_ratio
+
+
 def freeze(model: MultiScaleVQModel, args: argparse.Namespace) -> None:
     """Leave out what this run does not train by gradients, and what no scale uses."""
     quantizer, grid = model.quantize, model.config.scale_sizes[-1]
@@ -165,7 +171,9 @@ class TokenizerLosses:
             "commitment": args.commitment_weight * output.commitment_loss,
         }
         if discriminator is not None:
+            discriminator.requires_grad_(False)  # it learns from its own loss
             adversarial = generator_loss(discriminator(output.sample).float())
+            discriminator.requires_grad_(True)
             weight = args.adversarial_weight
             if not args.fixed_adversarial_weight:
                 total = torch.stack(list(reconstruction.values())).sum()
@@ -174,104 +182,56 @@ class TokenizerLosses:
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
 
-def main(args: argparse.Namespace) -> None:
-    accelerator = make_accelerator(args)
-    set_seed(args.seed, device_specific=True)
-    with accelerator.main_process_first():
-        images = load_images(args, None, args.max_train_samples)
-    model = build_model(args).to(memory_format=torch.channels_last)
-    resolution = model.config.scale_sizes[-1][0] * model.spatial_compression_ratio
+def build_discriminator(
+    args: argparse.Namespace, model: MultiScaleVQModel
+) -> tuple[PatchDiscriminator | None, torch.optim.Optimizer | None]:
+    """A discriminator of the model's images and its optimizer, if the adversarial loss weighs anything."""
+    if args.adversarial_weight <= 0:
+        return None, None
+    resolution = image_side(model)
     deepest = (resolution // 3).bit_length() - 1
-    if args.adversarial_weight > 0 and args.discriminator_layers > deepest:
+    if args.discriminator_layers > deepest:
         raise ValueError(
             f"`discriminator_layers` must be at most {deepest} for images of {resolution} pixels, got"
             f" {args.discriminator_layers}."
         )
-    augmented = AugmentedImages(images, resolution, not args.center_crop, args.random_flip, args.seed)
-    loader = make_loader(args, augmented, accelerator.num_processes)
-    validation = validation_images(images, 512).with_transform(training_transform(images, resolution))
-    validation_loader = torch.utils.data.DataLoader(validation, batch_size=args.train_batch_size)
+    discriminator = PatchDiscriminator(model.config.out_channels, num_layers=args.discriminator_layers)
+    rate = args.discriminator_learning_rate or args.learning_rate
+    return discriminator, torch.optim.AdamW(discriminator.parameters(), lr=rate, betas=(0.5, 0.9), weight_decay=0.0)
 
-    freeze(model, args)
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    averaged = evaluation_copy(model, accelerator)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, schedule = make_optimizer(args, trained, accelerator.num_processes)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    tokenizer = accelerator.unwrap_model(model)
+
+def train_discriminator(
+    run: TrainingRun,
+    discriminator: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sample: torch.Tensor,
+    reconstruction: torch.Tensor,
+) -> torch.Tensor:
+    """Take a step of the discriminator, and return its loss."""
+    logits = discriminator(torch.cat([sample, reconstruction]))
+    loss = discriminator_loss(*logits.float().chunk(2))
+    run.check_finite({"discriminator": loss})
+    run.accelerator.backward(loss)
+    run.clip_gradients(discriminator.parameters())
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+def track_codebook(args: argparse.Namespace, tokenizer: MultiScaleVQModel) -> CodebookTracker:
+    """Counts the uses of every code, those of a pretrained tokenizer as in use."""
     config = tokenizer.config
-    tracker = CodebookTracker(
-        config.codebook_size,
-        config.latent_channels if args.codebook_update == "ema" else None,
-        device=accelerator.device,
-    )
+    latent_channels = config.latent_channels if args.codebook_update == "ema" else None
+    tracker = CodebookTracker(config.codebook_size, latent_channels, device=tokenizer.device)
     if args.pretrained_model_name_or_path:
         tracker.start_from(tokenizer.quantize)
-    stateful, discriminator = [tracker], None
-    if args.adversarial_weight > 0:
-        discriminator = PatchDiscriminator(config.out_channels, num_layers=args.discriminator_layers)
-        rate = args.discriminator_learning_rate or args.learning_rate
-        discriminator_optimizer = torch.optim.AdamW(
-            discriminator.parameters(), lr=rate, betas=(0.5, 0.9), weight_decay=0.0
-        )
-        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
-    run = TrainingRun(args, accelerator, model, schedule, stateful)
-    weigh = TokenizerLosses(args, accelerator, tokenizer.decoder.conv_out.weight)
-    needs_codes = run.step == 0 and not args.pretrained_model_name_or_path
-    revive_until = 0 if args.train_decoder_only else args.revive_until * args.max_train_steps
-    num_images = 0
-    for batch in run.batches(loader):
-        with accelerator.accumulate(*(module for module in (model, discriminator) if module is not None)):
-            sample = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-            if needs_codes:  # all codes start on features of the first batch
-                with torch.no_grad():
-                    latents = accelerator.gather(tokenizer.encode(sample).latents)
-                revive(tokenizer, tracker, run.ema, latents, seed=args.seed)
-                needs_codes = False
-            adversary = discriminator if run.step >= args.adversarial_start_step else None
-            output = model(sample, num_scales=kept_scales(args, len(config.scale_sizes), sample))
-            if adversary is not None:
-                adversary.requires_grad_(False)
-            losses = weigh(output, sample, accelerator.unwrap_model(adversary) if adversary is not None else None)
-            run.check_finite(losses)
-            accelerator.backward(losses["loss"])
-            run.clip_gradients(model.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
-            if adversary is not None:
-                adversary.requires_grad_(True)
-                logits = adversary(torch.cat([sample, output.sample.detach()]))
-                losses["discriminator"] = discriminator_loss(*logits.float().chunk(2))
-                run.check_finite(losses)
-                accelerator.backward(losses["discriminator"])
-                run.clip_gradients(adversary.parameters())
-                discriminator_optimizer.step()
-                discriminator_optimizer.zero_grad()
-        num_images += len(sample)
-        latents = accelerator.gather(output.latents.detach())
-        if args.codebook_update == "ema" and not args.train_decoder_only:
-            tracker.move_codes(tokenizer.quantize, latents, config.scale_sizes)
-        else:
-            tracker.update(accelerator.gather(output.token_ids))
-        if not accelerator.sync_gradients:
-            continue
-        if (run.step + 1) % args.revive_steps == 0 and run.step + 1 <= revive_until:
-            revived = revive(tokenizer, tracker, run.ema, latents, seed=args.seed + run.step + 1)
-            losses["revived_codes"] = torch.tensor(float(revived), device=sample.device)
-        run.finish_step(losses, num_images, "img")
-        num_images = 0
-        if run.is_due(args.validation_steps):
-            run.averaged_model(averaged)
-            if accelerator.is_main_process:
-                validate(args, run, averaged, validation_loader)
-        run.checkpoint()
-    run.averaged_model(averaged)
-    if accelerator.is_main_process:
-        finish_tokenizer(args, averaged, images)
-    run.close()
-    accelerator.wait_for_everyone()
-    accelerator.state.destroy_process_group()
+    return tracker
+
+
+def revives_after(args: argparse.Namespace, step: int) -> bool:
+    """Whether dead codes are revived at the end of a step."""
+    is_early = step <= args.revive_until * args.max_train_steps
+    return is_early and step % args.revive_steps == 0 and not args.train_decoder_only
 
 
 def kept_scales(args: argparse.Namespace, num_scales: int, sample: torch.Tensor) -> torch.LongTensor | None:
@@ -286,28 +246,24 @@ def kept_scales(args: argparse.Namespace, num_scales: int, sample: torch.Tensor)
 @torch.no_grad()
 def revive(
     tokenizer: MultiScaleVQModel, tracker: CodebookTracker, ema: AveragedWeights, latents: torch.Tensor, seed: int
-) -> int:
-    """Revive dead codes alike on all processes, in the averaged weights too."""
+) -> torch.Tensor:
+    """Revive dead codes alike on all processes, in the averaged weights too, and return their number."""
     generator = torch.Generator().manual_seed(seed)
     revived = tracker.revive(tokenizer.quantize, latents, tokenizer.config.scale_sizes, generator=generator)
     names = [name for name, _ in tokenizer.named_parameters()]
-    averaged = ema.shadow_params[names.index("quantize.codebook.weight")]
-    averaged[revived] = tokenizer.quantize.codebook.weight[revived]
-    return len(revived)
+    averaged_codes = ema.shadow_params[names.index("quantize.codebook.weight")]
+    averaged_codes[revived] = tokenizer.quantize.codebook.weight[revived]
+    return torch.tensor(float(len(revived)), device=latents.device)
 
 
-def validate(args: argparse.Namespace, run: TrainingRun, model: MultiScaleVQModel, loader) -> None:
-    """Log quality and codebook usage on validation images, and some of them above their reconstructions."""
-    metrics, pictures = evaluate_reconstruction(model, loader, num_pictures=args.num_validation_images)
-    run.record({f"val_{name}": value for name, value in metrics.items()})
-    run.save_images("reconstruction", picture_grid(pictures))
+def report_usage(args: argparse.Namespace, run: TrainingRun, model: MultiScaleVQModel, metrics: dict) -> None:
+    """Hand the usage of every scale to the tracker, and warn where it is low."""
     sizes = model.config.scale_sizes
-    for size, usage, perplexity in zip(sizes, metrics["usage"], metrics["perplexity"]):
-        scale = f"{size[0]}x{size[1]}"
+    for (height, width), usage, perplexity in zip(sizes, metrics["usage"], metrics["perplexity"]):
+        scale = f"{height}x{width}"
         run.accelerator.log({f"usage/{scale}": usage, f"perplexity/{scale}": perplexity}, step=run.step)
-    seen = [count * metrics["num_images"] for count in num_tokens_per_scale(sizes)]
-    low = low_usage(metrics["usage"], seen, model.config.codebook_size, args.usage_warning)
-    run.progress.write(f"step {run.step}: PSNR {metrics['psnr']:.2f} dB, {metrics['codes_used']} codes in use")
+    token_counts = [count * metrics["num_images"] for count in num_tokens_per_scale(sizes)]
+    low = low_usage(metrics["usage"], token_counts, model.config.codebook_size, args.usage_warning)
     if low:
         scales = ", ".join(f"{sizes[k][0]}x{sizes[k][1]} (perplexity {metrics['perplexity'][k]:.0f})" for k in low)
         logger.warning(
@@ -315,6 +271,80 @@ def validate(args: argparse.Namespace, run: TrainingRun, model: MultiScaleVQMode
             " smaller `--codebook_size`, more frequent `--revive_steps` or fewer `--scale_sizes` help; early in"
             " training it may pass."
         )
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = make_accelerator(args)
+    set_seed(args.seed, device_specific=True)
+    with accelerator.main_process_first():
+        images = load_images(args, None, args.max_train_samples)
+    model = build_model(args).to(memory_format=torch.channels_last)
+    freeze(model, args)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    discriminator, discriminator_optimizer = build_discriminator(args, model)
+    scale_sizes, resolution = model.config.scale_sizes, image_side(model)
+    augmented = AugmentedImages(images, resolution, not args.center_crop, args.random_flip, args.seed)
+    loader = make_loader(args, augmented, accelerator.num_processes)
+    validation = validation_images(images, 512).with_transform(training_transform(images, resolution))
+    validation_loader = DataLoader(validation, batch_size=args.train_batch_size)
+
+    averaged = evaluation_copy(model, accelerator)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if discriminator is not None:
+        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+    modules = [module for module in (model, discriminator) if module is not None]
+    tokenizer = accelerator.unwrap_model(model)
+    tracker = track_codebook(args, tokenizer)
+    compute_losses = TokenizerLosses(args, accelerator, tokenizer.decoder.conv_out.weight)
+    run = TrainingRun(args, accelerator, model, schedule, [tracker])
+    needs_codes = run.step == 0 and not args.pretrained_model_name_or_path
+    for batch in run.batches(loader):
+        with accelerator.accumulate(*modules):
+            sample = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+            if needs_codes:  # all start on features of the first batch
+                with torch.no_grad():
+                    latents = accelerator.gather(tokenizer.encode(sample).latents)
+                revive(tokenizer, tracker, run.ema, latents, args.seed)
+                needs_codes = False
+            adversary = discriminator if run.step >= args.adversarial_start_step else None
+            output = model(sample, num_scales=kept_scales(args, len(scale_sizes), sample))
+            losses = compute_losses(output, sample, adversary)
+            run.check_finite(losses)
+            accelerator.backward(losses["loss"])
+            run.clip_gradients(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+            if adversary is not None:
+                losses["discriminator"] = train_discriminator(
+                    run, adversary, discriminator_optimizer, sample, output.sample.detach()
+                )
+        latents = accelerator.gather(output.latents.detach())
+        if args.codebook_update == "ema" and not args.train_decoder_only:
+            tracker.move_codes(tokenizer.quantize, latents, scale_sizes)
+        else:
+            tracker.update(accelerator.gather(output.token_ids))
+        if not accelerator.sync_gradients:
+            continue
+        if revives_after(args, run.step + 1):
+            losses["revived_codes"] = revive(tokenizer, tracker, run.ema, latents, args.seed + run.step + 1)
+        run.finish_step(losses)
+        if run.is_due(args.validation_steps):
+            run.averaged_model(averaged)
+            if accelerator.is_main_process:
+                metrics, pictures = evaluate_reconstruction(averaged, validation_loader, args.num_validation_images)
+                run.record_validation(metrics, "reconstruction", pictures)
+                report_usage(args, run, averaged, metrics)
+        run.checkpoint()
+
+    run.averaged_model(averaged)
+    run.close()
+    if accelerator.is_main_process:
+        finish_tokenizer(args, averaged, images)
+    accelerator.wait_for_everyone()
+    accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":

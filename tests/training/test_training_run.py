@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from srdd.training.accelerator import make_accelerator
-from srdd.training.optimizer import learning_rate, make_optimizer
+from srdd.training.optimizer import make_optimizer
 from srdd.training.settings import add_training_arguments, add_transformer_arguments, float_list, int_list
 from srdd.training.training_data import make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy, truncate_log
@@ -67,7 +67,7 @@ class Session:
 
     def train(self) -> list[tuple[int, list[int]]]:
         """Train to the end; returns epoch and items of every batch."""
-        seen, num_items = [], 0
+        seen = []
         for batch in self.run.batches(self.loader):
             seen.append((int(batch["epoch"][0]), batch["number"].int().tolist()))
             with self.accelerator.accumulate(self.model):
@@ -76,11 +76,9 @@ class Session:
                 self.run.clip_gradients(self.model.parameters())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            num_items += len(batch["number"])
             if not self.accelerator.sync_gradients:
                 continue
-            self.run.finish_step({"loss": loss, "two": torch.tensor(2.0)}, num_items, "img")
-            num_items = 0
+            self.run.finish_step({"loss": loss, "two": torch.tensor(2.0)})
             self.run.checkpoint()
         self.run.close()
         return seen
@@ -195,6 +193,31 @@ def test_pictures_are_named_by_their_step(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(path)), pixels)
 
 
+def test_a_validation_is_logged_and_shown(tmp_path):
+    run = Session(tmp_path).run
+    run.step = 7
+    run.record_validation({"loss": 0.5, "usage": [1, 2]}, "samples", [torch.zeros(2, 3, 4, 5)])
+    assert read_log(tmp_path) == [{"step": 7, "val_loss": 0.5, "val_usage": [1, 2]}]
+    with Image.open(tmp_path / "samples-000007.png") as picture:
+        assert picture.size == (10, 4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_speed_counts_what_all_steps_since_the_last_log_took(tmp_path, monkeypatch, accumulation):
+    options = ["--logging_steps", 2, "--gradient_accumulation_steps", accumulation]
+    session = Session(tmp_path, *options)
+    session.run.units_per_step *= 10
+    seconds, speeds = iter(range(0, 400, 4)), []
+    monkeypatch.setattr("srdd.training.training_run.time.perf_counter", lambda: float(next(seconds)))
+    session.run._time = 0.0
+    next(seconds)
+    monkeypatch.setattr(session.accelerator, "log", lambda values, step: speeds.append(values.get("img/s")))
+    session.train()
+    # Batches of two, ten units to an image: two steps in four seconds, and the last one in four.
+    images = 2 * accumulation
+    assert [speed for speed in speeds if speed] == [10 * images * 2 / 4] * 2 + [10 * images / 4]
+
+
 def write_log(folder: Path, *steps: int, torn: str = "") -> Path:
     path = folder / "train_log.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.5}) + "\n" for step in steps) + torn)
@@ -239,39 +262,6 @@ def test_a_batch_needs_enough_images(tmp_path):
 def test_the_last_small_batch_is_dropped(tmp_path):
     loader = make_loader(parse(tmp_path, "--train_batch_size", 4), Numbers(11))
     assert [len(batch["number"]) for batch in loader] == [4, 4]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "num_processes", "expected"),
-    [
-        ([], 1, 2e-4),
-        ([], 8, 2e-4),
-        (["--scale_lr", "--train_batch_size", 256], 1, 2e-4),
-        (["--scale_lr", "--train_batch_size", 64, "--gradient_accumulation_steps", 3], 8, 12e-4),
-        (["--scale_lr", "--train_batch_size", 32], 1, 0.25e-4),
-    ],
-)
-def test_the_learning_rate_follows_the_images_of_a_step_if_asked_to(tmp_path, arguments, num_processes, expected):
-    args = parse(tmp_path, "--learning_rate", 2e-4, *arguments)
-    assert learning_rate(args, num_processes) == pytest.approx(expected)
-    optimizer, _ = make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], num_processes)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-
-
-def test_optimizer_and_schedule_follow_the_arguments(tmp_path):
-    args = parse(
-        tmp_path, "--adam_beta1", 0.5, "--adam_beta2", 0.6, "--adam_weight_decay", 0.7, "--adam_epsilon", 1e-3,
-        "--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--max_train_steps", 6, "--learning_rate", 1.0,
-    )  # fmt: skip
-    optimizer, schedule = make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))])
-    [group] = optimizer.param_groups
-    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.6), 0.7, 1e-3)
-    rates = []
-    for _ in range(7):
-        rates.append(group["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25, 0])
 
 
 def test_settings_reach_the_tracker_without_the_token(tmp_path):

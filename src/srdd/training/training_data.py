@@ -1,13 +1,12 @@
 """What a run reads: images, or their tokens, in shuffled batches."""
 
 from argparse import Namespace
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd import MultiScaleVQModel
 from srdd.data.images import LabelledImages, load_labelled_images, validation_images
 from srdd.data.token_cache import TokenDataset, cached_tokens
 
@@ -29,66 +28,23 @@ def load_images(args: Namespace, label_column: str | None, max_train_samples: in
     )
 
 
-@dataclass
-class TokenData:
-    """Cached pyramids of a run: `train` and `validation`."""
-
-    train: TokenDataset
-    validation: TokenDataset
-
-
 def load_tokens(
     args: Namespace,
     accelerator: Accelerator,
     vqvae: MultiScaleVQModel,
     images: LabelledImages,
     scale_sizes: list[list[int]],
-) -> TokenData:
-    """Tokenise the images once, as the arguments say."""
+) -> tuple[TokenDataset, TokenDataset]:
+    """The pyramids of training and validation images, tokenised once."""
     options = {
         "cache_dir": args.token_cache_dir,
         "scale_sizes": scale_sizes,
         "num_workers": args.dataloader_num_workers,
         "accelerator": accelerator,
     }
-    train = cached_tokens(
-        vqvae,
-        images,
-        images.train,
-        random_crops=args.random_crops,
-        random_flip=args.random_flip,
-        seed=args.seed,
-        **options,
-    )
-    return TokenData(train, cached_tokens(vqvae, images, validation_images(images, 1024), **options))
-
-
-def load_tokens_of(
-    args: Namespace,
-    accelerator: Accelerator,
-    name: str,
-    pipe: SRDDPipeline,
-    images: LabelledImages,
-    scale_sizes: list[list[int]],
-) -> TokenData:
-    """
-    [`load_tokens`] for a pipeline that is trained already and knows its classes. Images without labels are of the null
-    class.
-
-    Raises:
-        ValueError: If the images have other classes; names the argument `name`.
-    """
-    id2label = pipe.transformer.id2label
-    if images.id2label and images.id2label != id2label:
-        raise ValueError(
-            f"`{name}` must know the classes of the data, {sorted(images.id2label.values())}, got"
-            f" {sorted(id2label.values())}."
-        )
-    tokens = load_tokens(args, accelerator, pipe.vqvae, images, scale_sizes)
-    if not images.id2label:
-        for part in (tokens.train, tokens.validation):
-            part.labels[:] = pipe.transformer.config.num_classes
-    return tokens
+    views = {"random_crops": args.random_crops, "random_flip": args.random_flip, "seed": args.seed}
+    train = cached_tokens(vqvae, images, images.train, **views, **options)
+    return train, cached_tokens(vqvae, images, validation_images(images, 1024), **options)
 
 
 def make_loader(args: Namespace, dataset: Dataset, num_processes: int = 1) -> DataLoader:

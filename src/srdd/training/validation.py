@@ -1,25 +1,26 @@
 """What a scale transformer is worth in the middle of its training: the loss of held-out tokens, and pictures."""
 
-from argparse import Namespace
-
 import torch
 from torch.utils.data import DataLoader
 
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd import SRDDPipeline
 from srdd.training.token_loss import token_loss
 
 
 @torch.no_grad()
-def validate(
-    model: ScaleTransformer2DModel, vqvae: MultiScaleVQModel, loader: DataLoader, scheduler: ScaleScheduler
-) -> dict:
+def validate(pipe: SRDDPipeline, loader: DataLoader) -> dict:
     """
-    Cross-entropy of held-out pyramids.
+    Cross-entropy of held-out pyramids over the scheduler's scales.
+
+    Args:
+        pipe ([`SRDDPipeline`]): With the averaged transformer.
+        loader (`DataLoader`): Batches of `"token_ids"` and `"labels"`.
 
     Returns:
         `dict`: `"loss"` in nats per token, `"per_scale"` and `"accuracy"` per scale, and the `"scales"` themselves.
     """
-    scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
+    model, vqvae, scale_sizes = pipe.transformer, pipe.vqvae, pipe.scheduler.scales
+    timesteps = [scale.timestep for scale in pipe.scheduler.visits]
     totals, count = 0.0, 0
     for batch in loader:
         token_ids, labels = batch["token_ids"].to(model.device), batch["labels"].to(model.device)
@@ -27,28 +28,36 @@ def validate(
         result = token_loss(model(inputs, timestep=timesteps, class_labels=labels).sample, token_ids, scale_sizes)
         totals = totals + torch.cat([result.loss[None], result.per_scale, result.accuracy]) * len(token_ids)
         count += len(token_ids)
-    loss, *rest = (totals / count).tolist()
+    loss, *of_scales = (totals / count).tolist()
     return {
         "loss": loss,
-        "per_scale": rest[: len(scale_sizes)],
-        "accuracy": rest[len(scale_sizes) :],
+        "per_scale": of_scales[: len(scale_sizes)],
+        "accuracy": of_scales[len(scale_sizes) :],
         "scales": scale_sizes,
     }
 
 
-def draw(
-    args: Namespace, model: ScaleTransformer2DModel, vqvae: MultiScaleVQModel, scheduler: ScaleScheduler
-) -> list[torch.Tensor]:
-    """Pictures of classes spread over all from fixed seeds, in rows of up to eight, pixels in [-1, 1]."""
-    pipe = SRDDPipeline(vqvae, model, scheduler)
+def draw(pipe: SRDDPipeline, num_images: int, guidance_scale: float, seed: int) -> list[torch.Tensor]:
+    """
+    Pictures of classes spread over all, in rows of up to eight.
+
+    Args:
+        pipe ([`SRDDPipeline`]): Draws them; it shows no progress any more.
+        num_images (`int`): How many; those beyond full rows are left out.
+        guidance_scale (`float`): diffusers' `g`; a guidance-distilled transformer needs none.
+        seed (`int`): Seed of the first picture; each has the next one.
+
+    Returns:
+        `list[torch.Tensor]`: Rows of shape `(num_columns, 3, height, width)`, pixels in [-1, 1].
+    """
     pipe.set_progress_bar_config(disable=True)
-    num_classes, count = model.config.num_classes, args.num_validation_images
-    labels = [index * num_classes // count % num_classes for index in range(count)] if num_classes else None
+    config = pipe.transformer.config
+    classes = config.num_classes
     images = pipe(
-        labels,
-        guidance_scale=None if model.config.guidance_distilled else args.validation_guidance_scale,
-        num_images_per_prompt=1 if num_classes else count,
-        generator=[torch.Generator().manual_seed(args.seed + index) for index in range(count)],
+        [index * classes // num_images % classes for index in range(num_images)] if classes else None,
+        guidance_scale=None if config.guidance_distilled else guidance_scale,
+        num_images_per_prompt=1 if classes else num_images,
+        generator=[torch.Generator().manual_seed(seed + index) for index in range(num_images)],
         output_type="pt",
     ).images
-    return [row * 2 - 1 for row in images.split(8) if len(row) == min(8, count)]
+    return [row * 2 - 1 for row in images.split(8) if len(row) == min(8, num_images)]
