@@ -10,8 +10,7 @@ from the latent states of the images to draw the images (L1, L2, perceptual) and
 L2). `output_dir` holds what the teacher is, a whole pipeline or a tokenizer, with averaged (EMA) weights.
 """
 
-import argparse
-import sys
+from dataclasses import MISSING, dataclass
 
 import torch
 from accelerate.utils import set_seed
@@ -25,29 +24,28 @@ from srdd.training.light_decoder import light_tokenizer
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_pipeline, finish_tokenizer
-from srdd.training.settings import add_pixel_loss_arguments, add_training_arguments, int_list
+from srdd.training.settings import PixelLossSettings, TrainingSettings, flag, make_parser, parse_settings
 from srdd.training.training_data import load_images, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
-    parser.add_argument("--center_crop", action="store_true", help="Crop in the centre instead of at random.")
-    decoder = parser.add_argument_group("decoder")
-    decoder.add_argument("--teacher", required=True, help="Folder or Hub id of a pipeline or of a tokenizer.")
-    decoder.add_argument(
-        "--decoder_block_out_channels", type=int_list, help="Finest resolution first; default: a quarter."
-    )
-    decoder.add_argument("--decoder_layers_per_block", type=int, default=1, help="One more is made, as everywhere.")
-    decoder.add_argument("--decoder_mid_block_add_attention", action="store_true")
-    losses = parser.add_argument_group("losses")
-    add_pixel_loss_arguments(losses)
-    losses.add_argument("--image_weight", type=float, default=1.0, help="Of all distances to the images.")
-    losses.add_argument("--teacher_weight", type=float, default=1.0, help="Of L1 and L2 to the teacher's pictures.")
-    parser.set_defaults(adam_weight_decay=0.0)
-    args = parser.parse_args(arguments)
-    args.command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+@dataclass(kw_only=True)
+class DecoderSettings(TrainingSettings, PixelLossSettings):
+    """The decoder and its losses."""
+
+    teacher: str = flag(MISSING, "Folder or Hub id of a pipeline or of a tokenizer.")
+    decoder_block_out_channels: list[int] | None = flag(help="Finest resolution first; default: a quarter.")
+    decoder_layers_per_block: int = flag(1, "One more is made, as everywhere.")
+    decoder_mid_block_add_attention: bool = flag(False)
+    image_weight: float = flag(1.0, "Of all distances to the images.")
+    teacher_weight: float = flag(1.0, "Of L1 and L2 to the teacher's pictures.")
+    center_crop: bool = flag(False, "Crop in the centre instead of at random.")
+    adam_weight_decay: float = flag(0.0)
+
+
+def parse_args(arguments: list[str] | None = None) -> DecoderSettings:
+    parser = make_parser(__doc__, DecoderSettings)
+    args = parse_settings(parser, DecoderSettings, arguments)
     if min(args.image_weight, args.teacher_weight) < 0 or args.image_weight + args.teacher_weight == 0:
         parser.error("`--image_weight` and `--teacher_weight` must not be negative, nor both be zero.")
     return args
@@ -73,7 +71,7 @@ def load_teacher(name: str) -> tuple[SRDDPipeline | None, MultiScaleVQModel]:
     raise ValueError(f"`teacher` must be a folder or Hub id of a pipeline or of a `MultiScaleVQModel`, got {name!r}.")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: DecoderSettings) -> None:
     accelerator = make_accelerator(args)
     teacher_pipe, teacher = load_teacher(args.teacher)
     teacher.requires_grad_(False).eval().to(accelerator.device)
@@ -84,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     with accelerator.main_process_first():
-        images = load_images(args, None, args.max_train_samples)
+        images = load_images(args, None, args.max_train_samples, args.seed)
     set_seed(args.seed, device_specific=True)
     resolution = teacher.config.scale_sizes[-1][0] * teacher.spatial_compression_ratio
     augmented = AugmentedImages(images, resolution, not args.center_crop, args.random_flip, args.seed)
@@ -131,11 +129,10 @@ def main(args: argparse.Namespace) -> None:
     run.close()
     if accelerator.is_main_process:
         if teacher_pipe is None:
-            finish_tokenizer(args, averaged, images, part="decoder")
+            finish_tokenizer(args, averaged, images, trained_part="decoder")
         else:
-            args.validation_guidance_scale = teacher_pipe.default_guidance_scale
             pipe = SRDDPipeline(averaged, teacher_pipe.transformer, teacher_pipe.scheduler)
-            finish_pipeline(args, pipe, images, part="decoder")
+            finish_pipeline(args, pipe, images, teacher_pipe.default_guidance_scale, trained_part="decoder")
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

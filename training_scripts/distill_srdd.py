@@ -13,9 +13,7 @@ the same scales. `--guidance_scale` makes the teacher's guided distribution the 
 guidance, and sampling no second half. That is exact for the teacher's own scales, the default of `--scales`.
 """
 
-import argparse
-import copy
-import sys
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +27,7 @@ from srdd.training.accelerator import make_accelerator
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import CARD, finish_pipeline
-from srdd.training.settings import add_training_arguments, add_transformer_arguments, int_list
+from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
 from srdd.training.token_loss import token_loss
 from srdd.training.training_data import load_images, load_tokens, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
@@ -39,23 +37,22 @@ from srdd.training.validation import draw, validate
 logger = logging.get_logger(__name__)
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
-    add_transformer_arguments(parser)
-    distillation = parser.add_argument_group("distillation")
-    distillation.add_argument("--teacher", required=True, help="Folder or Hub id of a pipeline.")
-    distillation.add_argument(
-        "--scales", type=int_list, action="append", help="Sides of a stage's scales, coarse to fine; repeatable."
+@dataclass(kw_only=True)
+class DistillationSettings(TransformerSettings):
+    """Distillation."""
+
+    teacher: str = flag(MISSING, "Folder or Hub id of a pipeline.")
+    scales: list[list[int]] | None = flag(
+        help="Sides of a stage's scales, coarse to fine; repeatable.", type=int_list, action="append"
     )
-    distillation.add_argument("--ce_weight", type=float, help="Default: 1, or 0 with `--guidance_scale`.")
-    distillation.add_argument("--kl_weight", type=float, help="Default: 0, or 1 with `--guidance_scale`.")
-    distillation.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="Of the teacher; above 1 it is learned."
-    )
-    args = parser.parse_args(arguments)
-    args.command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
-    args.token_cache_dir = args.token_cache_dir or str(Path(args.output_dir) / "tokens")
+    ce_weight: float | None = flag(help="Default: 1, or 0 with `--guidance_scale`.")
+    kl_weight: float | None = flag(help="Default: 0, or 1 with `--guidance_scale`.")
+    guidance_scale: float = flag(1.0, "Of the teacher; above 1 it is learned.")
+
+
+def parse_args(arguments: list[str] | None = None) -> DistillationSettings:
+    parser = make_parser(__doc__, DistillationSettings)
+    args = parse_settings(parser, DistillationSettings, arguments)
     guided = args.guidance_scale > 1
     args.ce_weight = (0.0 if guided else 1.0) if args.ce_weight is None else args.ce_weight
     args.kl_weight = (1.0 if guided else 0.0) if args.kl_weight is None else args.kl_weight
@@ -66,7 +63,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def stages(args: argparse.Namespace, config: dict) -> list[tuple[Path, ScaleScheduler]]:
+def stages(args: DistillationSettings, config: dict) -> list[tuple[Path, ScaleScheduler]]:
     """Folder and schedule of every stage; a schedule that the weights do not know is an error."""
     schedules = [ScaleScheduler.from_config(config, scales=scales) for scales in args.scales or [config["scales"]]]
     folders = [Path(args.output_dir) / f"stage-{index}" for index in range(1, len(schedules))]
@@ -82,12 +79,12 @@ def check_classes(id2label: dict[int, str], teacher: dict[int, str]) -> None:
         )
 
 
-def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) -> None:
+def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler) -> None:
     """Train one student, from the weights in `source`, into `args.output_dir`."""
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
     with accelerator.main_process_first():
-        images = load_images(args, args.label_column or None, args.max_train_samples)
+        images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
     teacher_pipe = SRDDPipeline.from_pretrained(args.teacher).to(accelerator.device)
     vqvae, teacher = teacher_pipe.vqvae.requires_grad_(False), teacher_pipe.transformer.requires_grad_(False).eval()
     check_classes(images.id2label, teacher.id2label)
@@ -144,11 +141,11 @@ def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) 
     run.close()
     if accelerator.is_main_process:
         averaged.register_to_config(class_dropout_prob=teacher.config.class_dropout_prob)
-        finish_pipeline(args, pipe, images)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale)
     accelerator.wait_for_everyone()
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: DistillationSettings) -> None:
     source = args.teacher
     config = ScaleScheduler.load_config(args.teacher, subfolder="scheduler")
     plan = stages(args, config)
@@ -156,10 +153,8 @@ def main(args: argparse.Namespace) -> None:
         if args.resume_from_checkpoint and all((folder / name).is_file() for name in ("model_index.json", CARD)):
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
-            stage_args = copy.copy(args)
-            stage_args.output_dir = str(folder)
-            stage_args.push_to_hub = args.push_to_hub and index == len(plan)
-            run_stage(stage_args, str(source), scheduler)
+            push_to_hub = args.push_to_hub and index == len(plan)
+            run_stage(replace(args, output_dir=str(folder), push_to_hub=push_to_hub), str(source), scheduler)
         source = folder
     PartialState().destroy_process_group()
 

@@ -8,8 +8,7 @@ Train a scale transformer (`ScaleTransformer2DModel`) on the tokens of a multi-s
 The finished pipeline, with averaged (EMA) weights, lies in `output_dir`; `SRDDPipeline.from_pretrained` loads it.
 """
 
-import argparse
-import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS, MaskedScaleAttn
 from srdd.training.accelerator import make_accelerator
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import finish_pipeline
-from srdd.training.settings import add_training_arguments, add_transformer_arguments
+from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings
 from srdd.training.token_loss import token_loss
 from srdd.training.training_data import load_images, load_tokens, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
@@ -33,34 +32,35 @@ from srdd.training.validation import draw, validate
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
-    add_transformer_arguments(parser)
-    model = parser.add_argument_group("model", "Starting from a transformer, its own sizes hold.")
-    model.add_argument("--pretrained_vqvae_name_or_path", required=True, help="Folder or Hub id of the tokenizer.")
-    model.add_argument("--pretrained_model_name_or_path", help="Start from this transformer.")
-    model.add_argument("--attention_pattern", choices=ATTENTION_PATTERNS, help="Default: markov, or as pretrained.")
-    model.add_argument(
-        "--attention_backend", help="One of diffusers' while training; 'flex': one call for all scales, compiled."
+@dataclass(kw_only=True)
+class SRDDSettings(TransformerSettings):
+    """The transformer. Starting from one, its own sizes hold."""
+
+    pretrained_vqvae_name_or_path: str = flag(MISSING, "Folder or Hub id of the tokenizer.")
+    pretrained_model_name_or_path: str | None = flag(help="Start from this transformer.")
+    attention_pattern: str | None = flag(help="Default: markov, or as pretrained.", choices=ATTENTION_PATTERNS)
+    attention_backend: str | None = flag(
+        help="One of diffusers' while training; 'flex': one call for all scales, compiled."
     )
-    model.add_argument("--num_layers", type=int, default=6)
-    model.add_argument("--num_attention_heads", type=int, default=4)
-    model.add_argument("--attention_head_dim", type=int, default=64)
-    model.add_argument("--per_block_adaln", action="store_true", help="VAR's AdaLN up to 256px: three times the size.")
-    model.add_argument("--class_dropout_prob", type=float, default=0.1)
-    model.add_argument("--drop_path_rate", type=float, default=0.0)
-    model.add_argument("--lora_rank", type=int, help="Train a LoRA of this rank on the pretrained transformer.")
-    model.add_argument("--lora_alpha", type=int, help="Default: the rank.")
-    args = parser.parse_args(arguments)
-    args.command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
-    args.token_cache_dir = args.token_cache_dir or str(Path(args.output_dir) / "tokens")
+    num_layers: int = flag(6)
+    num_attention_heads: int = flag(4)
+    attention_head_dim: int = flag(64)
+    per_block_adaln: bool = flag(False, "VAR's AdaLN up to 256px: three times the size.")
+    class_dropout_prob: float = flag(0.1)
+    drop_path_rate: float = flag(0.0)
+    lora_rank: int | None = flag(help="Train a LoRA of this rank on the pretrained transformer.")
+    lora_alpha: int | None = flag(help="Default: the rank.")
+
+
+def parse_args(arguments: list[str] | None = None) -> SRDDSettings:
+    parser = make_parser(__doc__, SRDDSettings)
+    args = parse_settings(parser, SRDDSettings, arguments)
     if args.lora_rank and not args.pretrained_model_name_or_path:
         parser.error("`--lora_rank` needs `--pretrained_model_name_or_path`.")
     return args
 
 
-def build_model(args: argparse.Namespace, vqvae: MultiScaleVQModel, id2label: dict) -> ScaleTransformer2DModel:
+def build_model(args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict) -> ScaleTransformer2DModel:
     training = {"class_dropout_prob": args.class_dropout_prob, "drop_path_rate": args.drop_path_rate}
     if args.pretrained_model_name_or_path:
         if args.attention_pattern:
@@ -103,7 +103,7 @@ def fit_classes(model: ScaleTransformer2DModel, id2label: dict[int, str]) -> Non
     )
 
 
-def add_lora(model: ScaleTransformer2DModel, args: argparse.Namespace) -> None:
+def add_lora(model: ScaleTransformer2DModel, args: SRDDSettings) -> None:
     """Freeze all but a fresh adapter and the class embedding, which new classes need."""
     from peft import LoraConfig
 
@@ -130,11 +130,11 @@ def select_attention(model: ScaleTransformer2DModel, backend: str, device: torch
         model.set_attention_backend(backend)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: SRDDSettings) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed)  # FSDP takes a part of the new weights from every process: they must be the same
     with accelerator.main_process_first():
-        images = load_images(args, args.label_column or None, args.max_train_samples)
+        images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
     vqvae.requires_grad_(False).eval().to(accelerator.device)
     model = build_model(args, vqvae, images.id2label)
@@ -187,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
             averaged.save_lora_adapter(Path(args.output_dir) / "lora")
             averaged.fuse_lora()
             averaged.unload_lora()
-        finish_pipeline(args, pipe, images)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

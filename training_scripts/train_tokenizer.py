@@ -8,10 +8,10 @@ Train a multi-scale tokenizer (`MultiScaleVQModel`) on images.
 The finished model, with averaged (EMA) weights, lies in `output_dir`; `MultiScaleVQModel.from_pretrained` loads it.
 """
 
-import argparse
-import sys
+from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.utils import logging
 from torch.utils.data import DataLoader
@@ -27,7 +27,7 @@ from srdd.training.codebook_upkeep import CodebookTracker, low_usage
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_tokenizer
-from srdd.training.settings import add_pixel_loss_arguments, add_training_arguments, int_list, positive_int
+from srdd.training.settings import PixelLossSettings, TrainingSettings, flag, make_parser, parse_settings, positive_int
 from srdd.training.training_data import load_images, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 
@@ -56,59 +56,66 @@ PRESETS = {
 }  # fmt: skip
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
-    parser.add_argument("--center_crop", action="store_true", help="Crop in the centre instead of at random.")
-    model = parser.add_argument_group("model", "Starting from a tokenizer, its own configuration holds.")
-    model.add_argument("--pretrained_model_name_or_path", help="Start from this tokenizer instead of from nothing.")
-    model.add_argument("--preset", choices=PRESETS, default="64px", help="Defaults of the following six arguments.")
-    model.add_argument("--resolution", type=int, help="Side of the training images.")
-    model.add_argument("--patch_size", type=int, help="Pixels folded into channels before the encoder.")
-    model.add_argument("--block_out_channels", type=int_list, help="Finest resolution first.")
-    model.add_argument("--layers_per_block", type=int)
-    model.add_argument("--latent_channels", type=int)
-    model.add_argument("--codebook_size", type=int)
-    model.add_argument("--scale_sizes", type=int_list, help="Sides, coarse to fine; default: from the latent grid.")
-    losses = parser.add_argument_group("losses")
-    add_pixel_loss_arguments(losses)
-    losses.add_argument("--codebook_weight", type=float, default=1.0)
-    losses.add_argument("--commitment_weight", type=float, default=0.25)
-    losses.add_argument("--adversarial_weight", type=float, default=0.0, help="0 trains without a discriminator.")
-    losses.add_argument(
-        "--adversarial_start_step", type=int, default=0, help="Step at which the discriminator enters."
+@dataclass(kw_only=True)
+class ModelSettings:
+    """The tokenizer. Starting from one, its own configuration holds."""
+
+    pretrained_model_name_or_path: str | None = flag(help="Start from this tokenizer instead of from nothing.")
+    preset: str = flag("64px", "Defaults of the following six arguments.", choices=PRESETS)
+    resolution: int | None = flag(help="Side of the training images.")
+    patch_size: int | None = flag(help="Pixels folded into channels before the encoder.")
+    block_out_channels: list[int] | None = flag(help="Finest resolution first.")
+    layers_per_block: int | None = flag()
+    latent_channels: int | None = flag()
+    codebook_size: int | None = flag()
+    scale_sizes: list[int] | None = flag(help="Sides, coarse to fine; default: from the latent grid.")
+
+
+@dataclass(kw_only=True)
+class LossSettings(PixelLossSettings):
+    """What the other losses weigh."""
+
+    codebook_weight: float = flag(1.0)
+    commitment_weight: float = flag(0.25)
+    adversarial_weight: float = flag(0.0, "0 trains without a discriminator.")
+    adversarial_start_step: int = flag(0, "Step at which the discriminator enters.")
+    fixed_adversarial_weight: bool = flag(
+        False, "Take `--adversarial_weight` as it is, not relative to the gradient of the reconstruction."
     )
-    losses.add_argument(
-        "--fixed_adversarial_weight",
-        action="store_true",
-        help="Take `--adversarial_weight` as it is, not relative to the gradient of the reconstruction.",
-    )
-    losses.add_argument("--discriminator_learning_rate", type=float, help="Default: `--learning_rate`.")
-    losses.add_argument("--discriminator_layers", type=positive_int, default=3, help="Halvings of the resolution.")
-    codebook = parser.add_argument_group("codebook")
-    codebook.add_argument("--codebook_update", choices=["gradient", "ema"], default="gradient")
-    codebook.add_argument(
-        "--revive_steps", type=positive_int, default=100, help="Steps between revivals of dead codes."
-    )
-    codebook.add_argument("--revive_until", type=float, default=0.7, help="Share of training with revivals.")
-    codebook.add_argument(
-        "--usage_warning", type=float, default=0.1, help="Warn of scales that use less of what they could."
-    )
-    codebook.add_argument("--scale_dropout_prob", type=float, default=0.0, help="Images decoded without fine scales.")
-    codebook.add_argument(
-        "--train_decoder_only", action="store_true", help="Tokens stay as they are, and transformers stay valid."
-    )
-    parser.set_defaults(adam_weight_decay=0.0)  # decay would pull codes and norms to zero
-    preset = PRESETS[parser.parse_known_args(arguments)[0].preset]
-    parser.set_defaults(**preset)
-    args = parser.parse_args(arguments)
-    args.command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+    discriminator_learning_rate: float | None = flag(help="Default: `--learning_rate`.")
+    discriminator_layers: int = flag(3, "Halvings of the resolution.", type=positive_int)
+
+
+@dataclass(kw_only=True)
+class CodebookSettings:
+    """How the codebook is kept in use."""
+
+    codebook_update: str = flag("gradient", choices=["gradient", "ema"])
+    revive_steps: int = flag(100, "Steps between revivals of dead codes.", type=positive_int)
+    revive_until: float = flag(0.7, "Share of training with revivals.")
+    usage_warning: float = flag(0.1, "Warn of scales that use less of what they could.")
+
+
+@dataclass(kw_only=True)
+class TokenizerSettings(TrainingSettings, ModelSettings, LossSettings, CodebookSettings):
+    """How the tokenizer is trained."""
+
+    adam_weight_decay: float = flag(0.0)  # decay would pull codes and norms to zero
+    center_crop: bool = flag(False, "Crop in the centre instead of at random.")
+    scale_dropout_prob: float = flag(0.0, "Images decoded without fine scales.")
+    train_decoder_only: bool = flag(False, "Tokens stay as they are, and transformers stay valid.")
+
+
+def parse_args(arguments: list[str] | None = None) -> TokenizerSettings:
+    parser = make_parser(__doc__, TokenizerSettings)
+    parser.set_defaults(**PRESETS[parser.parse_known_args(arguments)[0].preset])
+    args = parse_settings(parser, TokenizerSettings, arguments)
     if args.train_decoder_only and not args.pretrained_model_name_or_path:
         parser.error("`--train_decoder_only` needs `--pretrained_model_name_or_path`.")
     return args
 
 
-def build_model(args: argparse.Namespace) -> MultiScaleVQModel:
+def build_model(args: ModelSettings) -> MultiScaleVQModel:
     if args.pretrained_model_name_or_path:
         return MultiScaleVQModel.from_pretrained(args.pretrained_model_name_or_path)
     levels = len(args.block_out_channels)
@@ -128,7 +135,7 @@ def build_model(args: argparse.Namespace) -> MultiScaleVQModel:
     )
 
 
-def latent_grid(args: argparse.Namespace) -> int:
+def latent_grid(args: ModelSettings) -> int:
     ratio = args.patch_size * 2 ** (len(args.block_out_channels) - 1)
     if args.resolution % ratio:
         raise ValueError(f"`resolution` must be a multiple of the compression ratio {ratio}, got {args.resolution}.")
@@ -140,7 +147,7 @@ def image_side(model: MultiScaleVQModel) -> int:
     return model.config.scale_sizes[-1][0] * model.spatial_compression_ratio
 
 
-def freeze(model: MultiScaleVQModel, args: argparse.Namespace) -> None:
+def freeze(model: MultiScaleVQModel, args: TokenizerSettings) -> None:
     """Leave out what this run does not train by gradients, and what no scale uses."""
     quantizer, grid = model.quantize, model.config.scale_sizes[-1]
     used = {id(quantizer.residual_conv(size, grid)) for size in model.config.scale_sizes}
@@ -156,7 +163,7 @@ def freeze(model: MultiScaleVQModel, args: argparse.Namespace) -> None:
 class TokenizerLosses:
     """The weighted losses of a batch, the discriminator's apart."""
 
-    def __init__(self, args: argparse.Namespace, accelerator, last_layer: torch.Tensor):
+    def __init__(self, args: LossSettings, accelerator: Accelerator, last_layer: torch.Tensor):
         self.args = args
         self.accelerator = accelerator
         self.last_layer = last_layer
@@ -171,6 +178,7 @@ class TokenizerLosses:
             "commitment": args.commitment_weight * output.commitment_loss,
         }
         if discriminator is not None:
+            discriminator = self.accelerator.unwrap_model(discriminator)
             discriminator.requires_grad_(False)  # it learns from its own loss
             adversarial = generator_loss(discriminator(output.sample).float())
             discriminator.requires_grad_(True)
@@ -183,7 +191,7 @@ class TokenizerLosses:
 
 
 def build_discriminator(
-    args: argparse.Namespace, model: MultiScaleVQModel
+    args: TokenizerSettings, model: MultiScaleVQModel
 ) -> tuple[PatchDiscriminator | None, torch.optim.Optimizer | None]:
     """A discriminator of the model's images and its optimizer, if the adversarial loss weighs anything."""
     if args.adversarial_weight <= 0:
@@ -218,7 +226,7 @@ def train_discriminator(
     return loss
 
 
-def track_codebook(args: argparse.Namespace, tokenizer: MultiScaleVQModel) -> CodebookTracker:
+def track_codebook(args: TokenizerSettings, tokenizer: MultiScaleVQModel) -> CodebookTracker:
     """Counts the uses of every code, those of a pretrained tokenizer as in use."""
     config = tokenizer.config
     latent_channels = config.latent_channels if args.codebook_update == "ema" else None
@@ -228,13 +236,13 @@ def track_codebook(args: argparse.Namespace, tokenizer: MultiScaleVQModel) -> Co
     return tracker
 
 
-def revives_after(args: argparse.Namespace, step: int) -> bool:
+def revives_after(args: TokenizerSettings, step: int) -> bool:
     """Whether dead codes are revived at the end of a step."""
     is_early = step <= args.revive_until * args.max_train_steps
     return is_early and step % args.revive_steps == 0 and not args.train_decoder_only
 
 
-def kept_scales(args: argparse.Namespace, num_scales: int, sample: torch.Tensor) -> torch.LongTensor | None:
+def kept_scales(args: TokenizerSettings, num_scales: int, sample: torch.Tensor) -> torch.LongTensor | None:
     """Of how many scales each image is decoded: all, or, for a share of the images, a random number of them."""
     if args.scale_dropout_prob == 0:
         return None
@@ -256,7 +264,7 @@ def revive(
     return torch.tensor(float(len(revived)), device=latents.device)
 
 
-def report_usage(args: argparse.Namespace, run: TrainingRun, model: MultiScaleVQModel, metrics: dict) -> None:
+def report_usage(args: TokenizerSettings, run: TrainingRun, model: MultiScaleVQModel, metrics: dict) -> None:
     """Hand the usage of every scale to the tracker, and warn where it is low."""
     sizes = model.config.scale_sizes
     for (height, width), usage, perplexity in zip(sizes, metrics["usage"], metrics["perplexity"]):
@@ -273,11 +281,11 @@ def report_usage(args: argparse.Namespace, run: TrainingRun, model: MultiScaleVQ
         )
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: TokenizerSettings) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
     with accelerator.main_process_first():
-        images = load_images(args, None, args.max_train_samples)
+        images = load_images(args, None, args.max_train_samples, args.seed)
     model = build_model(args).to(memory_format=torch.channels_last)
     freeze(model, args)
     if args.gradient_checkpointing:

@@ -1,45 +1,42 @@
 """What is trained, how fast and how much of it decays."""
 
-import argparse
-
 import pytest
 import torch
 from tiny_models import tiny_transformer
 
 from srdd.training.optimizer import learning_rate, make_optimizer, parameter_groups
-from srdd.training.settings import add_training_arguments
-
-
-def parse(*arguments) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_training_arguments(parser)
-    words = ["--output_dir", "out", "--lr_warmup_steps", 0, "--lr_scheduler", "constant", *arguments]
-    return parser.parse_args([str(word) for word in words])
+from srdd.training.settings import OptimizationSettings
 
 
 @pytest.mark.parametrize(
-    ("arguments", "num_processes", "expected"),
+    ("options", "num_processes", "expected"),
     [
-        ([], 1, 2e-4),
-        ([], 8, 2e-4),
-        (["--scale_lr", "--train_batch_size", 256], 1, 2e-4),
-        (["--scale_lr", "--train_batch_size", 64, "--gradient_accumulation_steps", 3], 8, 12e-4),
-        (["--scale_lr", "--train_batch_size", 32], 1, 0.25e-4),
+        ({}, 1, 2e-4),
+        ({}, 8, 2e-4),
+        ({"scale_lr": True, "train_batch_size": 256}, 1, 2e-4),
+        ({"scale_lr": True, "train_batch_size": 64, "gradient_accumulation_steps": 3}, 8, 12e-4),
+        ({"scale_lr": True, "train_batch_size": 32}, 1, 0.25e-4),
     ],
 )
-def test_the_learning_rate_follows_the_images_of_a_step_if_asked_to(arguments, num_processes, expected):
-    args = parse("--learning_rate", 2e-4, *arguments)
-    assert learning_rate(args, num_processes) == pytest.approx(expected)
-    optimizer, _ = make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))], num_processes)
+def test_the_learning_rate_follows_the_images_of_a_step_if_asked_to(options, num_processes, expected):
+    settings = OptimizationSettings(learning_rate=2e-4, lr_scheduler="constant", lr_warmup_steps=0, **options)
+    assert learning_rate(settings, num_processes) == pytest.approx(expected)
+    optimizer, _ = make_optimizer(settings, [torch.nn.Parameter(torch.zeros(1))], num_processes)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
-def test_optimizer_and_schedule_follow_the_arguments():
-    args = parse(
-        "--adam_beta1", 0.5, "--adam_beta2", 0.6, "--adam_weight_decay", 0.7, "--adam_epsilon", 1e-3,
-        "--lr_scheduler", "linear", "--lr_warmup_steps", 2, "--max_train_steps", 6, "--learning_rate", 1.0,
-    )  # fmt: skip
-    optimizer, schedule = make_optimizer(args, [torch.nn.Parameter(torch.zeros(1))])
+def test_optimizer_and_schedule_follow_the_settings():
+    settings = OptimizationSettings(
+        adam_beta1=0.5,
+        adam_beta2=0.6,
+        adam_weight_decay=0.7,
+        adam_epsilon=1e-3,
+        lr_scheduler="linear",
+        lr_warmup_steps=2,
+        max_train_steps=6,
+        learning_rate=1.0,
+    )
+    optimizer, schedule = make_optimizer(settings, [torch.nn.Parameter(torch.zeros(1))])
     [group] = optimizer.param_groups
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.6), 0.7, 1e-3)
     rates = []

@@ -1,6 +1,5 @@
 """The loop around the gradient step, with a linear model."""
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -8,30 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 from srdd.training.accelerator import make_accelerator
 from srdd.training.optimizer import make_optimizer
-from srdd.training.settings import add_training_arguments, add_transformer_arguments, float_list, int_list
+from srdd.training.settings import TrainingSettings
 from srdd.training.training_data import make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy, truncate_log
-
-
-def parse(output_dir: Path | str, *arguments) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_training_arguments(parser)
-    defaults = [
-        "--output_dir",
-        output_dir,
-        "--report_to",
-        "none",
-        "--lr_warmup_steps",
-        0,
-        "--lr_scheduler",
-        "constant",
-    ]
-    return parser.parse_args([str(word) for word in [*defaults, *arguments]])
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -54,16 +36,17 @@ class Numbers(torch.utils.data.Dataset):
 class Session:
     """A run of a linear model, as the scripts set it up."""
 
-    def __init__(self, output_dir: Path, *arguments, length: int = 6):
-        self.args = parse(output_dir, "--train_batch_size", 2, "--max_train_steps", 5, *arguments)
-        self.accelerator = make_accelerator(self.args)
+    def __init__(self, output_dir: Path, length: int = 6, **options):
+        defaults = {"train_batch_size": 2, "max_train_steps": 5, "lr_scheduler": "constant", "lr_warmup_steps": 0}
+        settings = TrainingSettings(output_dir=str(output_dir), report_to="none", **{**defaults, **options})
+        self.accelerator = make_accelerator(settings)
         torch.manual_seed(0)
         model = torch.nn.Linear(1, 1)
         self.averaged = evaluation_copy(model, self.accelerator)
-        optimizer, schedule = make_optimizer(self.args, model.parameters())
-        loader = make_loader(self.args, Numbers(length))
+        optimizer, schedule = make_optimizer(settings, model.parameters())
+        loader = make_loader(settings, Numbers(length))
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
-        self.run = TrainingRun(self.args, self.accelerator, self.model, schedule)
+        self.run = TrainingRun(settings, self.accelerator, self.model, schedule)
 
     def train(self) -> list[tuple[int, list[int]]]:
         """Train to the end; returns epoch and items of every batch."""
@@ -89,7 +72,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def test_epochs_visit_every_item_once_in_changing_order(tmp_path):
-    seen = Session(tmp_path, "--max_train_steps", 7).train()
+    seen = Session(tmp_path, max_train_steps=7).train()
     assert [epoch for epoch, _ in seen] == [0, 0, 0, 1, 1, 1, 2]
     epochs = [[item for epoch, items in seen if epoch == wanted for item in items] for wanted in (0, 1)]
     assert [sorted(items) for items in epochs] == [list(range(6))] * 2
@@ -97,7 +80,7 @@ def test_epochs_visit_every_item_once_in_changing_order(tmp_path):
 
 
 def test_an_accumulated_step_may_take_batches_of_two_epochs(tmp_path):
-    session = Session(tmp_path, "--gradient_accumulation_steps", 2, "--logging_steps", 1)
+    session = Session(tmp_path, gradient_accumulation_steps=2, logging_steps=1)
     assert [epoch for epoch, _ in session.train()] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
     assert session.run.step == 5
     assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4, 5]
@@ -106,12 +89,12 @@ def test_an_accumulated_step_may_take_batches_of_two_epochs(tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_resumed_run_sees_the_rest_of_the_batches(tmp_path, stop, accumulation):
-    options = ["--checkpointing_steps", 1, "--checkpoints_total_limit", 9, "--logging_steps", 1]
-    options += ["--gradient_accumulation_steps", accumulation]
-    whole = Session(tmp_path / "whole", *options)
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 9, "logging_steps": 1}
+    options["gradient_accumulation_steps"] = accumulation
+    whole = Session(tmp_path / "whole", **options)
     seen = whole.train()
-    Session(tmp_path / "parts", *options, "--max_train_steps", stop).train()
-    resumed = Session(tmp_path / "parts", *options, "--resume_from_checkpoint", "latest")
+    Session(tmp_path / "parts", **options, max_train_steps=stop).train()
+    resumed = Session(tmp_path / "parts", **options, resume_from_checkpoint="latest")
     assert resumed.run.step == stop
     assert resumed.train() == seen[stop * accumulation :]
     assert torch.equal(resumed.model.weight, whole.model.weight)
@@ -119,7 +102,7 @@ def test_a_resumed_run_sees_the_rest_of_the_batches(tmp_path, stop, accumulation
 
 
 def test_the_log_has_the_means_of_the_losses_and_the_learning_rate(tmp_path):
-    session = Session(tmp_path, "--logging_steps", 2, "--learning_rate", 0.25)
+    session = Session(tmp_path, logging_steps=2, learning_rate=0.25)
     session.train()
     log = read_log(tmp_path)
     assert [record["step"] for record in log] == [2, 4, 5]
@@ -129,7 +112,7 @@ def test_the_log_has_the_means_of_the_losses_and_the_learning_rate(tmp_path):
 
 
 def test_averages_start_with_the_model_and_end_in_the_copy(tmp_path):
-    session = Session(tmp_path, "--ema_decay", 0.5)
+    session = Session(tmp_path, ema_decay=0.5)
     session.train()
     averaged = session.run.averaged_model(session.averaged)
     assert averaged is session.averaged
@@ -142,11 +125,11 @@ def test_averages_start_with_the_model_and_end_in_the_copy(tmp_path):
 @pytest.mark.parametrize(("steps", "due"), [(2, [2, 4, 5]), (5, [5]), (100, [5]), (1, [1, 2, 3, 4, 5])])
 def test_things_are_due_every_so_often_and_at_the_end(tmp_path, steps, due):
     run = Session(tmp_path).run
-    found = []
+    due_steps = []
     for run.step in range(1, 6):
         if run.is_due(steps):
-            found.append(run.step)
-    assert found == due
+            due_steps.append(run.step)
+    assert due_steps == due
 
 
 def test_a_loss_that_is_no_number_is_named_with_its_step(tmp_path):
@@ -170,14 +153,14 @@ def test_gradients_that_are_no_numbers_stop_the_run(tmp_path, value):
 
 
 def test_gradients_are_clipped_to_their_norm(tmp_path):
-    session = Session(tmp_path, "--max_grad_norm", 0.5)
+    session = Session(tmp_path, max_grad_norm=0.5)
     session.model.weight.grad, session.model.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
     session.run.clip_gradients(session.model.parameters())
     assert [session.model.weight.grad.item(), session.model.bias.grad.item()] == pytest.approx([0.3, 0.4], abs=1e-5)
 
 
 def test_gradients_are_clipped_only_where_a_step_is_due(tmp_path):
-    session = Session(tmp_path, "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.5)
+    session = Session(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.5)
     with session.accelerator.accumulate(session.model):
         session.model.weight.grad = torch.tensor([[3.0]])
         session.run.clip_gradients(session.model.parameters())
@@ -204,8 +187,7 @@ def test_a_validation_is_logged_and_shown(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_speed_counts_what_all_steps_since_the_last_log_took(tmp_path, monkeypatch, accumulation):
-    options = ["--logging_steps", 2, "--gradient_accumulation_steps", accumulation]
-    session = Session(tmp_path, *options)
+    session = Session(tmp_path, logging_steps=2, gradient_accumulation_steps=accumulation)
     session.run.units_per_step *= 10
     seconds, speeds = iter(range(0, 400, 4)), []
     monkeypatch.setattr("srdd.training.training_run.time.perf_counter", lambda: float(next(seconds)))
@@ -247,42 +229,3 @@ def test_a_log_ends_with_the_checkpoint(tmp_path, steps, torn, last_step, kept):
 def test_there_may_be_no_log_yet(tmp_path):
     truncate_log(tmp_path / "train_log.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_batch_needs_enough_images(tmp_path):
-    args = parse(tmp_path, "--train_batch_size", 5)
-    with pytest.raises(
-        ValueError, match=r"`train_batch_size` must be at most 4, .* images \(9\) over that of processes \(2\), got 5"
-    ):
-        make_loader(args, Numbers(9), num_processes=2)
-    loader = make_loader(args, Numbers(10), num_processes=2)
-    assert [len(batch["number"]) for batch in loader] == [5, 5]
-
-
-def test_the_last_small_batch_is_dropped(tmp_path):
-    loader = make_loader(parse(tmp_path, "--train_batch_size", 4), Numbers(11))
-    assert [len(batch["number"]) for batch in loader] == [4, 4]
-
-
-def test_settings_reach_the_tracker_without_the_token(tmp_path):
-    args = parse(tmp_path / "run", "--hub_token", "hf_secret", "--data_description", "pears", "--max_train_steps", 3)
-    args.report_to = "tensorboard"
-    accelerator = make_accelerator(args)
-    assert isinstance(accelerator, Accelerator)
-    accelerator.end_training()
-    written = [path for path in (tmp_path / "run" / "logs").rglob("*") if path.is_file()]
-    text = b"".join(path.read_bytes() for path in written)
-    assert b"pears" in text
-    assert b"hf_secret" not in text
-
-
-def test_lists_on_the_command_line(tmp_path):
-    parser = argparse.ArgumentParser()
-    add_training_arguments(parser)
-    add_transformer_arguments(parser)
-    words = ["--output_dir", str(tmp_path), "--scale_loss_weights", "0.5,1,2e-1"]
-    assert parser.parse_args(words).scale_loss_weights == [0.5, 1, 0.2]
-    assert int_list("1,2,16") == [1, 2, 16]
-    assert float_list("3") == [3.0]
-    with pytest.raises(SystemExit):
-        parser.parse_args([*words, "--scale_loss_weights", "1,x"])

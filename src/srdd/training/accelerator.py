@@ -1,7 +1,6 @@
 """The `Accelerator` of a training run."""
 
 import os
-from argparse import Namespace
 from pathlib import Path
 
 import datasets
@@ -9,33 +8,36 @@ import diffusers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
 
+from srdd.training.settings import TrainingSettings
 
-def make_accelerator(args: Namespace) -> Accelerator:
+
+def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """
-    An `Accelerator` set up from the common arguments, with its tracker started.
+    An `Accelerator` set up from the settings of a run, with its tracker started.
 
     Raises:
         ValueError: If several processes were launched that do not know of each other.
     """
-    report_to = None if args.report_to == "none" else args.report_to
+    output_dir = Path(settings.output_dir)
+    report_to = None if settings.report_to == "none" else settings.report_to
     accelerator = Accelerator(
         # A step may take batches of two epochs; by default accelerate ends it with the epoch.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+            num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        mixed_precision=args.mixed_precision,
+        mixed_precision=settings.mixed_precision,
         log_with=report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / settings.logging_dir)),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_processes(accelerator)
     if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
         if report_to is not None:
-            settings = {key: value for key, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
-            settings.pop("hub_token", None)
-            accelerator.init_trackers(Path(args.output_dir).name or "srdd", config=settings)
+            config = {key: value for key, value in vars(settings).items() if isinstance(value, (int, float, str))}
+            config.pop("hub_token", None)
+            accelerator.init_trackers(output_dir.name or "srdd", config=config)
     if not accelerator.is_local_main_process:
         diffusers.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()

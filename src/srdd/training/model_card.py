@@ -1,7 +1,6 @@
 """The model card of a finished run, and the curve in it."""
 
 import shlex
-from argparse import Namespace
 from pathlib import Path
 
 import diffusers
@@ -10,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from srdd import __version__
 from srdd.data.images import LabelledImages
+from srdd.training.settings import TrainingSettings
 
 
 # Of a configuration, what the card's table leaves out.
@@ -38,70 +38,70 @@ def draw_curve(log: list[dict], path: Path) -> None:
 
 
 def model_card(
-    args: Namespace,
+    settings: TrainingSettings,
     images: LabelledImages,
     models: dict,
     snippet: str,
     picture: str,
     log: list[dict],
-    part: str | None = None,
+    trained_part: str | None = None,
 ) -> str:
     """
     A model card in the Hub's format, from what a run knows about itself.
 
     Args:
-        args (`Namespace`): The arguments of the run.
+        settings ([`TrainingSettings`]): What the script was told.
         images ([`LabelledImages`]): Its data.
         models (`dict[str, ModelMixin]`): The finished models by name.
         snippet (`str`): How to use them.
         picture (`str`): Stem of the PNG file with results.
         log (`list[dict]`): The loss log.
-        part (`str`, *optional*): What alone was trained.
+        trained_part (`str`, *optional*): What alone was trained.
 
     Returns:
         `str`: Markdown with a YAML header.
     """
     is_pipeline = "transformer" in models
     data = ModelCardData(
-        license=args.license,
+        license=settings.license,
         library_name="srdd",
         pipeline_tag="unconditional-image-generation" if is_pipeline else "image-feature-extraction",
         tags=["srdd", "diffusers", "discrete-diffusion", "visual-autoregressive"],
     )
-    source = args.dataset_name or args.train_data_dir
-    description = args.data_description or images.train.info.description or f"`{Path(source).name}`"
+    source = settings.dataset_name or settings.train_data_dir
+    description = settings.data_description or images.train.info.description or f"`{Path(source).name}`"
     classes = f", {len(images.id2label)} classes" if images.id2label else ", without labels"
     validation = f", {len(images.validation):,} for validation" if images.validation is not None else ""
-    trained = f", of the {part} alone" if part else ""
-    parts = [
+    trained = f", of the {trained_part} alone" if trained_part else ""
+    sections = [
         f"---\n{data.to_yaml()}\n---\n",
-        f"# {Path(args.output_dir).name}\n",
+        f"# {Path(settings.output_dir).name}\n",
         f"```py\n{snippet}\n```\n",
         f"![{picture}]({picture}.png)\n",
         "## Model\n",
         _model_table(models),
         "## Training data\n",
         f"{description.strip()}\n\n{len(images.train):,} training images{validation}{classes}. Licence of the weights:"
-        f" {args.license or 'not stated'}.\n",
+        f" {settings.license or 'not stated'}.\n",
         "## Training\n",
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}, srdd {__version__}, seed {args.seed},"
-        f" {args.max_train_steps:,} steps of {args.train_batch_size} images per process{trained}. The weights are"
-        f" averages over the steps (EMA {args.ema_decay}), stored as {args.save_dtype}.\n",
-        f"```sh\n{_command(args)}\n```\n",
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, srdd {__version__}, seed {settings.seed},"
+        f" {settings.max_train_steps:,} steps of {settings.train_batch_size} images per process{trained}. The weights"
+        f" are averages over the steps (EMA {settings.ema_decay}), stored as {settings.save_dtype}.\n",
+        f"```sh\n{_command(settings.command)}\n```\n",
         "![Training curve](training_curve.png)\n",
         "## Validation\n",
         "" if images.validation is not None else "There is no validation split: these are training images.\n",
         _validation_tables(log, models),
     ]
-    card = "\n".join(parts)
+    card = "\n".join(sections)
     ModelCard(card, ignore_metadata_errors=False)  # raises where the header is malformed
     return card
 
 
-def _command(args: Namespace) -> str:
+def _command(command: list[str]) -> str:
     """The command line without secrets, an option to a line."""
     lines, hidden = ["accelerate launch"], False
-    for word in args.command:
+    for word in command:
         name = word.partition("=")[0]
         secret = name.startswith("--hub_t") and "--hub_token".startswith(name)  # argparse knows abbreviations
         if not secret and not hidden:

@@ -1,10 +1,11 @@
 """The optimizer, what it may change and how fast."""
 
-from argparse import Namespace
 from collections.abc import Iterable
 
 import torch
 from diffusers.optimization import get_scheduler
+
+from srdd.training.settings import OptimizationSettings
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -18,27 +19,26 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def learning_rate(args: Namespace, num_processes: int) -> float:
+def learning_rate(settings: OptimizationSettings, num_processes: int) -> float:
     """`--learning_rate`, for the number of images in a step if `--scale_lr` is set."""
-    images_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    return args.learning_rate * (images_per_step / 256 if args.scale_lr else 1)
+    return settings.learning_rate * (settings.images_per_step(num_processes) / 256 if settings.scale_lr else 1)
 
 
 def make_optimizer(
-    args: Namespace, parameters: Iterable, num_processes: int = 1
+    settings: OptimizationSettings, parameters: Iterable, num_processes: int = 1
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW and its learning rate schedule over `max_train_steps` (in optimizer steps on every process)."""
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=learning_rate(args, num_processes),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        lr=learning_rate(settings, num_processes),
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
     )
     schedule = get_scheduler(
-        args.lr_scheduler,
+        settings.lr_scheduler,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
     )
     return optimizer, schedule

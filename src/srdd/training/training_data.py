@@ -1,7 +1,5 @@
 """What a run reads: images, or their tokens, in shuffled batches."""
 
-from argparse import Namespace
-
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
@@ -9,27 +7,38 @@ from torch.utils.data import DataLoader, Dataset
 from srdd import MultiScaleVQModel
 from srdd.data.images import LabelledImages, load_labelled_images, validation_images
 from srdd.data.token_cache import TokenDataset, cached_tokens
+from srdd.training.settings import DataSettings, TrainingSettings, TransformerSettings
 
 
-def load_images(args: Namespace, label_column: str | None, max_train_samples: int | None = None) -> LabelledImages:
-    """The data set that the data arguments name; `label_column` is `None` for data without labels."""
+def load_images(
+    settings: DataSettings, label_column: str | None, max_train_samples: int | None = None, seed: int | None = None
+) -> LabelledImages:
+    """
+    The data set that the settings name.
+
+    Args:
+        settings ([`DataSettings`]): Where it comes from.
+        label_column (`str`, *optional*): `None` for data without labels.
+        max_train_samples (`int`, *optional*): Keep this many training images, drawn with `seed`.
+        seed (`int`, *optional*): Seed of that draw.
+    """
     return load_labelled_images(
-        dataset_name=args.dataset_name,
-        train_data_dir=args.train_data_dir,
-        dataset_config_name=args.dataset_config_name,
-        image_column=args.image_column,
+        dataset_name=settings.dataset_name,
+        train_data_dir=settings.train_data_dir,
+        dataset_config_name=settings.dataset_config_name,
+        image_column=settings.image_column,
         label_column=label_column,
-        cache_dir=args.cache_dir,
+        cache_dir=settings.cache_dir,
         max_train_samples=max_train_samples,
-        seed=args.seed,
-        min_image_size=args.min_image_size,
-        strict=args.strict_data,
-        num_proc=args.preprocessing_num_workers,
+        seed=seed,
+        min_image_size=settings.min_image_size,
+        strict=settings.strict_data,
+        num_proc=settings.preprocessing_num_workers,
     )
 
 
 def load_tokens(
-    args: Namespace,
+    settings: TransformerSettings,
     accelerator: Accelerator,
     vqvae: MultiScaleVQModel,
     images: LabelledImages,
@@ -37,17 +46,17 @@ def load_tokens(
 ) -> tuple[TokenDataset, TokenDataset]:
     """The pyramids of training and validation images, tokenised once."""
     options = {
-        "cache_dir": args.token_cache_dir,
+        "cache_dir": settings.token_cache_dir,
         "scale_sizes": scale_sizes,
-        "num_workers": args.dataloader_num_workers,
+        "num_workers": settings.dataloader_num_workers,
         "accelerator": accelerator,
     }
-    views = {"random_crops": args.random_crops, "random_flip": args.random_flip, "seed": args.seed}
+    views = {"random_crops": settings.random_crops, "random_flip": settings.random_flip, "seed": settings.seed}
     train = cached_tokens(vqvae, images, images.train, **views, **options)
     return train, cached_tokens(vqvae, images, validation_images(images, 1024), **options)
 
 
-def make_loader(args: Namespace, dataset: Dataset, num_processes: int = 1) -> DataLoader:
+def make_loader(settings: TrainingSettings, dataset: Dataset, num_processes: int = 1) -> DataLoader:
     """
     Shuffled batches of `train_batch_size`.
 
@@ -55,16 +64,16 @@ def make_loader(args: Namespace, dataset: Dataset, num_processes: int = 1) -> Da
         ValueError: If there are fewer images than all processes need for one batch each.
     """
     largest = len(dataset) // num_processes
-    if args.train_batch_size > largest:
+    if settings.train_batch_size > largest:
         raise ValueError(
             f"`train_batch_size` must be at most {largest}, the number of training images ({len(dataset)}) over that"
-            f" of processes ({num_processes}), got {args.train_batch_size}."
+            f" of processes ({num_processes}), got {settings.train_batch_size}."
         )
     return DataLoader(
         dataset,
-        batch_size=args.train_batch_size,
+        batch_size=settings.train_batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=args.dataloader_num_workers,
-        generator=torch.Generator().manual_seed(args.seed),
+        num_workers=settings.dataloader_num_workers,
+        generator=torch.Generator().manual_seed(settings.seed),
     )

@@ -3,7 +3,6 @@
 import copy
 import json
 import time
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from srdd.data.images import picture_grid
 from srdd.training.averaged_weights import AveragedWeights
 from srdd.training.checkpoints import remove_partial_checkpoints, resume, save_checkpoint
+from srdd.training.settings import TrainingSettings
 
 
 LOSS_LOG = "train_log.jsonl"
@@ -30,7 +30,7 @@ class TrainingRun:
     after its checkpoint: it ends with the log of a run that was never interrupted.
 
     Args:
-        args (`Namespace`): The common arguments.
+        settings ([`TrainingSettings`]): What the script was told.
         accelerator (`Accelerator`): With model, optimizer and loader prepared.
         model (`torch.nn.Module`): The prepared model.
         schedule (`LRScheduler`): Learning rate schedule, not prepared.
@@ -42,7 +42,7 @@ class TrainingRun:
 
     def __init__(
         self,
-        args: Namespace,
+        settings: TrainingSettings,
         accelerator: Accelerator,
         model: torch.nn.Module,
         schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -50,31 +50,29 @@ class TrainingRun:
         unit: str = "img",
         units_per_image: int = 1,
     ):
-        self.args = args
+        self.settings = settings
         self.accelerator = accelerator
         self.model = model
         self.schedule = schedule
-        self.ema = AveragedWeights(accelerator.unwrap_model(model).parameters(), decay=args.ema_decay)
+        self.ema = AveragedWeights(accelerator.unwrap_model(model).parameters(), decay=settings.ema_decay)
         accelerator.register_for_checkpointing(schedule, self.ema, *stateful)
-        self.log_path = Path(args.output_dir) / LOSS_LOG
-        self.step = resume(accelerator, args.output_dir, args.resume_from_checkpoint)
+        self.log_path = Path(settings.output_dir) / LOSS_LOG
+        self.step = resume(accelerator, settings.output_dir, settings.resume_from_checkpoint)
         if accelerator.is_main_process:
-            remove_partial_checkpoints(args.output_dir)
+            remove_partial_checkpoints(settings.output_dir)
             truncate_log(self.log_path, self.step)
         self.progress = tqdm(
-            total=args.max_train_steps, initial=self.step, disable=not accelerator.is_local_main_process
+            total=settings.max_train_steps, initial=self.step, disable=not accelerator.is_local_main_process
         )
         self.unit = unit
-        self.units_per_step = units_per_image * (
-            args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        )
+        self.units_per_step = units_per_image * settings.images_per_step(accelerator.num_processes)
         self._timed_step, self._time = self.step, time.perf_counter()
         model.train()
 
     def batches(self, loader: DataLoader) -> Iterator[dict]:
         """Batches of as many epochs as `max_train_steps` needs, going on where the checkpoint left off."""
         accumulation = self.accelerator.gradient_accumulation_steps
-        done, wanted = self.step * accumulation, self.args.max_train_steps * accumulation
+        done, wanted = self.step * accumulation, self.settings.max_train_steps * accumulation
         while done < wanted:
             epoch, skipped = divmod(done, len(loader))
             loader.set_epoch(epoch)
@@ -109,7 +107,7 @@ class TrainingRun:
         """
         if not self.accelerator.sync_gradients:
             return
-        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         if self.accelerator.scaler is None and not torch.isfinite(norm):
             raise FloatingPointError(f"The norm of the gradients is {norm.item()} at step {self.step + 1}.")
 
@@ -124,7 +122,7 @@ class TrainingRun:
         self.step += 1
         self.ema.step(self.accelerator.unwrap_model(self.model).parameters())
         self.progress.update()
-        if not self.is_due(self.args.logging_steps):
+        if not self.is_due(self.settings.logging_steps):
             return
         values = {name: value.detach().float() for name, value in values.items()}
         means = self.accelerator.reduce(torch.stack(list(values.values())), reduction="mean").tolist()
@@ -138,7 +136,7 @@ class TrainingRun:
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and after the last, is due now."""
-        return self.step % every == 0 or self.step == self.args.max_train_steps
+        return self.step % every == 0 or self.step == self.settings.max_train_steps
 
     def record(self, values: dict) -> None:
         """Add a line to the loss log, and its numbers to the tracker."""
@@ -170,7 +168,7 @@ class TrainingRun:
             name (`str`): What it shows.
             images (`np.ndarray` of shape `(height, width, 3)`): uint8.
         """
-        path = Path(self.args.output_dir) / f"{name}-{self.step:06d}.png"
+        path = Path(self.settings.output_dir) / f"{name}-{self.step:06d}.png"
         Image.fromarray(images).save(path)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
@@ -181,8 +179,9 @@ class TrainingRun:
 
     def checkpoint(self) -> None:
         """Write a checkpoint where one is due. Last in a step: its log lines must be older than the checkpoint."""
-        if self.is_due(self.args.checkpointing_steps):
-            save_checkpoint(self.accelerator, self.args.output_dir, self.step, self.args.checkpoints_total_limit)
+        if self.is_due(self.settings.checkpointing_steps):
+            limit = self.settings.checkpoints_total_limit
+            save_checkpoint(self.accelerator, self.settings.output_dir, self.step, limit)
 
     def averaged_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """
