@@ -17,20 +17,19 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.data.images import AugmentedImages, training_transform, validation_images
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.training.accelerator import make_accelerator
 from srdd.training.light_decoder import light_tokenizer
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_pipeline, finish_tokenizer
-from srdd.training.settings import PixelLossSettings, TrainingSettings, flag, make_parser, parse_settings
-from srdd.training.training_data import load_images, make_loader
+from srdd.training.settings import PixelSettings, flag, make_parser, parse_settings
+from srdd.training.training_data import load_images, load_pixels, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 
 
 @dataclass(kw_only=True)
-class DecoderSettings(TrainingSettings, PixelLossSettings):
+class DecoderSettings(PixelSettings):
     """The decoder and its losses."""
 
     teacher: str = flag(MISSING, "Folder or Hub id of a pipeline or of a tokenizer.")
@@ -39,8 +38,6 @@ class DecoderSettings(TrainingSettings, PixelLossSettings):
     decoder_mid_block_add_attention: bool = flag(False)
     image_weight: float = flag(1.0, "Of all distances to the images.")
     teacher_weight: float = flag(1.0, "Of L1 and L2 to the teacher's pictures.")
-    center_crop: bool = flag(False, "Crop in the centre instead of at random.")
-    adam_weight_decay: float = flag(0.0)
 
 
 def parse_args(arguments: list[str] | None = None) -> DecoderSettings:
@@ -84,11 +81,9 @@ def main(args: DecoderSettings) -> None:
     with accelerator.main_process_first():
         images = load_images(args, None, args.max_train_samples, args.seed)
     set_seed(args.seed, device_specific=True)
-    resolution = teacher.config.scale_sizes[-1][0] * teacher.spatial_compression_ratio
-    augmented = AugmentedImages(images, resolution, not args.center_crop, args.random_flip, args.seed)
-    loader = make_loader(args, augmented, accelerator.num_processes)
-    validation = validation_images(images, 512).with_transform(training_transform(images, resolution))
-    validation_loader = DataLoader(validation, batch_size=args.train_batch_size)
+    pixels, validation_pixels = load_pixels(args, teacher, images)
+    loader = make_loader(args, pixels, accelerator.num_processes)
+    validation_loader = DataLoader(validation_pixels, batch_size=args.train_batch_size)
 
     averaged = evaluation_copy(model, accelerator)
     optimizer, schedule = make_optimizer(args, model.decoder.parameters(), accelerator.num_processes)

@@ -133,8 +133,9 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
         if run.is_due(args.validation_steps):
             run.averaged_model(averaged)
             if accelerator.is_main_process:
+                metrics = validate(pipe, validation_loader)
                 pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed)
-                run.record_validation(validate(pipe, validation_loader), "samples", pictures)
+                run.record_validation(metrics, "samples", pictures)
         run.checkpoint()
 
     run.averaged_model(averaged)

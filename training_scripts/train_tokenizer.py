@@ -17,7 +17,6 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
-from srdd.data.images import AugmentedImages, training_transform, validation_images
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
 from srdd.training.accelerator import make_accelerator
@@ -27,8 +26,8 @@ from srdd.training.codebook_upkeep import CodebookTracker, low_usage
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_tokenizer
-from srdd.training.settings import PixelLossSettings, TrainingSettings, flag, make_parser, parse_settings, positive_int
-from srdd.training.training_data import load_images, make_loader
+from srdd.training.settings import PixelSettings, flag, make_parser, parse_settings, positive_int
+from srdd.training.training_data import load_images, load_pixels, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 
 
@@ -72,7 +71,7 @@ class ModelSettings:
 
 
 @dataclass(kw_only=True)
-class LossSettings(PixelLossSettings):
+class LossSettings:
     """What the other losses weigh."""
 
     codebook_weight: float = flag(1.0)
@@ -97,11 +96,9 @@ class CodebookSettings:
 
 
 @dataclass(kw_only=True)
-class TokenizerSettings(TrainingSettings, ModelSettings, LossSettings, CodebookSettings):
+class TokenizerSettings(PixelSettings, ModelSettings, LossSettings, CodebookSettings):
     """How the tokenizer is trained."""
 
-    adam_weight_decay: float = flag(0.0)  # decay would pull codes and norms to zero
-    center_crop: bool = flag(False, "Crop in the centre instead of at random.")
     scale_dropout_prob: float = flag(0.0, "Images decoded without fine scales.")
     train_decoder_only: bool = flag(False, "Tokens stay as they are, and transformers stay valid.")
 
@@ -142,11 +139,6 @@ def latent_grid(args: ModelSettings) -> int:
     return args.resolution // ratio
 
 
-def image_side(model: MultiScaleVQModel) -> int:
-    """Pixels of a side of the images that a tokenizer is trained on."""
-    return model.config.scale_sizes[-1][0] * model.spatial_compression_ratio
-
-
 def freeze(model: MultiScaleVQModel, args: TokenizerSettings) -> None:
     """Leave out what this run does not train by gradients, and what no scale uses."""
     quantizer, grid = model.quantize, model.config.scale_sizes[-1]
@@ -163,7 +155,7 @@ def freeze(model: MultiScaleVQModel, args: TokenizerSettings) -> None:
 class TokenizerLosses:
     """The weighted losses of a batch, the discriminator's apart."""
 
-    def __init__(self, args: LossSettings, accelerator: Accelerator, last_layer: torch.Tensor):
+    def __init__(self, args: TokenizerSettings, accelerator: Accelerator, last_layer: torch.Tensor):
         self.args = args
         self.accelerator = accelerator
         self.last_layer = last_layer
@@ -196,7 +188,7 @@ def build_discriminator(
     """A discriminator of the model's images and its optimizer, if the adversarial loss weighs anything."""
     if args.adversarial_weight <= 0:
         return None, None
-    resolution = image_side(model)
+    resolution = model.config.scale_sizes[-1][0] * model.spatial_compression_ratio
     deepest = (resolution // 3).bit_length() - 1
     if args.discriminator_layers > deepest:
         raise ValueError(
@@ -291,11 +283,10 @@ def main(args: TokenizerSettings) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     discriminator, discriminator_optimizer = build_discriminator(args, model)
-    scale_sizes, resolution = model.config.scale_sizes, image_side(model)
-    augmented = AugmentedImages(images, resolution, not args.center_crop, args.random_flip, args.seed)
-    loader = make_loader(args, augmented, accelerator.num_processes)
-    validation = validation_images(images, 512).with_transform(training_transform(images, resolution))
-    validation_loader = DataLoader(validation, batch_size=args.train_batch_size)
+    scale_sizes = model.config.scale_sizes
+    pixels, validation_pixels = load_pixels(args, model, images)
+    loader = make_loader(args, pixels, accelerator.num_processes)
+    validation_loader = DataLoader(validation_pixels, batch_size=args.train_batch_size)
 
     averaged = evaluation_copy(model, accelerator)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -181,6 +181,14 @@ class PixelLossSettings:
 
 
 @dataclass(kw_only=True)
+class PixelSettings(TrainingSettings, PixelLossSettings):
+    """What training tokenizers and distilling decoders have in common."""
+
+    center_crop: bool = flag(False, "Crop in the centre instead of at random.")
+    adam_weight_decay: float = flag(0.0)  # decay would pull codes and norms to zero
+
+
+@dataclass(kw_only=True)
 class TokenSettings:
     """Tokens and labels."""
 

@@ -1,13 +1,20 @@
 """What a run reads: images, or their tokens, in shuffled batches."""
 
+import datasets
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
 from srdd import MultiScaleVQModel
-from srdd.data.images import LabelledImages, load_labelled_images, validation_images
+from srdd.data.images import (
+    AugmentedImages,
+    LabelledImages,
+    load_labelled_images,
+    training_transform,
+    validation_images,
+)
 from srdd.data.token_cache import TokenDataset, cached_tokens
-from srdd.training.settings import DataSettings, TrainingSettings, TransformerSettings
+from srdd.training.settings import DataSettings, PixelSettings, TrainingSettings, TransformerSettings
 
 
 def load_images(
@@ -35,6 +42,15 @@ def load_images(
         strict=settings.strict_data,
         num_proc=settings.preprocessing_num_workers,
     )
+
+
+def load_pixels(
+    settings: PixelSettings, vqvae: MultiScaleVQModel, images: LabelledImages
+) -> tuple[AugmentedImages, datasets.Dataset]:
+    """Training and validation images of the size that a tokenizer reads."""
+    resolution = vqvae.config.scale_sizes[-1][0] * vqvae.spatial_compression_ratio
+    train = AugmentedImages(images, resolution, not settings.center_crop, settings.random_flip, settings.seed)
+    return train, validation_images(images, 512).with_transform(training_transform(images, resolution))
 
 
 def load_tokens(
