@@ -112,7 +112,7 @@ def main(args: DecoderSettings) -> None:
             continue
         run.finish_step(losses)
         if run.is_due(args.validation_steps):
-            run.averaged_model(averaged)
+            run.copy_averages_to(averaged)
             if accelerator.is_main_process:
                 metrics, pictures = evaluate_reconstruction(
                     averaged, validation_loader, args.num_validation_images, teacher=teacher
@@ -120,7 +120,7 @@ def main(args: DecoderSettings) -> None:
                 run.record_validation(metrics, "reconstruction", pictures)
         run.checkpoint()
 
-    run.averaged_model(averaged)
+    run.copy_averages_to(averaged)
     run.close()
     if accelerator.is_main_process:
         if teacher_pipe is None:

@@ -131,14 +131,14 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
             continue
         run.finish_step(losses)
         if run.is_due(args.validation_steps):
-            run.averaged_model(averaged)
+            run.copy_averages_to(averaged)
             if accelerator.is_main_process:
                 metrics = validate(pipe, validation_loader)
                 pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed)
                 run.record_validation(metrics, "samples", pictures)
         run.checkpoint()
 
-    run.averaged_model(averaged)
+    run.copy_averages_to(averaged)
     run.close()
     if accelerator.is_main_process:
         averaged.register_to_config(class_dropout_prob=teacher.config.class_dropout_prob)

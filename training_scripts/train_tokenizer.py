@@ -331,14 +331,14 @@ def main(args: TokenizerSettings) -> None:
             losses["revived_codes"] = revive(tokenizer, tracker, run.ema, latents, args.seed + run.step + 1)
         run.finish_step(losses)
         if run.is_due(args.validation_steps):
-            run.averaged_model(averaged)
+            run.copy_averages_to(averaged)
             if accelerator.is_main_process:
                 metrics, pictures = evaluate_reconstruction(averaged, validation_loader, args.num_validation_images)
                 run.record_validation(metrics, "reconstruction", pictures)
                 report_usage(args, run, averaged, metrics)
         run.checkpoint()
 
-    run.averaged_model(averaged)
+    run.copy_averages_to(averaged)
     run.close()
     if accelerator.is_main_process:
         finish_tokenizer(args, averaged, images)

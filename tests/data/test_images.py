@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from srdd.data.images import (
+    AugmentedImages,
     LabelledImages,
     image_to_tensor,
     load_labelled_images,
@@ -319,6 +320,40 @@ def test_a_data_set_without_train_split_is_refused(tmp_path):
     folder = save_parquet(tmp_path, test=image_table([0, 1]))
     with pytest.raises(ValueError, match=r"must have a `train` split, got \['test'\]"):
         load_labelled_images(folder, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pictures() -> LabelledImages:
+    """Noise of different sizes."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(16, 24, size=(24, 2))
+    noise = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    features = datasets.Features({"image": datasets.Image()})
+    return LabelledImages(datasets.Dataset.from_dict({"image": noise}, features=features), None, "image", None, {})
+
+
+def augment(pictures: LabelledImages, random_crop: bool, random_flip: bool, seed: int = 0, epoch: int = 0):
+    augmented = AugmentedImages(pictures, 16, random_crop, random_flip, seed)
+    augmented.set_epoch(epoch)
+    assert len(augmented) == 24
+    return torch.stack([augmented[index]["pixel_values"] for index in range(24)])
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(pictures):
+    first = augment(pictures, True, True)
+    assert torch.equal(first, augment(pictures, True, True))
+    for other in (augment(pictures, True, True, epoch=1), augment(pictures, True, True, seed=1)):
+        assert (first != other).flatten(1).any(dim=1).float().mean() > 0.5
+
+
+def test_images_are_cropped_in_the_centre_if_asked_to(pictures):
+    centred = torch.stack([image_to_tensor(image, 16) for image in pictures.train["image"]])
+    assert torch.equal(augment(pictures, False, False), centred)
+    mirrored = 0
+    for pixels, original in zip(augment(pictures, False, True), centred):
+        mirrored += torch.equal(pixels, original.flip(-1))
+        assert torch.equal(pixels, original) or torch.equal(pixels, original.flip(-1))
+    assert 4 <= mirrored <= 20
 
 
 def some_images(num_train: int, num_validation: int | None) -> LabelledImages:

@@ -215,10 +215,9 @@ rank, token_loss, losses = int(os.environ["RANK"]), module.token_loss, []
 
 
 class ObservedRun(module.TrainingRun):
-    def averaged_model(self, model):
-        super().averaged_model(model)
+    def copy_averages_to(self, model):
+        super().copy_averages_to(model)
         save_file(model.state_dict(), f"{{self.log_path.parent}}/averaged-of-{{rank}}.safetensors")
-        return model
 
 
 def broken_token_loss(*arguments):

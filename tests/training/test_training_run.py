@@ -114,8 +114,8 @@ def test_the_log_has_the_means_of_the_losses_and_the_learning_rate(tmp_path):
 def test_averages_start_with_the_model_and_end_in_the_copy(tmp_path):
     session = Session(tmp_path, ema_decay=0.5)
     session.train()
-    averaged = session.run.averaged_model(session.averaged)
-    assert averaged is session.averaged
+    averaged = session.averaged
+    session.run.copy_averages_to(averaged)
     assert not averaged.training
     assert torch.equal(averaged.weight, session.run.ema.shadow_params[0])
     assert not torch.equal(averaged.weight, session.model.weight)

@@ -183,7 +183,7 @@ class TrainingRun:
             limit = self.settings.checkpoints_total_limit
             save_checkpoint(self.accelerator, self.settings.output_dir, self.step, limit)
 
-    def averaged_model(self, model: torch.nn.Module) -> torch.nn.Module:
+    def copy_averages_to(self, model: torch.nn.Module) -> None:
         """
         Put the averaged weights into `model`, in evaluation mode. Called on all processes.
 
@@ -191,7 +191,7 @@ class TrainingRun:
             model (`torch.nn.Module`): A copy of the trained one, made by [`evaluation_copy`] before it was prepared.
         """
         self.ema.copy_to(model.parameters())
-        return model.eval()
+        model.eval()
 
     def close(self) -> None:
         """End the progress bar and the trackers. The processes stay connected: there is the model to finish."""
