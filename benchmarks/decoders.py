@@ -28,10 +28,10 @@ from speed import CPU_OPERATORS
 from torch.utils.flop_counter import FlopCounterMode
 
 from srdd import MultiScaleVQModel
-from srdd.acceleration.cpu import MULTIPLIES_INT8
-from srdd.training.arguments import positive_int
-from srdd.training.data import image_to_tensor, load_labelled_images
+from srdd.data.images import image_to_tensor, load_labelled_images
+from srdd.models.fast_linear import multiplies_int8
 from srdd.training.light_decoder import light_tokenizer
+from srdd.training.settings import positive_int
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
         draw_weights(tokenizer)
     tokenizer.eval()
     models = {"own": tokenizer}
-    if device.type == "cpu" and MULTIPLIES_INT8:
+    if device.type == "cpu" and multiplies_int8():
         models["int8"] = with_int8_decoder(tokenizer)
     for layers in args.layers_per_block:
         light = light_tokenizer(tokenizer, layers_per_block=layers)

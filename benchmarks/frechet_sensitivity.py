@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
+from srdd.data.images import load_labelled_images
 from srdd.evaluation.distances import FeatureStatistics, bootstrap_interval, frechet_distance
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages
-from srdd.training.data import load_labelled_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -25,8 +25,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from tqdm.auto import tqdm
 
 from srdd import ScaleTransformer2DModel, SRDDPipeline
-from srdd.acceleration.linear_layers import FastLinear
-from srdd.training.data import image_to_tensor, load_labelled_images
+from srdd.data.images import image_to_tensor, load_labelled_images
+from srdd.models.fast_linear import FastLinear
 
 
 # Weights of one shape that exceed any cache, in elements.

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from srdd.evaluation.ablation_report import mean_and_interval
 from srdd.evaluation.ablations import AblationTable, load_pipelines, read_tables
 from srdd.evaluation.image_sources import PipelineImages
-from srdd.training.arguments import positive_int
+from srdd.training.settings import positive_int
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -29,9 +29,9 @@ from samplers import twin
 from tqdm.auto import tqdm
 
 from srdd import MultiScaleVQModel, ScaleTransformer2DModel
-from srdd.models.transformer_scale_2d import MaskedScaleAttnProcessor, ScaleAttnProcessor
+from srdd.models import MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
-from srdd.training.losses import token_loss
+from srdd.training.token_loss import token_loss
 
 
 VARIANTS = {

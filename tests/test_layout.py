@@ -28,6 +28,7 @@ LOWER_PARTS = {
     "acceleration": ("srdd.acceleration",),
     "models": ("srdd.scales", "srdd.acceleration", "srdd.models"),
     "pipelines": ("srdd.scales", "srdd.models", "srdd.schedulers", "srdd.pipelines"),
+    "data": ("srdd.scales", "srdd.models", "srdd.data"),
 }
 
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -87,6 +88,11 @@ def test_dependencies_point_one_way(path):
     allowed = LOWER_PARTS[part_of(path)]
     ours = [module for module in imported_modules(tree_of(path)) if module.split(".")[0] == "srdd"]
     assert not [module for module in ours if not f"{module}.".startswith(tuple(f"{name}." for name in allowed))]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if part_of(path) != "training"], ids=name_of)
+def test_nothing_but_scripts_sits_on_training(path):
+    assert not [module for module in imported_modules(tree_of(path)) if module.startswith("srdd.training")]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

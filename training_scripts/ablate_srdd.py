@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from srdd.data.images import image_to_tensor, picture_grid, validation_images
 from srdd.evaluation.ablation_cells import AblationCells
 from srdd.evaluation.ablation_report import markdown, save_sweep
 from srdd.evaluation.ablations import Measurements, load_pipelines, read_tables
 from srdd.evaluation.features import load_features
-from srdd.training.arguments import add_data_arguments
-from srdd.training.data import image_to_tensor
-from srdd.training.loop import load_images, picture_grid, validation_images
+from srdd.training.settings import DataSettings, add_arguments, from_args
+from srdd.training.training_data import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Where a model of the configuration lies, a folder or Hub id; repeat it for all.",
     )
     parser.add_argument("--table", action="append", help="Measure these tables only.")
-    add_data_arguments(parser)
+    add_arguments(parser, DataSettings)
     parser.add_argument("--label_column", default="auto")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of images.")
     parser.add_argument("--num_reference_images", type=int, default=2048, help="Held-out images to compare with.")
@@ -53,7 +53,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     tables = read_tables(args.config, args.table)
     pipelines = load_pipelines(args.model, tables, args.device)
-    data = load_images(args, args.label_column)
+    data = load_images(from_args(args, DataSettings), args.label_column)
     num_held_out = max([table.num_images for table in tables if table.kind != "samples"], default=0)
     split = validation_images(data, max(args.num_reference_images, num_held_out))
     side = next(iter(pipelines.values())).sample_size[0]

@@ -10,36 +10,39 @@ from the latent states of the images to draw the images (L1, L2, perceptual) and
 L2). `output_dir` holds what the teacher is, a whole pipeline or a tokenizer, with averaged (EMA) weights.
 """
 
-import argparse
-import sys
+from dataclasses import MISSING, dataclass
 
+import torch
 from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.training.arguments import add_pixel_loss_arguments, add_training_arguments, int_list
-from srdd.training.light_decoder import distill_decoder, light_tokenizer
-from srdd.training.loop import load_images, make_accelerator
-from srdd.training.publish import finish_pipeline, finish_tokenizer
+from srdd.evaluation.reconstruction import evaluate_reconstruction
+from srdd.training.accelerator import make_accelerator
+from srdd.training.light_decoder import light_tokenizer
+from srdd.training.optimizer import make_optimizer
+from srdd.training.pixel_losses import PixelLosses
+from srdd.training.publishing import finish_pipeline, finish_tokenizer
+from srdd.training.settings import PixelSettings, flag, make_parser, parse_settings
+from srdd.training.training_data import load_images, load_pixels, make_loader
+from srdd.training.training_run import TrainingRun, evaluation_copy
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
-    parser.add_argument("--center_crop", action="store_true", help="Crop in the centre instead of at random.")
-    decoder = parser.add_argument_group("decoder")
-    decoder.add_argument("--teacher", required=True, help="Folder or Hub id of a pipeline or of a tokenizer.")
-    decoder.add_argument(
-        "--decoder_block_out_channels", type=int_list, help="Finest resolution first; default: a quarter."
-    )
-    decoder.add_argument("--decoder_layers_per_block", type=int, default=1, help="One more is made, as everywhere.")
-    decoder.add_argument("--decoder_mid_block_add_attention", action="store_true")
-    losses = parser.add_argument_group("losses")
-    add_pixel_loss_arguments(losses)
-    losses.add_argument("--image_weight", type=float, default=1.0, help="Of all distances to the images.")
-    losses.add_argument("--teacher_weight", type=float, default=1.0, help="Of L1 and L2 to the teacher's pictures.")
-    parser.set_defaults(adam_weight_decay=0.0)
-    args = parser.parse_args(arguments)
-    args.command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
+@dataclass(kw_only=True)
+class DecoderSettings(PixelSettings):
+    """The decoder and its losses."""
+
+    teacher: str = flag(MISSING, "Folder or Hub id of a pipeline or of a tokenizer.")
+    decoder_block_out_channels: list[int] | None = flag(help="Finest resolution first; default: a quarter.")
+    decoder_layers_per_block: int = flag(1, "One more is made, as everywhere.")
+    decoder_mid_block_add_attention: bool = flag(False)
+    image_weight: float = flag(1.0, "Of all distances to the images.")
+    teacher_weight: float = flag(1.0, "Of L1 and L2 to the teacher's pictures.")
+
+
+def parse_args(arguments: list[str] | None = None) -> DecoderSettings:
+    parser = make_parser(__doc__, DecoderSettings)
+    args = parse_settings(parser, DecoderSettings, arguments)
     if min(args.image_weight, args.teacher_weight) < 0 or args.image_weight + args.teacher_weight == 0:
         parser.error("`--image_weight` and `--teacher_weight` must not be negative, nor both be zero.")
     return args
@@ -65,25 +68,66 @@ def load_teacher(name: str) -> tuple[SRDDPipeline | None, MultiScaleVQModel]:
     raise ValueError(f"`teacher` must be a folder or Hub id of a pipeline or of a `MultiScaleVQModel`, got {name!r}.")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: DecoderSettings) -> None:
     accelerator = make_accelerator(args)
-    pipe, teacher = load_teacher(args.teacher)
-    set_seed(args.seed)  # the new weights must be the same in every process
-    light = light_tokenizer(
-        teacher, args.decoder_block_out_channels, args.decoder_layers_per_block, args.decoder_mid_block_add_attention
-    )
+    teacher_pipe, teacher = load_teacher(args.teacher)
     teacher.requires_grad_(False).eval().to(accelerator.device)
+    set_seed(args.seed)  # the new weights must be the same in every process
+    model = light_tokenizer(
+        teacher, args.decoder_block_out_channels, args.decoder_layers_per_block, args.decoder_mid_block_add_attention
+    ).to(memory_format=torch.channels_last)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     with accelerator.main_process_first():
-        images = load_images(args, None, args.max_train_samples)
+        images = load_images(args, None, args.max_train_samples, args.seed)
     set_seed(args.seed, device_specific=True)
-    averaged = distill_decoder(args, accelerator, light, teacher, images)
+    pixels, validation_pixels = load_pixels(args, teacher, images)
+    loader = make_loader(args, pixels, accelerator.num_processes)
+    validation_loader = DataLoader(validation_pixels, batch_size=args.train_batch_size)
+
+    averaged = evaluation_copy(model, accelerator)
+    optimizer, schedule = make_optimizer(args, model.decoder.parameters(), accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    pixel_losses = PixelLosses(args, accelerator.device)
+    run = TrainingRun(args, accelerator, model, schedule)
+    for batch in run.batches(loader):
+        with accelerator.accumulate(model):
+            sample = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
+            output, losses = model(sample), {}
+            if args.image_weight > 0:
+                for name, value in pixel_losses(output.sample, sample).items():
+                    losses[f"image_{name}"] = args.image_weight * value
+            if args.teacher_weight > 0:
+                with torch.no_grad():
+                    target = teacher.decode_tokens(output.token_ids).sample.clamp(-1, 1)
+                for name, value in pixel_losses(output.sample, target, with_perceptual=False).items():
+                    losses[f"teacher_{name}"] = args.teacher_weight * value
+            losses = {"loss": torch.stack(list(losses.values())).sum(), **losses}
+            run.check_finite(losses)
+            accelerator.backward(losses["loss"])
+            run.clip_gradients(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        run.finish_step(losses)
+        if run.is_due(args.validation_steps):
+            run.copy_averages_to(averaged)
+            if accelerator.is_main_process:
+                metrics, pictures = evaluate_reconstruction(
+                    averaged, validation_loader, args.num_validation_images, teacher=teacher
+                )
+                run.record_validation(metrics, "reconstruction", pictures)
+        run.checkpoint()
+
+    run.copy_averages_to(averaged)
+    run.close()
     if accelerator.is_main_process:
-        if pipe is None:
-            finish_tokenizer(args, averaged, images, part="decoder")
+        if teacher_pipe is None:
+            finish_tokenizer(args, averaged, images, trained_part="decoder")
         else:
-            args.validation_guidance_scale = pipe.default_guidance_scale
-            finished = SRDDPipeline(averaged, pipe.transformer, pipe.scheduler, pipe.token_critic)
-            finish_pipeline(args, finished, images, part="decoder")
+            pipe = SRDDPipeline(averaged, teacher_pipe.transformer, teacher_pipe.scheduler)
+            finish_pipeline(args, pipe, images, teacher_pipe.default_guidance_scale, trained_part="decoder")
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

@@ -13,50 +13,46 @@ the same scales. `--guidance_scale` makes the teacher's guided distribution the 
 guidance, and sampling no second half. That is exact for the teacher's own scales, the default of `--scales`.
 """
 
-import argparse
-import copy
-import sys
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers.utils import logging
+from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.training.arguments import add_training_arguments, add_transformer_arguments, int_list
-from srdd.training.loop import load_images, make_accelerator
-from srdd.training.publish import CARD, finish_pipeline
-from srdd.training.transformer import (
-    cross_entropy,
-    guided_distribution,
-    inference_scales,
-    load_tokens_of,
-    train_transformer,
-)
+from srdd.training.accelerator import make_accelerator
+from srdd.training.guided_distillation import guided_divergence
+from srdd.training.optimizer import make_optimizer, parameter_groups
+from srdd.training.publishing import CARD, finish_pipeline
+from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
+from srdd.training.token_loss import token_loss
+from srdd.training.training_data import load_images, load_tokens, make_loader
+from srdd.training.training_run import TrainingRun, evaluation_copy
+from srdd.training.validation import draw, validate
 
 
 logger = logging.get_logger(__name__)
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
-    add_transformer_arguments(parser)
-    distillation = parser.add_argument_group("distillation")
-    distillation.add_argument("--teacher", required=True, help="Folder or Hub id of a pipeline.")
-    distillation.add_argument(
-        "--scales", type=int_list, action="append", help="Sides of a stage's scales, coarse to fine; repeatable."
+@dataclass(kw_only=True)
+class DistillationSettings(TransformerSettings):
+    """Distillation."""
+
+    teacher: str = flag(MISSING, "Folder or Hub id of a pipeline.")
+    scales: list[list[int]] | None = flag(
+        help="Sides of a stage's scales, coarse to fine; repeatable.", type=int_list, action="append"
     )
-    distillation.add_argument("--ce_weight", type=float, help="Default: 1, or 0 with `--guidance_scale`.")
-    distillation.add_argument("--kl_weight", type=float, help="Default: 0, or 1 with `--guidance_scale`.")
-    distillation.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="Of the teacher; above 1 it is learned."
-    )
-    args = parser.parse_args(arguments)
-    args.command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
-    args.token_cache_dir = args.token_cache_dir or str(Path(args.output_dir) / "tokens")
+    ce_weight: float | None = flag(help="Default: 1, or 0 with `--guidance_scale`.")
+    kl_weight: float | None = flag(help="Default: 0, or 1 with `--guidance_scale`.")
+    guidance_scale: float = flag(1.0, "Of the teacher; above 1 it is learned.")
+
+
+def parse_args(arguments: list[str] | None = None) -> DistillationSettings:
+    parser = make_parser(__doc__, DistillationSettings)
+    args = parse_settings(parser, DistillationSettings, arguments)
     guided = args.guidance_scale > 1
     args.ce_weight = (0.0 if guided else 1.0) if args.ce_weight is None else args.ce_weight
     args.kl_weight = (1.0 if guided else 0.0) if args.kl_weight is None else args.kl_weight
@@ -67,53 +63,90 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def stages(args: argparse.Namespace, config: dict) -> list[tuple[Path, ScaleScheduler]]:
+def stages(args: DistillationSettings, config: dict) -> list[tuple[Path, ScaleScheduler]]:
     """Folder and schedule of every stage; a schedule that the weights do not know is an error."""
     schedules = [ScaleScheduler.from_config(config, scales=scales) for scales in args.scales or [config["scales"]]]
     folders = [Path(args.output_dir) / f"stage-{index}" for index in range(1, len(schedules))]
     return list(zip([*folders, Path(args.output_dir)], schedules))
 
 
-def run_stage(args: argparse.Namespace, source: str, scheduler: ScaleScheduler) -> None:
+def check_classes(id2label: dict[int, str], teacher: dict[int, str]) -> None:
+    """Images without labels are fine: they are of the null class."""
+    if id2label and id2label != teacher:
+        raise ValueError(
+            f"`teacher` must know the classes of the data, {sorted(id2label.values())}, got"
+            f" {sorted(teacher.values())}."
+        )
+
+
+def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler) -> None:
     """Train one student, from the weights in `source`, into `args.output_dir`."""
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
     with accelerator.main_process_first():
-        images = load_images(args, args.label_column or None, args.max_train_samples)
+        images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
     teacher_pipe = SRDDPipeline.from_pretrained(args.teacher).to(accelerator.device)
     vqvae, teacher = teacher_pipe.vqvae.requires_grad_(False), teacher_pipe.transformer.requires_grad_(False).eval()
+    check_classes(images.id2label, teacher.id2label)
     guided = args.guidance_scale > 1
+    null_class = teacher.config.num_classes
+    dropout = 0.0 if guided else teacher.config.class_dropout_prob
     # Labels are dropped below, for teacher and student alike.
     model = ScaleTransformer2DModel.from_pretrained(
         source, subfolder="transformer", class_dropout_prob=0.0, guidance_distilled=guided
     )
-    null_class = teacher.config.num_classes
-    dropout = 0.0 if guided else teacher.config.class_dropout_prob
-    tokens = load_tokens_of(args, accelerator, "teacher", teacher_pipe, images, inference_scales(scheduler))
-    loss = cross_entropy(args, vqvae, scheduler)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
+    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes)
+    if not images.id2label:
+        tokens.labels[:] = validation_tokens.labels[:] = null_class
+    loader = make_loader(args, tokens, accelerator.num_processes)
+    validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
 
-    def compute_loss(model, batch):
-        dropped = torch.rand(batch["labels"].shape, device=batch["labels"].device) < dropout
-        labels = torch.where(dropped, null_class, batch["labels"])
-        logits, result = loss(model, {**batch, "labels": labels})
-        losses = {"loss": args.ce_weight * result.loss, "cross_entropy": result.loss}
-        if args.kl_weight > 0:
-            with torch.no_grad():
-                inputs = vqvae.teacher_forcing_inputs(batch["token_ids"], inference_scales(scheduler))
-                wanted = guided_distribution(teacher, inputs, labels, scheduler, args.guidance_scale)
-            drawn = logits.float().log_softmax(dim=-1)
-            losses["kl"] = F.kl_div(drawn.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
-            losses["loss"] = losses["loss"] + args.kl_weight * losses["kl"]
-        return losses, result
+    averaged = evaluation_copy(model, accelerator)
+    pipe = SRDDPipeline(vqvae, averaged, scheduler)
+    parameters = parameter_groups(model, args.adam_weight_decay)
+    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    run = TrainingRun(args, accelerator, model, schedule, unit="tok", units_per_image=scheduler.num_tokens)
+    for batch in run.batches(loader):
+        with accelerator.accumulate(model):
+            token_ids, labels = batch["token_ids"], batch["labels"]
+            labels = torch.where(torch.rand(labels.shape, device=labels.device) < dropout, null_class, labels)
+            inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
+            logits = model(inputs, timestep=timesteps, class_labels=labels).sample
+            result = token_loss(logits, token_ids, scale_sizes, args.label_smoothing, args.scale_loss_weights)
+            losses = {"loss": args.ce_weight * result.loss, "cross_entropy": result.loss}
+            if args.kl_weight > 0:
+                losses["kl"] = guided_divergence(logits, teacher, inputs, labels, scheduler, args.guidance_scale)
+                losses["loss"] = losses["loss"] + args.kl_weight * losses["kl"]
+            losses.update(result.by_scale(scale_sizes))
+            run.check_finite(losses)
+            accelerator.backward(losses["loss"])
+            run.clip_gradients(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        run.finish_step(losses)
+        if run.is_due(args.validation_steps):
+            run.copy_averages_to(averaged)
+            if accelerator.is_main_process:
+                metrics = validate(pipe, validation_loader)
+                pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed)
+                run.record_validation(metrics, "samples", pictures)
+        run.checkpoint()
 
-    averaged = train_transformer(args, accelerator, model, vqvae, tokens, scheduler, compute_loss)
+    run.copy_averages_to(averaged)
+    run.close()
     if accelerator.is_main_process:
         averaged.register_to_config(class_dropout_prob=teacher.config.class_dropout_prob)
-        finish_pipeline(args, SRDDPipeline(vqvae, averaged, scheduler), images)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale)
     accelerator.wait_for_everyone()
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: DistillationSettings) -> None:
     source = args.teacher
     config = ScaleScheduler.load_config(args.teacher, subfolder="scheduler")
     plan = stages(args, config)
@@ -121,10 +154,8 @@ def main(args: argparse.Namespace) -> None:
         if args.resume_from_checkpoint and all((folder / name).is_file() for name in ("model_index.json", CARD)):
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
-            stage_args = copy.copy(args)
-            stage_args.output_dir = str(folder)
-            stage_args.push_to_hub = args.push_to_hub and index == len(plan)
-            run_stage(stage_args, str(source), scheduler)
+            push_to_hub = args.push_to_hub and index == len(plan)
+            run_stage(replace(args, output_dir=str(folder), push_to_hub=push_to_hub), str(source), scheduler)
         source = folder
     PartialState().destroy_process_group()
 

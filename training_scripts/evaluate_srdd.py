@@ -26,14 +26,16 @@ from PIL import Image
 
 import srdd
 from srdd import ScaleScheduler, SRDDPipeline
+from srdd.data.images import picture_grid
 from srdd.evaluation.collecting import collect
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages, FolderImages, ImageSource, PipelineImages
 from srdd.evaluation.pairs import load_lpips
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, markdown_table
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_FEEDBACKS, RESAMPLING_POLICIES
-from srdd.training.arguments import add_data_arguments, int_list, positive_int
-from srdd.training.loop import check_processes, load_images, picture_grid
+from srdd.training.accelerator import check_processes
+from srdd.training.settings import DataSettings, add_arguments, from_args, int_list, positive_int
+from srdd.training.training_data import load_images
 
 
 def one_or_list(text: str) -> int | list[int]:
@@ -74,7 +76,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     scheduler.add_argument("--scheduler", help="Folder or Hub id of another scheduler, for example a preset.")
     for name, options in SCHEDULER_OPTIONS.items():
         scheduler.add_argument(f"--{name}", **options)
-    add_data_arguments(parser)
+    add_arguments(parser, DataSettings)
     reference = parser.add_argument_group("reference")
     reference.add_argument("--split", choices=["train", "validation"], default="validation")
     reference.add_argument("--reference_dir", help="Folder of square pictures, instead of a data set.")
@@ -159,7 +161,8 @@ def load_reference(args: argparse.Namespace, resolution: int) -> tuple[ImageSour
         count = None if args.paired else args.num_reference_images
         source = FolderImages(args.reference_dir, count, resolution)
         return source, {"folder": args.reference_dir}
-    source = DataSetImages(load_images(args, None), args.split, args.num_reference_images, resolution)
+    images = load_images(from_args(args, DataSettings), None)
+    source = DataSetImages(images, args.split, args.num_reference_images, resolution)
     return source, {"data_set": args.dataset_name or args.train_data_dir, "split": args.split}
 
 

@@ -20,18 +20,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
+from srdd.data.images import picture_grid, training_transform
 from srdd.evaluation.features import EfficientNetLite0Features
 from srdd.evaluation.reconstruction import evaluate_reconstruction
-from srdd.training.arguments import add_data_arguments
-from srdd.training.data import training_transform
-from srdd.training.loop import load_images, picture_grid
+from srdd.training.settings import DataSettings, add_arguments, from_args
+from srdd.training.training_data import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_vqvae_name_or_path", required=True, help="Folder or Hub id of the tokenizer.")
     parser.add_argument("--teacher_vqvae_name_or_path", help="A tokenizer with the same tokens and another decoder.")
-    add_data_arguments(parser)
+    add_arguments(parser, DataSettings)
     parser.add_argument("--split", choices=["train", "validation"], default="validation")
     parser.add_argument("--max_samples", type=int, default=4096)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     teacher = None
     if args.teacher_vqvae_name_or_path:
         teacher = MultiScaleVQModel.from_pretrained(args.teacher_vqvae_name_or_path).to(args.device)
-    images = load_images(args, None)
+    images = load_images(from_args(args, DataSettings), None)
     split = images.train if args.split == "train" else images.validation
     if split is None:
         raise ValueError(f"`split` must be one the data set has, got {args.split!r}.")

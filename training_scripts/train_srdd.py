@@ -8,54 +8,59 @@ Train a scale transformer (`ScaleTransformer2DModel`) on the tokens of a multi-s
 The finished pipeline, with averaged (EMA) weights, lies in `output_dir`; `SRDDPipeline.from_pretrained` loads it.
 """
 
-import argparse
-import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 from diffusers.models.attention_dispatch import attention_backend
+from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS, MaskedScaleAttnProcessor
-from srdd.training.arguments import add_training_arguments, add_transformer_arguments
-from srdd.training.loop import load_images, make_accelerator
-from srdd.training.publish import finish_pipeline
-from srdd.training.transformer import cross_entropy, load_tokens, train_transformer
+from srdd.models import ATTENTION_PATTERNS, MaskedScaleAttnProcessor, ScaleAttnProcessor
+from srdd.training.accelerator import make_accelerator
+from srdd.training.optimizer import make_optimizer, parameter_groups
+from srdd.training.publishing import finish_pipeline
+from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings
+from srdd.training.token_loss import token_loss
+from srdd.training.training_data import load_images, load_tokens, make_loader
+from srdd.training.training_run import TrainingRun, evaluation_copy
+from srdd.training.validation import draw, validate
 
 
 # What LoRA adapts: attention and MLP of every block.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser)
-    add_transformer_arguments(parser)
-    model = parser.add_argument_group("model", "Starting from a transformer, its own sizes hold.")
-    model.add_argument("--pretrained_vqvae_name_or_path", required=True, help="Folder or Hub id of the tokenizer.")
-    model.add_argument("--pretrained_model_name_or_path", help="Start from this transformer.")
-    model.add_argument("--attention_pattern", choices=ATTENTION_PATTERNS, help="Default: markov, or as pretrained.")
-    model.add_argument(
-        "--attention_backend", help="One of diffusers' while training; 'flex': one call for all scales, compiled."
+@dataclass(kw_only=True)
+class SRDDSettings(TransformerSettings):
+    """The transformer. Starting from one, its own sizes hold."""
+
+    pretrained_vqvae_name_or_path: str = flag(MISSING, "Folder or Hub id of the tokenizer.")
+    pretrained_model_name_or_path: str | None = flag(help="Start from this transformer.")
+    attention_pattern: str | None = flag(help="Default: markov, or as pretrained.", choices=ATTENTION_PATTERNS)
+    attention_backend: str | None = flag(
+        help="One of diffusers' while training; 'flex': one call for all scales, compiled."
     )
-    model.add_argument("--num_layers", type=int, default=6)
-    model.add_argument("--num_attention_heads", type=int, default=4)
-    model.add_argument("--attention_head_dim", type=int, default=64)
-    model.add_argument("--per_block_adaln", action="store_true", help="VAR's AdaLN up to 256px: three times the size.")
-    model.add_argument("--class_dropout_prob", type=float, default=0.1)
-    model.add_argument("--drop_path_rate", type=float, default=0.0)
-    model.add_argument("--lora_rank", type=int, help="Train a LoRA of this rank on the pretrained transformer.")
-    model.add_argument("--lora_alpha", type=int, help="Default: the rank.")
-    args = parser.parse_args(arguments)
-    args.command = [sys.argv[0], *(sys.argv[1:] if arguments is None else arguments)]
-    args.token_cache_dir = args.token_cache_dir or str(Path(args.output_dir) / "tokens")
+    num_layers: int = flag(6)
+    num_attention_heads: int = flag(4)
+    attention_head_dim: int = flag(64)
+    per_block_adaln: bool = flag(False, "VAR's AdaLN up to 256px: three times the size.")
+    class_dropout_prob: float = flag(0.1)
+    drop_path_rate: float = flag(0.0)
+    lora_rank: int | None = flag(help="Train a LoRA of this rank on the pretrained transformer.")
+    lora_alpha: int | None = flag(help="Default: the rank.")
+
+
+def parse_args(arguments: list[str] | None = None) -> SRDDSettings:
+    parser = make_parser(__doc__, SRDDSettings)
+    args = parse_settings(parser, SRDDSettings, arguments)
     if args.lora_rank and not args.pretrained_model_name_or_path:
         parser.error("`--lora_rank` needs `--pretrained_model_name_or_path`.")
     return args
 
 
-def build_model(args: argparse.Namespace, vqvae: MultiScaleVQModel, id2label: dict) -> ScaleTransformer2DModel:
+def build_model(args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict) -> ScaleTransformer2DModel:
     training = {"class_dropout_prob": args.class_dropout_prob, "drop_path_rate": args.drop_path_rate}
     if args.pretrained_model_name_or_path:
         if args.attention_pattern:
@@ -91,14 +96,14 @@ def fit_classes(model: ScaleTransformer2DModel, id2label: dict[int, str]) -> Non
         return
     old, null_class = model.class_embed.weight, model.config.num_classes
     old_ids = {name: index for index, name in model.id2label.items()}
-    rows = [old_ids.get(id2label[index], null_class) for index in range(len(id2label))] + [null_class]
-    model.class_embed = torch.nn.Embedding.from_pretrained(old[rows].clone(), freeze=False)
+    taken_from = [old_ids.get(id2label[index], null_class) for index in range(len(id2label))] + [null_class]
+    model.class_embed = torch.nn.Embedding.from_pretrained(old[taken_from].clone(), freeze=False)
     model.register_to_config(
         num_classes=len(id2label), id2label={str(index): name for index, name in id2label.items()}
     )
 
 
-def add_lora(model: ScaleTransformer2DModel, args: argparse.Namespace) -> None:
+def add_lora(model: ScaleTransformer2DModel, args: SRDDSettings) -> None:
     """Freeze all but a fresh adapter and the class embedding, which new classes need."""
     from peft import LoraConfig
 
@@ -125,11 +130,11 @@ def select_attention(model: ScaleTransformer2DModel, backend: str, device: torch
         model.set_attention_backend(backend)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: SRDDSettings) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed)  # FSDP takes a part of the new weights from every process: they must be the same
     with accelerator.main_process_first():
-        images = load_images(args, args.label_column or None, args.max_train_samples)
+        images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
     vqvae.requires_grad_(False).eval().to(accelerator.device)
     model = build_model(args, vqvae, images.id2label)
@@ -137,22 +142,53 @@ def main(args: argparse.Namespace) -> None:
         add_lora(model, args)
     if args.attention_backend:
         select_attention(model, args.attention_backend, accelerator.device)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     set_seed(args.seed, device_specific=True)
     scheduler = ScaleScheduler(scale_sizes=vqvae.config.scale_sizes)
-    tokens = load_tokens(args, accelerator, vqvae, images, vqvae.config.scale_sizes)
-    loss = cross_entropy(args, vqvae, scheduler)
+    scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
+    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes)
+    loader = make_loader(args, tokens, accelerator.num_processes)
+    validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
 
-    def compute_loss(model, batch):
-        _, result = loss(model, batch)
-        return {"loss": result.loss}, result
+    averaged = evaluation_copy(model, accelerator)
+    averaged.set_attn_processor(ScaleAttnProcessor())  # it may not have the compiled blocks of another
+    pipe = SRDDPipeline(vqvae, averaged, scheduler)
+    parameters = parameter_groups(model, args.adam_weight_decay)
+    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    run = TrainingRun(args, accelerator, model, schedule, unit="tok", units_per_image=scheduler.num_tokens)
+    for batch in run.batches(loader):
+        with accelerator.accumulate(model):
+            token_ids = batch["token_ids"]
+            inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
+            logits = model(inputs, timestep=timesteps, class_labels=batch["labels"]).sample
+            result = token_loss(logits, token_ids, scale_sizes, args.label_smoothing, args.scale_loss_weights)
+            losses = {"loss": result.loss, **result.by_scale(scale_sizes)}
+            run.check_finite(losses)
+            accelerator.backward(losses["loss"])
+            run.clip_gradients(model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        run.finish_step(losses)
+        if run.is_due(args.validation_steps):
+            run.copy_averages_to(averaged)
+            if accelerator.is_main_process:
+                metrics = validate(pipe, validation_loader)
+                pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed)
+                run.record_validation(metrics, "samples", pictures)
+        run.checkpoint()
 
-    averaged = train_transformer(args, accelerator, model, vqvae, tokens, scheduler, compute_loss)
+    run.copy_averages_to(averaged)
+    run.close()
     if accelerator.is_main_process:
         if args.lora_rank:
             averaged.save_lora_adapter(Path(args.output_dir) / "lora")
             averaged.fuse_lora()
             averaged.unload_lora()
-        finish_pipeline(args, SRDDPipeline(vqvae, averaged, scheduler), images)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

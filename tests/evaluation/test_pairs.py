@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from srdd.evaluation.pairs import load_lpips, pair_metrics
-from srdd.training.perceptual import EfficientNetPerceptualLoss
+from srdd.evaluation.perceptual_distance import EfficientNetPerceptualLoss
 
 
 def make_pictures(count: int = 4, seed: int = 0) -> torch.Tensor:

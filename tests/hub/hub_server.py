@@ -10,6 +10,7 @@ import base64
 import fnmatch
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -175,6 +176,8 @@ class HubServer:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
+            # The tests' own modules, and the package that is tested wherever this process has it from.
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.getenv("PYTHONPATH")])]),
         }
 
     def put_content(self, content_id: str, content: bytes) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, TokenCritic
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 
 
 def draw(pipe: SRDDPipeline) -> torch.Tensor:
@@ -21,7 +21,8 @@ def draw(pipe: SRDDPipeline) -> torch.Tensor:
 
 def pipeline() -> dict:
     pipe = SRDDPipeline.from_pretrained("me/tiny")
-    names = {name: type(component).__name__ for name, component in pipe.components.items()}
+    components = {name: component for name, component in pipe.components.items() if component is not None}
+    names = {name: type(component).__name__ for name, component in components.items()}
     return {"images": draw(pipe), "components": names, "id2label": pipe.id2label}
 
 
@@ -52,14 +53,6 @@ def transformer() -> dict:
 
 def vqvae() -> dict:
     return MultiScaleVQModel.from_pretrained("me/tiny", subfolder="vqvae").state_dict()
-
-
-def critic() -> dict:
-    return TokenCritic.from_pretrained("me/critical", subfolder="token_critic").state_dict()
-
-
-def pipeline_with_a_critic() -> dict:
-    return {"images": draw(SRDDPipeline.from_pretrained("me/critical"))}
 
 
 def scheduler() -> dict:
@@ -93,8 +86,6 @@ LOADS: list[Callable[[], dict]] = [
     sharded_model,
     transformer,
     vqvae,
-    critic,
-    pipeline_with_a_critic,
     scheduler,
     scheduler_repository,
     preset,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from tiny_models import tiny_critic, tiny_pipeline, tiny_scheduler
+from tiny_models import tiny_pipeline, tiny_scheduler
 
 
 def main(card_path: str) -> None:
@@ -21,9 +21,6 @@ def main(card_path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = str(Path(folder, "sharded"))
         tiny_pipeline().save_pretrained(folder, max_shard_size="20KB", push_to_hub=True, repo_id="me/sharded")
-
-    learned = tiny_scheduler(resampling_policy="learned")
-    tiny_pipeline(scheduler=learned, token_critic=tiny_critic()).push_to_hub("me/critical")
 
     tiny_scheduler().push_to_hub("me/scheduler")
     tiny_scheduler(scales=[1, 4]).push_to_hub("me/presets", subfolder="distilled-2")

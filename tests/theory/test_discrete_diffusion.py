@@ -18,7 +18,7 @@ from srdd.theory.discrete_diffusion import (
     verify_proposition_1,
 )
 from srdd.theory.pyramid_space import draw_weights, enumerate_pyramids, example_models, log_conditionals
-from srdd.training.losses import token_loss
+from srdd.training.token_loss import token_loss
 
 
 EXACT = 1e-10

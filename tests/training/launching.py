@@ -26,10 +26,13 @@ IMPORTED_BY_SERVER = [
     "datasets",
     "matplotlib.backends.backend_agg",
     "srdd.evaluation.reconstruction",
-    "srdd.training.adversarial",
-    "srdd.training.codebook",
-    "srdd.training.publish",
-    "srdd.training.transformer",
+    "srdd.training.accelerator",
+    "srdd.training.adversarial_loss",
+    "srdd.training.codebook_upkeep",
+    "srdd.training.guided_distillation",
+    "srdd.training.light_decoder",
+    "srdd.training.publishing",
+    "srdd.training.training_run",
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_models import tiny_critic, tiny_vqvae
+from tiny_models import tiny_vqvae
 from training.tiny_runs import (
     assert_same_weights,
     distill_decoder,
@@ -20,7 +20,7 @@ from training.tiny_runs import (
 )
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.training.data import image_to_tensor, load_labelled_images
+from srdd.data.images import image_to_tensor, load_labelled_images
 from srdd.training.light_decoder import light_tokenizer
 
 
@@ -160,17 +160,6 @@ def test_a_tokenizer_ends_as_a_tokenizer(trained, run):
     card = (folder / "README.md").read_text()
     assert "of the decoder alone." in card
     assert "MultiScaleVQModel.from_pretrained" in card
-
-
-def test_other_parts_of_the_pipeline_are_kept(trained, run):
-    pipe = load(trained / "model")
-    pipe = SRDDPipeline(pipe.vqvae, pipe.transformer, pipe.scheduler, tiny_critic())
-    pipe.save_pretrained(run.root / "with critic")
-    folder = run("critic", "--max_train_steps", 1, teacher=run.root / "with critic")
-    assert_same_weights(load(folder).token_critic, pipe.token_critic)
-    card = (folder / "README.md").read_text()
-    assert "of the decoder alone." in card
-    assert "learned" not in card
 
 
 def test_the_card_says_what_was_trained_and_shows_it(finished):

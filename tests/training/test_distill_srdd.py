@@ -10,8 +10,7 @@ import torch
 from training.tiny_runs import assert_same_weights, distill, load_script, read_log, run_script, weights
 
 from srdd import ScaleScheduler, SRDDPipeline
-from srdd.training.data import image_to_tensor, load_labelled_images
-from srdd.training.transformer import inference_scales
+from srdd.data.images import image_to_tensor, load_labelled_images
 
 
 SCRIPT = load_script("distill_srdd")
@@ -128,7 +127,7 @@ def test_every_stage_has_a_folder_and_a_schedule():
 def test_a_teacher_with_fewer_scales_passes_them_on():
     config = dict(ScaleScheduler(scale_sizes=[1, 2, 4], scales=[1, 4]).config)
     [(_, scheduler)] = SCRIPT.stages(parse(), config)
-    assert inference_scales(scheduler) == [[1, 1], [4, 4]]
+    assert scheduler.scales == [[1, 1], [4, 4]]
 
 
 @pytest.mark.parametrize("scales", ["1,3,4", "2,4", "1,2", "1,2,4,8", "4,2,1"])

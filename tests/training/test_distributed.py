@@ -211,31 +211,25 @@ from safetensors.torch import save_file
 spec = importlib.util.spec_from_file_location("train_srdd", {script!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-rank, train, cross_entropy = int(os.environ["RANK"]), module.train_transformer, module.cross_entropy
+rank, token_loss, losses = int(os.environ["RANK"]), module.token_loss, []
 
 
-def observed_training(args, *more):
-    averaged = train(args, *more)
-    save_file(averaged.state_dict(), f"{{args.output_dir}}/averaged-of-{{rank}}.safetensors")
-    return averaged
+class ObservedRun(module.TrainingRun):
+    def copy_averages_to(self, model):
+        super().copy_averages_to(model)
+        save_file(model.state_dict(), f"{{self.log_path.parent}}/averaged-of-{{rank}}.safetensors")
 
 
-def broken_cross_entropy(*arguments):
-    compute, calls = cross_entropy(*arguments), []
-
-    def broken(model, batch):
-        logits, result = compute(model, batch)
-        calls.append(batch)
-        if rank == 1 and len(calls) == 2:
-            result.loss = result.loss * float("nan")
-        return logits, result
-
-    return broken
+def broken_token_loss(*arguments):
+    losses.append(token_loss(*arguments))
+    if rank == 1 and len(losses) == 2:
+        losses[-1].loss = losses[-1].loss * float("nan")
+    return losses[-1]
 
 
-module.train_transformer = observed_training
+module.TrainingRun = ObservedRun
 if os.environ.get("BREAK") == "yes":
-    module.cross_entropy = broken_cross_entropy
+    module.token_loss = broken_token_loss
 module.main(module.parse_args())
 """
 

@@ -14,7 +14,7 @@ from tiny_models import tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, load_script, read_log, train_transformer, weights
 
 from srdd import ScaleTransformer2DModel, SRDDPipeline
-from srdd.models.transformer_scale_2d import MaskedScaleAttnProcessor
+from srdd.models import MaskedScaleAttnProcessor
 
 
 SCRIPT = load_script("train_srdd")

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from training.tiny_runs import assert_same_weights, load_script, read_log, train_tokenizer, weights
 
 from srdd import MultiScaleVQModel
+from srdd.data.images import image_to_tensor, load_labelled_images
 from srdd.scales import default_scale_sizes
-from srdd.training.adversarial import PatchDiscriminator, generator_loss
-from srdd.training.data import AugmentedImages, image_to_tensor, load_labelled_images
+from srdd.training.adversarial_loss import PatchDiscriminator, generator_loss
 
 
 SCRIPT = load_script("train_tokenizer")
@@ -30,13 +30,10 @@ def load(folder: Path) -> MultiScaleVQModel:
 
 
 @pytest.fixture(scope="module")
-def images(image_folder):
-    return load_labelled_images(train_data_dir=str(image_folder), cache_dir=str(image_folder.parent / "datasets"))
-
-
-@pytest.fixture(scope="module")
-def pixels(images) -> torch.Tensor:
+def pixels(image_folder) -> torch.Tensor:
     """The training images, cropped in the centre."""
+    cache_dir = str(image_folder.parent / "datasets")
+    images = load_labelled_images(train_data_dir=str(image_folder), cache_dir=cache_dir)
     return torch.stack([image_to_tensor(image, 16) for image in images.train["image"]])
 
 
@@ -113,34 +110,6 @@ def test_bad_arguments_are_refused(capsys, arguments, message):
     with pytest.raises(SystemExit):
         parse(*arguments)
     assert message in capsys.readouterr().err
-
-
-# Images
-
-
-def test_augmentation_depends_on_seed_epoch_and_image_alone(images):
-    def draw(seed, epoch):
-        augmented = AugmentedImages(images, 16, random_crop=True, random_flip=True, seed=seed)
-        augmented.set_epoch(epoch)
-        assert len(augmented) == 24
-        return torch.stack([augmented[index]["pixel_values"] for index in range(24)])
-
-    first = draw(0, 0)
-    assert torch.equal(first, draw(0, 0))
-    for other in (draw(0, 1), draw(1, 0)):
-        assert (first != other).flatten(1).any(dim=1).float().mean() > 0.5
-
-
-def test_images_are_cropped_in_the_centre_if_asked_to(images, pixels):
-    augmented = AugmentedImages(images, 16, random_crop=False, random_flip=False, seed=0)
-    assert torch.equal(torch.stack([augmented[index]["pixel_values"] for index in range(24)]), pixels)
-    flipped = AugmentedImages(images, 16, random_crop=False, random_flip=True, seed=0)
-    mirrored = 0
-    for index in range(24):
-        found = flipped[index]["pixel_values"]
-        mirrored += torch.equal(found, pixels[index].flip(-1))
-        assert torch.equal(found, pixels[index]) or torch.equal(found, pixels[index].flip(-1))
-    assert 4 <= mirrored <= 20
 
 
 # Losses

@@ -54,14 +54,6 @@ def distill(image_folder: Path, teacher: Path, output_dir: Path, *more: str | Pa
     run_script("distill_srdd", *common(image_folder, output_dir), "--teacher", teacher, *more)
 
 
-def train_critic(image_folder: Path, model: Path, output_dir: Path, *more: str | Path) -> None:
-    """Width 8."""
-    run_script(
-        "train_token_critic", *common(image_folder, output_dir), "--pretrained_model_name_or_path", model,
-        "--hidden_dim", 8, *more,
-    )  # fmt: skip
-
-
 def distill_decoder(image_folder: Path, teacher: Path, output_dir: Path, *more: str | Path) -> None:
     """Channels 8 and 8, where the teacher has 32 and 32."""
     run_script(

@@ -4,7 +4,7 @@ import sys
 import torch
 
 from srdd.conversion import convert_checkpoints
-from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS
+from srdd.models import ATTENTION_PATTERNS
 
 
 # Bounds what older versions of safetensors copy while they write.

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from srdd import SRDDPipeline
+from srdd.data.images import LabelledImages, image_to_tensor
 from srdd.evaluation.features import weights_hash
-from srdd.training.data import LabelledImages, image_to_tensor
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")

@@ -8,7 +8,7 @@ import torch.nn as nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from srdd.training.perceptual import EfficientNetPerceptualLoss
+from srdd.evaluation.perceptual_distance import EfficientNetPerceptualLoss
 
 
 # SSIM's Gaussian window (Wang et al. 2004).

@@ -3,7 +3,7 @@ import sys
 
 import torch
 
-from srdd.models.transformer_scale_2d import ATTENTION_PATTERNS
+from srdd.models import ATTENTION_PATTERNS
 from srdd.theory.discrete_diffusion import verify_proposition_1
 from srdd.theory.pyramid_space import enumerate_pyramids, example_models
 

@@ -43,25 +43,25 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         ValueError: If a named checkpoint does not exist, or the folder holds later ones, which the run would meet.
     """
     checkpoints = list_checkpoints(output_dir)
-    found = None
+    start = None
     if resume_from_checkpoint == "latest":
-        found = checkpoints[-1] if checkpoints else None
+        start = checkpoints[-1] if checkpoints else None
     elif resume_from_checkpoint:
         candidates = (Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint))
-        found = next((path for path in candidates if path.is_dir()), None)
-        if found is None or not re.fullmatch(r"checkpoint-\d+", found.name):
+        start = next((path for path in candidates if path.is_dir()), None)
+        if start is None or not re.fullmatch(r"checkpoint-\d+", start.name):
             raise ValueError(
                 f"`resume_from_checkpoint` must be 'latest' or one of {[path.name for path in checkpoints]}, got"
                 f" {resume_from_checkpoint!r}."
             )
-    first_step = checkpoint_step(found) if found else 0
+    first_step = checkpoint_step(start) if start else 0
     later = [path.name for path in checkpoints if checkpoint_step(path) > first_step]
     if later:
         raise ValueError(
             f"`output_dir` must hold no later checkpoints than the one to start from ({first_step}), got {later} in"
             f" {str(output_dir)!r}. Go on with `--resume_from_checkpoint latest`, remove them, or use another folder."
         )
-    return found
+    return start
 
 
 def resume(accelerator: Accelerator, output_dir: str | Path, resume_from_checkpoint: str | None) -> int:
@@ -110,8 +110,8 @@ def remove_partial_checkpoints(output_dir: str | Path) -> None:
 
 def _numbered(folder: str | Path, name: str) -> list[Path]:
     """Folders called `name-N`: all else that lies around is none of ours."""
-    found = Path(folder).glob(f"{name}-*")
-    return [path for path in found if re.fullmatch(rf"{name}-\d+", path.name) and path.is_dir()]
+    paths = Path(folder).glob(f"{name}-*")
+    return [path for path in paths if re.fullmatch(rf"{name}-\d+", path.name) and path.is_dir()]
 
 
 @contextmanager

@@ -1,17 +1,8 @@
 """Light decoders: fewer channels and layers in the place of a tokenizer's own, for the same tokens."""
 
 import math
-from argparse import Namespace
-
-import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
-from srdd.evaluation.reconstruction import evaluate_reconstruction
-from srdd.training.data import AugmentedImages, LabelledImages, training_transform
-from srdd.training.loop import train_model, validation_images
-from srdd.training.pixel_losses import PixelLosses
 
 
 def light_tokenizer(
@@ -49,66 +40,8 @@ def light_tokenizer(
         decoder_mid_block_add_attention=mid_block_add_attention,
         decoder_norm_num_groups=math.gcd(config.norm_num_groups, *block_out_channels),
     )
-    for name, part in light.named_children():
+    for name, module in light.named_children():
         if name != "decoder":
-            part.load_state_dict(teacher.get_submodule(name).state_dict())
-            part.requires_grad_(False)
+            module.load_state_dict(teacher.get_submodule(name).state_dict())
+            module.requires_grad_(False)
     return light
-
-
-def distill_decoder(
-    args: Namespace,
-    accelerator: Accelerator,
-    light: MultiScaleVQModel,
-    teacher: MultiScaleVQModel,
-    images: LabelledImages,
-) -> MultiScaleVQModel:
-    """
-    Train a light decoder on the latent states of images, towards the images and the teacher's pictures of them.
-
-    Args:
-        args (`Namespace`): The arguments of the script.
-        accelerator (`Accelerator`): Nothing prepared yet.
-        light ([`MultiScaleVQModel`]): What [`light_tokenizer`] made of the teacher.
-        teacher ([`MultiScaleVQModel`]): The teacher, frozen and on its device.
-        images ([`LabelledImages`]): The images.
-
-    Returns:
-        [`MultiScaleVQModel`]: A copy with the averaged weights.
-
-    Raises:
-        FloatingPointError: If loss or gradients are not finite; names the step and the losses.
-    """
-    pixel_losses = PixelLosses(args, accelerator.device)
-    resolution = teacher.config.scale_sizes[-1][0] * teacher.spatial_compression_ratio
-    augmented = AugmentedImages(images, resolution, not args.center_crop, args.random_flip, args.seed)
-    validation = validation_images(images, 512).with_transform(training_transform(images, resolution))
-    validation_loader = DataLoader(validation, batch_size=args.train_batch_size)
-
-    def compute_values(model: torch.nn.Module, batch: dict[str, torch.Tensor]):
-        sample = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
-        output, losses = model(sample), {}
-        if args.image_weight > 0:
-            for name, value in pixel_losses(output.sample, sample).items():
-                losses[f"image_{name}"] = args.image_weight * value
-        if args.teacher_weight > 0:
-            with torch.no_grad():
-                wanted = teacher.decode_tokens(output.token_ids).sample.clamp(-1, 1)
-            for name, value in pixel_losses(output.sample, wanted, with_perceptual=False).items():
-                losses[f"teacher_{name}"] = args.teacher_weight * value
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses}, {}
-
-    return train_model(
-        args,
-        accelerator,
-        light.to(memory_format=torch.channels_last),
-        light.decoder.parameters(),
-        augmented,
-        compute_values,
-        evaluate=lambda averaged: evaluate_reconstruction(
-            averaged, validation_loader, args.num_validation_images, teacher=teacher
-        ),
-        count_items=lambda batch: len(batch["pixel_values"]),
-        unit="img",
-        picture="reconstruction",
-    )

@@ -1,10 +1,9 @@
 """How far a reconstruction is from a picture: the losses that tokenizers and decoders are trained with."""
 
-from argparse import Namespace
-
 import torch
 
-from srdd.training.perceptual import EfficientNetPerceptualLoss
+from srdd.evaluation.perceptual_distance import EfficientNetPerceptualLoss
+from srdd.training.settings import PixelLossSettings
 
 
 class PixelLosses:
@@ -12,13 +11,13 @@ class PixelLosses:
     Weighted distances between pictures.
 
     Args:
-        args (`Namespace`): With `l1_weight`, `l2_weight` and `perceptual_weight`, whose 0 needs no EfficientNet.
+        settings ([`PixelLossSettings`]): The weights.
         device (`torch.device`): Where the pictures are.
     """
 
-    def __init__(self, args: Namespace, device: torch.device):
-        self.args = args
-        self.perceptual = EfficientNetPerceptualLoss().to(device) if args.perceptual_weight > 0 else None
+    def __init__(self, settings: PixelLossSettings, device: torch.device):
+        self.settings = settings
+        self.perceptual = EfficientNetPerceptualLoss().to(device) if settings.perceptual_weight > 0 else None
 
     def __call__(
         self, sample: torch.Tensor, target: torch.Tensor, with_perceptual: bool = True
@@ -34,9 +33,9 @@ class PixelLosses:
         """
         error = sample.float() - target
         losses = {
-            "l1": self.args.l1_weight * error.abs().mean(),
-            "l2": self.args.l2_weight * error.square().mean(),
+            "l1": self.settings.l1_weight * error.abs().mean(),
+            "l2": self.settings.l2_weight * error.square().mean(),
         }
         if with_perceptual and self.perceptual is not None:
-            losses["perceptual"] = self.args.perceptual_weight * self.perceptual(sample, target).float()
+            losses["perceptual"] = self.settings.perceptual_weight * self.perceptual(sample, target).float()
         return losses

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import datasets
@@ -17,8 +16,10 @@ from tiny_models import tiny_pipeline, tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, read_log, train_tokenizer, train_transformer
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.training.data import LabelledImages
-from srdd.training.publish import draw_curve, finish_pipeline, finish_tokenizer, model_card, not_published
+from srdd.data.images import LabelledImages
+from srdd.training.model_card import draw_curve, model_card
+from srdd.training.publishing import finish_pipeline, finish_tokenizer, not_published
+from srdd.training.settings import TransformerSettings
 
 
 QUIET = ["--report_to", "none", "--max_train_steps", 1]
@@ -162,39 +163,28 @@ def test_a_tokenizer_may_be_stored_in_half_precision(image_folder, tmp_path):
 def test_saving_in_full_precision_casts_nothing(trained, folder, caplog, tmp_path):
     # diffusers warns of every cast, whatever the model.
     images = some_images()
-    args = arguments(tmp_path / "run")
+    settings = make_settings(tmp_path / "run")
     write_log(tmp_path / "run")
     if folder == "tokenizer":
-        finish_tokenizer(args, MultiScaleVQModel.from_pretrained(trained / folder), images)
+        finish_tokenizer(settings, MultiScaleVQModel.from_pretrained(trained / folder), images)
     else:
-        finish_pipeline(args, SRDDPipeline.from_pretrained(trained / folder), images)
+        finish_pipeline(settings, SRDDPipeline.from_pretrained(trained / folder), images, 2.5)
     assert "Casting directly" not in caplog.text
 
 
 # The end of a run by itself
 
 
-def arguments(output_dir: Path, **overrides) -> Namespace:
-    values = {
-        "output_dir": str(output_dir),
-        "save_dtype": "float32",
-        "dataset_name": None,
+def make_settings(output_dir: Path, **options) -> TransformerSettings:
+    defaults = {
         "train_data_dir": "/home/me/pictures",
-        "data_description": None,
         "license": "apache-2.0",
-        "push_to_hub": False,
-        "hub_model_id": None,
-        "hub_token": None,
-        "validation_guidance_scale": 2.5,
         "command": ["train_srdd.py", "--output_dir", "run"],
         "seed": 3,
         "max_train_steps": 20,
         "train_batch_size": 8,
-        "ema_decay": 0.999,
-        "logging_dir": "logs",
-        "cache_dir": None,
     }
-    return Namespace(**{**values, **overrides})
+    return TransformerSettings(output_dir=str(output_dir), **{**defaults, **options})
 
 
 def some_images(num_validation: int | None = None, description: str = "") -> LabelledImages:
@@ -212,10 +202,10 @@ def write_log(folder: Path, *records: dict) -> list[dict]:
     return records
 
 
-def finish(folder: Path, pipe: SRDDPipeline | None = None, images: LabelledImages | None = None, **overrides) -> str:
+def finish(folder: Path, pipe: SRDDPipeline | None = None, images: LabelledImages | None = None, **options) -> str:
     if not (folder / "train_log.jsonl").exists():
         write_log(folder)
-    finish_pipeline(arguments(folder, **overrides), pipe or tiny_pipeline(), images or some_images())
+    finish_pipeline(make_settings(folder, **options), pipe or tiny_pipeline(), images or some_images(), 2.5)
     return (folder / "README.md").read_text()
 
 
@@ -263,7 +253,7 @@ def test_a_card_tells_versions_and_settings(tmp_path):
 def test_models_that_are_not_square_have_readable_scales(tmp_path):
     vqvae = tiny_vqvae(sample_size=(8, 12), scale_sizes=[[1, 1], [2, 3], [4, 6]])
     log = write_log(tmp_path, {"step": 5, "val_psnr": 20.25, "val_usage": [0.5, 0.25, 1]})
-    card = model_card(arguments(tmp_path), some_images(), {"tokenizer": vqvae}, "code", "reconstruction", log)
+    card = model_card(make_settings(tmp_path), some_images(), {"tokenizer": vqvae}, "code", "reconstruction", log)
     assert "scales 1 2x3 4x6;" in card
     assert "| scale | 1x1 | 2x3 | 4x6 |" in card
     assert "| usage | 0.5 | 0.25 | 1 |" in card
@@ -321,21 +311,21 @@ def test_a_folder_that_is_saved_twice_is_as_if_saved_once(trained, tmp_path):
 def test_checkpoints_logs_and_caches_stay_at_home_wherever_they_lie(tmp_path):
     folder = tmp_path / "run"
 
-    def published(**overrides) -> set[str]:
+    def published(**options) -> set[str]:
         files = [
             "README.md", "model_index.json", "vqvae/config.json", "lora/pytorch_lora_weights.safetensors",
             "samples.png", "checkpoint-2/optimizer.bin", "partial-4/model.safetensors", "stage-1/README.md",
             "logs/run/events", "stage-1/checkpoint-2/optimizer.bin", "tokens/tokens-1.npy", "my/tokens/1.npy",
             "data/pears.arrow", "samples-000004.png", "logbook.txt",
         ]  # fmt: skip
-        args = arguments(folder, **overrides)
-        return set(filter_repo_objects(files, ignore_patterns=not_published(args)))
+        patterns = not_published(make_settings(folder, **options))
+        return set(filter_repo_objects(files, ignore_patterns=patterns))
 
     kept = {
         "README.md", "model_index.json", "vqvae/config.json", "lora/pytorch_lora_weights.safetensors", "samples.png",
         "logbook.txt",
     }  # fmt: skip
-    here = {"token_cache_dir": folder / "tokens", "cache_dir": folder / "data"}
+    here = {"token_cache_dir": str(folder / "tokens"), "cache_dir": str(folder / "data")}
     assert published(**here) == kept | {"my/tokens/1.npy"}
-    there = {"token_cache_dir": folder / "my" / "tokens", "cache_dir": str(tmp_path), "logging_dir": "./data"}
+    there = {"token_cache_dir": str(folder / "my" / "tokens"), "cache_dir": str(tmp_path), "logging_dir": "./data"}
     assert published(**there) == kept | {"tokens/tokens-1.npy", "logs/run/events"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from srdd.training.data import image_to_tensor, load_labelled_images, training_transform
+from srdd.data.images import image_to_tensor, load_labelled_images, training_transform
 
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
@@ -80,7 +80,7 @@ def colours_and_labels(images) -> list[tuple[str, str]]:
 
 
 def warnings_of(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "srdd.training.data"]
+    return [record.getMessage() for record in caplog.records if record.name == "srdd.data.images"]
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -267,4 +267,4 @@ def test_the_check_remembers_its_outcome(tmp_path, caplog):
 
 
 def test_warnings_are_shown_by_default():
-    assert logging.getLogger("srdd.training.data").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("srdd.data.images").isEnabledFor(logging.WARNING)

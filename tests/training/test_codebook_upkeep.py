@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
-from srdd.training.codebook import CodebookTracker, low_usage, packed_lookups
+from srdd.training.codebook_upkeep import CodebookTracker, low_usage, packed_lookups
 
 
 SCALE_SIZES = [[1, 1], [2, 2], [4, 4]]

@@ -6,7 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from srdd.training.data import image_to_tensor, load_labelled_images, training_transform
+from srdd.data.images import (
+    AugmentedImages,
+    LabelledImages,
+    image_to_tensor,
+    load_labelled_images,
+    picture_grid,
+    training_transform,
+    validation_images,
+)
 
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -312,3 +320,74 @@ def test_a_data_set_without_train_split_is_refused(tmp_path):
     folder = save_parquet(tmp_path, test=image_table([0, 1]))
     with pytest.raises(ValueError, match=r"must have a `train` split, got \['test'\]"):
         load_labelled_images(folder, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pictures() -> LabelledImages:
+    """Noise of different sizes."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(16, 24, size=(24, 2))
+    noise = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    features = datasets.Features({"image": datasets.Image()})
+    return LabelledImages(datasets.Dataset.from_dict({"image": noise}, features=features), None, "image", None, {})
+
+
+def augment(pictures: LabelledImages, random_crop: bool, random_flip: bool, seed: int = 0, epoch: int = 0):
+    augmented = AugmentedImages(pictures, 16, random_crop, random_flip, seed)
+    augmented.set_epoch(epoch)
+    assert len(augmented) == 24
+    return torch.stack([augmented[index]["pixel_values"] for index in range(24)])
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(pictures):
+    first = augment(pictures, True, True)
+    assert torch.equal(first, augment(pictures, True, True))
+    for other in (augment(pictures, True, True, epoch=1), augment(pictures, True, True, seed=1)):
+        assert (first != other).flatten(1).any(dim=1).float().mean() > 0.5
+
+
+def test_images_are_cropped_in_the_centre_if_asked_to(pictures):
+    centred = torch.stack([image_to_tensor(image, 16) for image in pictures.train["image"]])
+    assert torch.equal(augment(pictures, False, False), centred)
+    mirrored = 0
+    for pixels, original in zip(augment(pictures, False, True), centred):
+        mirrored += torch.equal(pixels, original.flip(-1))
+        assert torch.equal(pixels, original) or torch.equal(pixels, original.flip(-1))
+    assert 4 <= mirrored <= 20
+
+
+def some_images(num_train: int, num_validation: int | None) -> LabelledImages:
+    def split(start, length):
+        return datasets.Dataset.from_dict({"image": list(range(start, start + length))})
+
+    validation = None if num_validation is None else split(100, num_validation)
+    return LabelledImages(split(0, num_train), validation, "image", None, {})
+
+
+def test_validation_images_are_always_the_same_and_held_out_if_possible():
+    held_out = validation_images(some_images(20, 10), 4)["image"][:]
+    assert len(held_out) == 4
+    assert min(held_out) >= 100
+    assert held_out == validation_images(some_images(30, 10), 4)["image"][:]
+    assert max(validation_images(some_images(20, None), 4)["image"][:]) < 20
+    assert len(validation_images(some_images(20, 3), 4)) == 3
+
+
+def test_a_picture_grid_has_rows_under_each_other():
+    rows = [torch.full((3, 3, 2, 4), value) for value in (-1.0, 0.0)]
+    rows[0][1, 0] = 1.0  # the red of the second picture in the first row
+    rows[1][2] = 7.0  # clipped
+    picture = picture_grid(rows)
+    assert picture.shape == (4, 12, 3)
+    assert picture.dtype == np.uint8
+    expected = np.zeros((4, 12, 3), dtype=np.uint8)
+    expected[:2, 4:8, 0] = 255
+    expected[2:] = 128
+    expected[2:, 8:] = 255
+    np.testing.assert_array_equal(picture, expected)
+
+
+def test_a_picture_grid_shows_pixels_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    row = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    np.testing.assert_array_equal(picture_grid([row]), np.concatenate(pixels, axis=1))

@@ -24,6 +24,14 @@ class TokenLoss:
     per_scale: torch.Tensor
     accuracy: torch.Tensor
 
+    def by_scale(self, scale_sizes: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Loss and accuracy of every scale, named as in the loss log."""
+        return {
+            f"{name}/{height}x{width}": value
+            for name, values in (("loss", self.per_scale), ("accuracy", self.accuracy))
+            for (height, width), value in zip(scale_sizes, values)
+        }
+
 
 def token_loss(
     logits: torch.Tensor,
@@ -66,6 +74,6 @@ def token_loss(
     correct = (logits.detach().argmax(dim=-1) == token_ids).float()
     return TokenLoss(
         loss=loss,
-        per_scale=torch.stack([part.mean() for part in losses.detach().split(counts, dim=1)]),
-        accuracy=torch.stack([part.mean() for part in correct.split(counts, dim=1)]),
+        per_scale=torch.stack([of_scale.mean() for of_scale in losses.detach().split(counts, dim=1)]),
+        accuracy=torch.stack([of_scale.mean() for of_scale in correct.split(counts, dim=1)]),
     )

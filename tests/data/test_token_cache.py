@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tiny_models import SAMPLE_SIZE, tiny_vqvae
 
-from srdd.training.data import LabelledImages, image_to_tensor, load_labelled_images
-from srdd.training.token_cache import TokenDataset, cached_tokens
+from srdd.data.images import LabelledImages, image_to_tensor, load_labelled_images
+from srdd.data.token_cache import TokenDataset, cached_tokens
 
 
 NUM_TOKENS = 1 + 4 + 16

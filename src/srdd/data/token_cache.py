@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from srdd.data.images import LabelledImages, image_to_tensor
 from srdd.models import MultiScaleVQModel
 from srdd.scales import num_tokens_per_scale
-from srdd.training.data import LabelledImages, image_to_tensor
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -154,11 +154,11 @@ def cached_tokens(
             num_workers=num_workers,
             generator=torch.Generator(),  # training draws the same numbers whether or not there is a cache already
         )
-        for rows, pixels in zip(batches, tqdm(loader, desc="Tokenising", disable=not is_main)):
+        for indices, pixels in zip(batches, tqdm(loader, desc="Tokenising", disable=not is_main)):
             token_ids = vqvae.tokenize(pixels.to(vqvae.device, vqvae.dtype), scale_sizes).cpu().numpy()
             # Written, not mapped: a full disk is then an error and not a crash.
             with _clear_error(path, partial), open(partial, "r+b") as file:
-                file.seek(first_byte + int(rows[0]) * shape[1] * np.dtype(dtype).itemsize)
+                file.seek(first_byte + int(indices[0]) * shape[1] * np.dtype(dtype).itemsize)
                 file.write(token_ids.astype(dtype).tobytes())
         wait()
         if is_main:

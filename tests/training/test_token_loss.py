@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from srdd.training.losses import token_loss
+from srdd.training.token_loss import token_loss
 
 
 SCALE_SIZES = [[1, 1], [1, 2], [2, 2]]
@@ -113,3 +113,12 @@ def test_bad_weights_are_refused(weights):
     logits, token_ids = random_batch()
     with pytest.raises(ValueError, match=r"`scale_weights` must be 3 numbers, none negative and not all zero, got \["):
         token_loss(logits, token_ids, SCALE_SIZES, scale_weights=weights)
+
+
+def test_scales_are_named_as_in_the_loss_log():
+    result = token_loss(*random_batch(), SCALE_SIZES)
+    values = result.by_scale(SCALE_SIZES)
+    sizes = ["1x1", "1x2", "2x2"]
+    assert list(values) == [f"loss/{size}" for size in sizes] + [f"accuracy/{size}" for size in sizes]
+    assert [values[f"loss/{size}"] for size in sizes] == result.per_scale.tolist()
+    assert [values[f"accuracy/{size}"] for size in sizes] == result.accuracy.tolist()

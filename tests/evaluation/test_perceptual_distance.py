@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from srdd.evaluation.features import EfficientNetLite0Features
-from srdd.training.perceptual import EfficientNetPerceptualLoss
+from srdd.evaluation.perceptual_distance import EfficientNetPerceptualLoss
 
 
 def pictures() -> torch.Tensor:

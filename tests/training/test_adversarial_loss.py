@@ -2,7 +2,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from srdd.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from srdd.training.adversarial_loss import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 
 
 def random_images(batch_size: int = 4, side: int = 32, seed: int = 0) -> torch.Tensor:

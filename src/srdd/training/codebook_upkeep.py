@@ -101,13 +101,13 @@ class CodebookTracker:
         if len(dead) == 0:
             return dead
         features = [
-            found.permute(0, 2, 3, 1).flatten(0, 2)  # (B*N_k, C)
-            for found, _ in quantizer.lookups(latents, scale_sizes)
+            feature_map.permute(0, 2, 3, 1).flatten(0, 2)  # (B*N_k, C)
+            for feature_map, _ in quantizer.lookups(latents, scale_sizes)
         ]
         # A scale first, then a feature of it: coarse scales have few tokens but matter as much.
         scales = torch.randint(len(features), (len(dead),), generator=generator).tolist()
-        rows = [torch.randint(len(features[k]), (), generator=generator).item() for k in scales]
-        new_codes = torch.stack([features[k][row] for k, row in zip(scales, rows)])
+        places = [torch.randint(len(features[k]), (), generator=generator).item() for k in scales]
+        new_codes = torch.stack([features[k][place] for k, place in zip(scales, places)])
         quantizer.codebook.weight[dead] = new_codes.to(quantizer.codebook.weight.dtype)
         self.counts[dead] = 1.0
         if self.sums is not None:
@@ -119,8 +119,8 @@ def packed_lookups(
     quantizer: MultiScaleQuantizer, latents: torch.Tensor, scale_sizes: list[list[int]]
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """All features that codes are looked up for, `(B*N, C)`, and the ids found, `(B*N,)`."""
-    features, token_ids = zip(*quantizer.lookups(latents, scale_sizes))
-    features = [found.permute(0, 2, 3, 1).flatten(0, 2) for found in features]
+    feature_maps, token_ids = zip(*quantizer.lookups(latents, scale_sizes))
+    features = [feature_map.permute(0, 2, 3, 1).flatten(0, 2) for feature_map in feature_maps]
     return torch.cat(features), torch.cat([token_map.flatten() for token_map in token_ids])
 
 

@@ -1,4 +1,4 @@
-"""Labelled image data sets for the training scripts."""
+"""Labelled image data sets, and pixels of their pictures."""
 
 import random
 from collections.abc import Callable
@@ -231,6 +231,12 @@ def training_transform(images: LabelledImages, resolution: int) -> Callable[[dic
     return transform
 
 
+def validation_images(images: LabelledImages, count: int) -> datasets.Dataset:
+    """At most `count` images, always the same: of the validation split, or of the training split without one."""
+    split = images.validation if images.validation is not None else images.train
+    return split.shuffle(seed=0).select(range(min(count, len(split))))
+
+
 class AugmentedImages(torch.utils.data.Dataset):
     """
     Training images, cropped and mirrored at random, but always alike for one seed, epoch and image: a run that is
@@ -261,3 +267,18 @@ class AugmentedImages(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         image = self.images.train[index][self.images.image_column]
         return {"pixel_values": image_to_tensor(image, *self.options, rng=rng)}
+
+
+def picture_grid(rows: list[torch.Tensor]) -> np.ndarray:
+    """
+    Lay equally long rows of pictures under each other.
+
+    Args:
+        rows (`list[torch.Tensor]`): Each of shape `(num_images, 3, height, width)`, pixels in [-1, 1].
+
+    Returns:
+        `np.ndarray` of shape `(len(rows) * height, num_images * width, 3)`, uint8.
+    """
+    strips = [torch.cat(list(row.float().clamp(-1, 1)), dim=-1) for row in rows]
+    picture = torch.cat(strips, dim=-2).add(1).mul(127.5).round().to(torch.uint8)
+    return picture.permute(1, 2, 0).cpu().numpy()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from srdd.training.averaging import AveragedWeights, whole
+from srdd.training.averaged_weights import AveragedWeights, whole
 
 
 def make_model(seed: int = 0) -> torch.nn.Module:

@@ -1,0 +1,59 @@
+"""The `Accelerator` of a training run."""
+
+import os
+from pathlib import Path
+
+import datasets
+import diffusers
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
+
+from srdd.training.settings import TrainingSettings
+
+
+def make_accelerator(settings: TrainingSettings) -> Accelerator:
+    """
+    An `Accelerator` set up from the settings of a run, with its tracker started.
+
+    Raises:
+        ValueError: If several processes were launched that do not know of each other.
+    """
+    output_dir = Path(settings.output_dir)
+    report_to = None if settings.report_to == "none" else settings.report_to
+    accelerator = Accelerator(
+        # A step may take batches of two epochs; by default accelerate ends it with the epoch.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        mixed_precision=settings.mixed_precision,
+        log_with=report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / settings.logging_dir)),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    check_processes(accelerator)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if report_to is not None:
+            config = {key: value for key, value in vars(settings).items() if isinstance(value, (int, float, str))}
+            config.pop("hub_token", None)
+            accelerator.init_trackers(output_dir.name or "srdd", config=config)
+    if not accelerator.is_local_main_process:
+        diffusers.utils.logging.set_verbosity_error()
+        datasets.disable_progress_bars()
+    return accelerator
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """
+    Make sure that the processes that were launched work together.
+
+    Raises:
+        ValueError: If several processes were launched that do not know of each other.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
+            f" {launched}. Without GPUs, set ACCELERATE_USE_CPU=true."
+        )

@@ -1,0 +1,148 @@
+"""The model card of a finished run, and the curve in it."""
+
+import shlex
+from pathlib import Path
+
+import diffusers
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+
+from srdd import __version__
+from srdd.data.images import LabelledImages
+from srdd.training.settings import TrainingSettings
+
+
+# Of a configuration, what the card's table leaves out.
+NOT_IN_TABLE = ("id2label", "scale_sizes", "up_block_types", "down_block_types")
+
+
+def draw_curve(log: list[dict], path: Path) -> None:
+    """Draw training and validation losses over the steps of a log."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    for name, label in (("loss", "training"), ("val_loss", "validation")):
+        points = [(record["step"], record[name]) for record in log if name in record]
+        if points:
+            axes.plot(*zip(*points), label=label, marker="." if name == "val_loss" else None)
+    quality = [(record["step"], record["val_psnr"]) for record in log if "val_psnr" in record]
+    if quality:
+        other = axes.twinx()
+        other.set_ylabel("PSNR on validation images, dB")
+        other.plot(*zip(*quality), color="tab:red", marker=".", label="PSNR")
+        other.legend(loc="center right")
+    axes.legend(loc="upper right")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def model_card(
+    settings: TrainingSettings,
+    images: LabelledImages,
+    models: dict,
+    snippet: str,
+    picture: str,
+    log: list[dict],
+    trained_part: str | None = None,
+) -> str:
+    """
+    A model card in the Hub's format, from what a run knows about itself.
+
+    Args:
+        settings ([`TrainingSettings`]): What the script was told.
+        images ([`LabelledImages`]): Its data.
+        models (`dict[str, ModelMixin]`): The finished models by name.
+        snippet (`str`): How to use them.
+        picture (`str`): Stem of the PNG file with results.
+        log (`list[dict]`): The loss log.
+        trained_part (`str`, *optional*): What alone was trained.
+
+    Returns:
+        `str`: Markdown with a YAML header.
+    """
+    is_pipeline = "transformer" in models
+    data = ModelCardData(
+        license=settings.license,
+        library_name="srdd",
+        pipeline_tag="unconditional-image-generation" if is_pipeline else "image-feature-extraction",
+        tags=["srdd", "diffusers", "discrete-diffusion", "visual-autoregressive"],
+    )
+    source = settings.dataset_name or settings.train_data_dir
+    description = settings.data_description or images.train.info.description or f"`{Path(source).name}`"
+    classes = f", {len(images.id2label)} classes" if images.id2label else ", without labels"
+    validation = f", {len(images.validation):,} for validation" if images.validation is not None else ""
+    trained = f", of the {trained_part} alone" if trained_part else ""
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {Path(settings.output_dir).name}\n",
+        f"```py\n{snippet}\n```\n",
+        f"![{picture}]({picture}.png)\n",
+        "## Model\n",
+        _model_table(models),
+        "## Training data\n",
+        f"{description.strip()}\n\n{len(images.train):,} training images{validation}{classes}. Licence of the weights:"
+        f" {settings.license or 'not stated'}.\n",
+        "## Training\n",
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, srdd {__version__}, seed {settings.seed},"
+        f" {settings.max_train_steps:,} steps of {settings.train_batch_size} images per process{trained}. The weights"
+        f" are averages over the steps (EMA {settings.ema_decay}), stored as {settings.save_dtype}.\n",
+        f"```sh\n{_command(settings.command)}\n```\n",
+        "![Training curve](training_curve.png)\n",
+        "## Validation\n",
+        "" if images.validation is not None else "There is no validation split: these are training images.\n",
+        _validation_tables(log, models),
+    ]
+    card = "\n".join(sections)
+    ModelCard(card, ignore_metadata_errors=False)  # raises where the header is malformed
+    return card
+
+
+def _command(command: list[str]) -> str:
+    """The command line without secrets, an option to a line."""
+    lines, hidden = ["accelerate launch"], False
+    for word in command:
+        name = word.partition("=")[0]
+        secret = name.startswith("--hub_t") and "--hub_token".startswith(name)  # argparse knows abbreviations
+        if not secret and not hidden:
+            if word.startswith("--"):
+                lines.append("   ")
+            lines[-1] += f" {shlex.quote(word)}"
+        hidden = secret and "=" not in word
+    return " \\\n".join(lines)
+
+
+def _model_table(models: dict) -> str:
+    rows = ["| part | parameters | configuration |", "|---|---|---|"]
+    for name, model in models.items():
+        count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        facts = {
+            key: value
+            for key, value in model.config.items()
+            if value is not None and not key.startswith("_") and key not in NOT_IN_TABLE
+        }
+        text = ", ".join(f"{key} {value}" for key, value in facts.items())
+        if "scale_sizes" in model.config:
+            scales = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in model.config.scale_sizes)
+            text = f"scales {scales}; {text}"
+        rows.append(f"| `{name}` | {count:.1f} M | {text} |")
+    return "\n".join(rows) + "\n"
+
+
+def _validation_tables(log: list[dict], models: dict) -> str:
+    """The last validation in the log: single numbers in a line, lists as a table over the scales."""
+    records = [record for record in log if any(name.startswith("val_") for name in record)]
+    if not records:
+        return "No validation was run.\n"
+    last = {name.removeprefix("val_"): value for name, value in records[-1].items() if name.startswith("val_")}
+    sizes = last.pop("scales", None) or next(iter(models.values())).config.scale_sizes
+    lists = {name: value for name, value in last.items() if isinstance(value, list)}
+    numbers = [f"{name} {value:.4g}" for name, value in last.items() if name not in lists]
+    text = f"At step {records[-1]['step']:,}, averaged weights: {', '.join(numbers)}.\n"
+    if lists:
+        header = " | ".join(f"{height}x{width}" for height, width in sizes)
+        rows = [f"| scale | {header} |", "|---" * (len(sizes) + 1) + "|"]
+        for name, values in lists.items():
+            rows.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in values) + " |")
+        text += "\n" + "\n".join(rows) + "\n"
+    return text

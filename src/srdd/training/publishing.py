@@ -1,0 +1,139 @@
+"""The end of a training run: the finished folder with its model card, and its upload to the Hub."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from huggingface_hub import HfApi
+
+from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd.data.images import LabelledImages
+from srdd.training.model_card import draw_curve, model_card
+from srdd.training.settings import TrainingSettings
+from srdd.training.training_run import LOSS_LOG
+
+
+CARD = "README.md"
+# Of the folder of a run, what does not belong to the finished model.
+NOT_PUBLISHED = ["checkpoint-*", "partial-*", "stage-*", "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"]
+SAVED_CONFIGS = [
+    "model_index.json",
+    "config.json",
+    "vqvae/config.json",
+    "transformer/config.json",
+    "scheduler/scheduler_config.json",
+]
+
+TOKENIZER_SNIPPET = """from srdd import MultiScaleVQModel
+
+vqvae = MultiScaleVQModel.from_pretrained("{name}")
+token_ids = vqvae.tokenize(pixels)  # (batch, num_tokens), from pixels in [-1, 1]
+reconstruction = vqvae.decode_tokens(token_ids).sample"""
+
+PIPELINE_SNIPPET = """from srdd import SRDDPipeline
+
+pipe = SRDDPipeline.from_pretrained("{name}")
+image = pipe({labels}{guidance}).images[0]"""
+
+
+def finish_tokenizer(
+    settings: TrainingSettings, model: MultiScaleVQModel, images: LabelledImages, trained_part: str | None = None
+) -> None:
+    """
+    Save a trained tokenizer with its card in `output_dir`, and upload it if asked to.
+
+    Args:
+        settings ([`TrainingSettings`]): What the script was told.
+        model ([`MultiScaleVQModel`]): The tokenizer.
+        images ([`LabelledImages`]): What it was trained on.
+        trained_part (`str`, *optional*): What alone was trained, if not all of it.
+    """
+    _cast(model, settings.save_dtype)
+    model.save_pretrained(settings.output_dir)
+    _publish(settings, images, {"tokenizer": model}, TOKENIZER_SNIPPET, "reconstruction", trained_part)
+
+
+def finish_pipeline(
+    settings: TrainingSettings,
+    pipe: SRDDPipeline,
+    images: LabelledImages,
+    guidance_scale: float,
+    trained_part: str | None = None,
+) -> None:
+    """
+    Save a trained pipeline with its card in `output_dir`, and upload it if asked to.
+
+    Args:
+        settings ([`TrainingSettings`]): What the script was told.
+        pipe ([`SRDDPipeline`]): The pipeline.
+        images ([`LabelledImages`]): What it was trained on.
+        guidance_scale (`float`): Of the card's example, where classes are guided to.
+        trained_part (`str`, *optional*): What alone was trained, "decoder" if not the transformer.
+    """
+    models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}
+    for model in models.values():
+        _cast(model, settings.save_dtype)
+    pipe.save_pretrained(settings.output_dir)
+    snippet = PIPELINE_SNIPPET.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
+    is_guided = pipe.id2label and not pipe.transformer.config.guidance_distilled
+    snippet = snippet.replace("{guidance}", f", guidance_scale={guidance_scale}" if is_guided else "")
+    picture = "reconstruction" if trained_part == "decoder" else "samples"
+    _publish(settings, images, models, snippet, picture, trained_part)
+
+
+def _cast(model: ModelMixin, dtype: str) -> None:
+    """Cast all weights of a model; not by diffusers' own `to`, which warns of every cast."""
+    torch.nn.Module.to(model, getattr(torch, dtype))
+
+
+def _publish(
+    settings: TrainingSettings,
+    images: LabelledImages,
+    models: dict,
+    snippet: str,
+    picture: str,
+    trained_part: str | None,
+) -> None:
+    folder = Path(settings.output_dir)
+    for name in SAVED_CONFIGS:
+        _forget_local_paths(folder / name)
+    last_picture = folder / f"{picture}-{settings.max_train_steps:06d}.png"
+    if last_picture.is_file():
+        shutil.copyfile(last_picture, folder / f"{picture}.png")
+    log = [json.loads(line) for line in (folder / LOSS_LOG).read_text(encoding="utf-8").splitlines()]
+    draw_curve(log, folder / "training_curve.png")
+
+    def write_card(repository: str) -> None:
+        text = model_card(settings, images, models, snippet.replace("{name}", repository), picture, log, trained_part)
+        # The card comes last and at once: a folder with a card is finished.
+        partial = folder / "README.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / CARD)
+
+    repository = settings.hub_model_id or folder.name
+    write_card(repository)
+    if settings.push_to_hub:
+        api = HfApi(token=settings.hub_token)
+        repository = api.create_repo(repository, exist_ok=True).repo_id
+        write_card(repository)  # now with the account in its name, as others need it
+        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=not_published(settings))
+
+
+def not_published(settings: TrainingSettings) -> list[str]:
+    """Patterns of what stays at home: checkpoints, and logs and caches where they lie in the folder of the run."""
+    folder = Path(settings.output_dir).resolve()
+    places = [folder / settings.logging_dir, settings.cache_dir, getattr(settings, "token_cache_dir", None)]
+    places = [Path(place).resolve() for place in places if place is not None]
+    inside = [place.relative_to(folder).as_posix() for place in places if place.is_relative_to(folder)]
+    return [*NOT_PUBLISHED, *(f"{place}/*" for place in inside)]
+
+
+def _forget_local_paths(path: Path) -> None:
+    """Drop from a saved configuration, if there is one, where the trainer's machine had its parts."""
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

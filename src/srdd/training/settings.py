@@ -1,0 +1,214 @@
+"""
+Settings of the training scripts, grouped by what they are about: one definition of each flag, named as in diffusers'
+examples. A script has a class of its own that inherits the groups it needs.
+"""
+
+import argparse
+import inspect
+import sys
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import UnionType
+from typing import Any, TypeVar, get_args
+
+
+Settings = TypeVar("Settings")
+
+
+def int_list(text: str) -> list[int]:
+    """Whole numbers separated by commas."""
+    return [int(number) for number in text.split(",")]
+
+
+def float_list(text: str) -> list[float]:
+    """Numbers separated by commas."""
+    return [float(number) for number in text.split(",")]
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def flag(default: Any = None, help: str | None = None, **options: Any) -> Any:
+    """
+    A field of a dataclass that the command line may set.
+
+    Args:
+        default (`Any`, *optional*): Its default; `MISSING` if it must be given.
+        help (`str`, *optional*): What `--help` says of it.
+        options: What else `argparse` takes, such as a `type` that the annotation does not tell.
+    """
+    return field(default=default, metadata={"help": help, **options})
+
+
+def add_arguments(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add the flags of a settings class to a parser, in a group for each class that it inherits from."""
+    missing = {setting.name: setting for setting in fields(settings) if setting.metadata}
+    for owner in settings.__mro__:
+        names = [name for name in inspect.get_annotations(owner) if name in missing]
+        group = parser.add_argument_group((owner.__doc__ or owner.__name__).strip(". ")) if names else None
+        for setting in map(missing.pop, names):
+            group.add_argument(f"--{setting.name}", **_options(setting))
+
+
+def _options(setting: Field) -> dict[str, Any]:
+    """What `argparse` is told of a field: what annotation and default imply, and what the field says itself."""
+    if setting.type is bool:
+        return {"action": "store_true", **setting.metadata}
+    # Without the `None` of a field that need not be given.
+    kind = get_args(setting.type)[0] if isinstance(setting.type, UnionType) else setting.type
+    parse_text = {list[int]: int_list, list[float]: float_list}.get(kind, kind)
+    given = {"required": True} if setting.default is MISSING else {"default": setting.default}
+    return {"type": parse_text, **given, **setting.metadata}
+
+
+def make_parser(description: str, settings: type) -> argparse.ArgumentParser:
+    """The parser of a training script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, settings)
+    return parser
+
+
+def from_args(args: argparse.Namespace, settings: type[Settings], **others: Any) -> Settings:
+    """What was parsed of a settings class, as an object of it; `others` are its fields without a flag."""
+    flags = [setting.name for setting in fields(settings) if setting.metadata]
+    return settings(**{name: getattr(args, name) for name in flags}, **others)
+
+
+def parse_settings(
+    parser: argparse.ArgumentParser, settings: type[Settings], arguments: list[str] | None = None
+) -> Settings:
+    """The settings of a training script from its command line."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return from_args(parser.parse_args(words), settings, command=[sys.argv[0], *words])
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """Where the images come from."""
+
+    dataset_name: str | None = flag(help="Hub id or folder for `datasets.load_dataset`.")
+    dataset_config_name: str | None = flag(help="Configuration of the data set.")
+    train_data_dir: str | None = flag(help="Image folder, with one subfolder per class if there are classes.")
+    image_column: str = flag("image", "Column of the images.")
+    cache_dir: str | None = flag(help="Cache folder of `datasets`.")
+    min_image_size: int = flag(8, "Leave out pictures with a shorter side.")
+    strict_data: bool = flag(False, "Stop at unusable pictures, do not leave them out.")
+    preprocessing_num_workers: int | None = flag(help="Processes that check the pictures.", type=positive_int)
+
+
+@dataclass(kw_only=True)
+class TrainingDataSettings(DataSettings):
+    """How the images are used."""
+
+    max_train_samples: int | None = flag(help="Use only this many images.", type=positive_int)
+    random_flip: bool = flag(False, "Mirror half of the images.")
+    dataloader_num_workers: int = flag(0)
+
+
+@dataclass(kw_only=True)
+class OptimizationSettings:
+    """Optimisation."""
+
+    train_batch_size: int = flag(32, "Images per process and step.", type=positive_int)
+    max_train_steps: int = flag(10_000, type=positive_int)
+    gradient_accumulation_steps: int = flag(1, type=positive_int)
+    learning_rate: float = flag(1e-4)
+    scale_lr: bool = flag(
+        False, "VAR's rule: `--learning_rate` is for 256 images a step; multiply it by their number over 256."
+    )
+    lr_scheduler: str = flag("cosine", "A schedule of `diffusers.optimization`.")
+    lr_warmup_steps: int = flag(100)
+    adam_beta1: float = flag(0.9)
+    adam_beta2: float = flag(0.95)
+    adam_weight_decay: float = flag(0.05)
+    adam_epsilon: float = flag(1e-8)
+    max_grad_norm: float = flag(1.0)
+    ema_decay: float = flag(0.999)
+    mixed_precision: str | None = flag(help="Default: accelerate's own.", choices=["no", "fp16", "bf16"])
+    gradient_checkpointing: bool = flag(False, "Less memory, more time.")
+    seed: int = flag(0)
+
+    def images_per_step(self, num_processes: int) -> int:
+        """How many images all processes together take a step on."""
+        return self.train_batch_size * self.gradient_accumulation_steps * num_processes
+
+
+@dataclass(kw_only=True)
+class OutputSettings:
+    """What is written, and how often."""
+
+    output_dir: str = flag(MISSING, "Checkpoints, logs and the finished model go here.")
+    checkpointing_steps: int = flag(500, type=positive_int)
+    checkpoints_total_limit: int = flag(2, type=positive_int)
+    resume_from_checkpoint: str | None = flag(help="'latest' or a checkpoint's name.")
+    logging_steps: int = flag(10, "Steps between lines of `train_log.jsonl`.", type=positive_int)
+    validation_steps: int = flag(500, "Steps between validations with pictures.", type=positive_int)
+    num_validation_images: int = flag(16, type=positive_int)
+    logging_dir: str = flag("logs")
+    report_to: str = flag("tensorboard", "tensorboard, wandb, trackio, another tracker of accelerate, none.")
+    save_dtype: str = flag("float32", "Of the finished weights.", choices=["float32", "float16", "bfloat16"])
+
+
+@dataclass(kw_only=True)
+class CardSettings:
+    """Model card and Hub."""
+
+    data_description: str | None = flag(help="Of the training data, for the card: what, whose, which licence.")
+    license: str | None = flag(help="Licence of the finished weights: an identifier the Hub knows.")
+    push_to_hub: bool = flag(False, "Upload the finished folder with its card.")
+    hub_model_id: str | None = flag(help="Repository; default: the name of `output_dir`, in your account.")
+    hub_token: str | None = flag(help="Default: the token of `hf auth login`.")
+
+
+@dataclass(kw_only=True)
+class TrainingSettings(TrainingDataSettings, OptimizationSettings, OutputSettings, CardSettings):
+    """What all training scripts are told; `command` is their command line, for the card."""
+
+    command: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class PixelLossSettings:
+    """What distances between pictures weigh."""
+
+    l1_weight: float = flag(1.0)
+    l2_weight: float = flag(1.0)
+    perceptual_weight: float = flag(0.1, "0 needs no EfficientNet.")
+
+
+@dataclass(kw_only=True)
+class PixelSettings(TrainingSettings, PixelLossSettings):
+    """What training tokenizers and distilling decoders have in common."""
+
+    center_crop: bool = flag(False, "Crop in the centre instead of at random.")
+    adam_weight_decay: float = flag(0.0)  # decay would pull codes and norms to zero
+
+
+@dataclass(kw_only=True)
+class TokenSettings:
+    """Tokens and labels."""
+
+    label_column: str = flag("auto", "Column of the labels; 'auto' is 'label' if there is one, '' is none.")
+    random_crops: int = flag(0, "Tokenise so many random crops, not the centre.")
+    token_cache_dir: str | None = flag(help="Where the pyramids are kept; default: `output_dir/tokens`.")
+
+
+@dataclass(kw_only=True)
+class TokenLossSettings:
+    """The loss of tokens, and pictures of what was learned."""
+
+    label_smoothing: float = flag(0.0)
+    scale_loss_weights: list[float] | None = flag(help="What a token of each scale counts; default: 1.")
+    validation_guidance_scale: float = flag(2.5, "Of the pictures at validations.")
+
+
+@dataclass(kw_only=True)
+class TransformerSettings(TrainingSettings, TokenSettings, TokenLossSettings):
+    """What training and distilling a transformer have in common."""
+
+    def __post_init__(self):
+        self.token_cache_dir = self.token_cache_dir or f"{self.output_dir}/tokens"

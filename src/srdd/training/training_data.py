@@ -1,0 +1,95 @@
+"""What a run reads: images, or their tokens, in shuffled batches."""
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+
+from srdd import MultiScaleVQModel
+from srdd.data.images import (
+    AugmentedImages,
+    LabelledImages,
+    load_labelled_images,
+    training_transform,
+    validation_images,
+)
+from srdd.data.token_cache import TokenDataset, cached_tokens
+from srdd.training.settings import DataSettings, PixelSettings, TrainingSettings, TransformerSettings
+
+
+def load_images(
+    settings: DataSettings, label_column: str | None, max_train_samples: int | None = None, seed: int | None = None
+) -> LabelledImages:
+    """
+    The data set that the settings name.
+
+    Args:
+        settings ([`DataSettings`]): Where it comes from.
+        label_column (`str`, *optional*): `None` for data without labels.
+        max_train_samples (`int`, *optional*): Keep this many training images, drawn with `seed`.
+        seed (`int`, *optional*): Seed of that draw.
+    """
+    return load_labelled_images(
+        dataset_name=settings.dataset_name,
+        train_data_dir=settings.train_data_dir,
+        dataset_config_name=settings.dataset_config_name,
+        image_column=settings.image_column,
+        label_column=label_column,
+        cache_dir=settings.cache_dir,
+        max_train_samples=max_train_samples,
+        seed=seed,
+        min_image_size=settings.min_image_size,
+        strict=settings.strict_data,
+        num_proc=settings.preprocessing_num_workers,
+    )
+
+
+def load_pixels(
+    settings: PixelSettings, vqvae: MultiScaleVQModel, images: LabelledImages
+) -> tuple[AugmentedImages, datasets.Dataset]:
+    """Training and validation images of the size that a tokenizer reads."""
+    resolution = vqvae.config.scale_sizes[-1][0] * vqvae.spatial_compression_ratio
+    train = AugmentedImages(images, resolution, not settings.center_crop, settings.random_flip, settings.seed)
+    return train, validation_images(images, 512).with_transform(training_transform(images, resolution))
+
+
+def load_tokens(
+    settings: TransformerSettings,
+    accelerator: Accelerator,
+    vqvae: MultiScaleVQModel,
+    images: LabelledImages,
+    scale_sizes: list[list[int]],
+) -> tuple[TokenDataset, TokenDataset]:
+    """The pyramids of training and validation images, tokenised once."""
+    options = {
+        "cache_dir": settings.token_cache_dir,
+        "scale_sizes": scale_sizes,
+        "num_workers": settings.dataloader_num_workers,
+        "accelerator": accelerator,
+    }
+    views = {"random_crops": settings.random_crops, "random_flip": settings.random_flip, "seed": settings.seed}
+    train = cached_tokens(vqvae, images, images.train, **views, **options)
+    return train, cached_tokens(vqvae, images, validation_images(images, 1024), **options)
+
+
+def make_loader(settings: TrainingSettings, dataset: Dataset, num_processes: int = 1) -> DataLoader:
+    """
+    Shuffled batches of `train_batch_size`.
+
+    Raises:
+        ValueError: If there are fewer images than all processes need for one batch each.
+    """
+    largest = len(dataset) // num_processes
+    if settings.train_batch_size > largest:
+        raise ValueError(
+            f"`train_batch_size` must be at most {largest}, the number of training images ({len(dataset)}) over that"
+            f" of processes ({num_processes}), got {settings.train_batch_size}."
+        )
+    return DataLoader(
+        dataset,
+        batch_size=settings.train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=settings.dataloader_num_workers,
+        generator=torch.Generator().manual_seed(settings.seed),
+    )

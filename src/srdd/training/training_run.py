@@ -1,0 +1,219 @@
+"""What happens around the gradient step of every training script."""
+
+import copy
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from srdd.data.images import picture_grid
+from srdd.training.averaged_weights import AveragedWeights
+from srdd.training.checkpoints import remove_partial_checkpoints, resume, save_checkpoint
+from srdd.training.settings import TrainingSettings
+
+
+LOSS_LOG = "train_log.jsonl"
+
+
+class TrainingRun:
+    """
+    Counts the steps of a training script, averages the weights over them, logs them and writes checkpoints.
+
+    The log `output_dir/train_log.jsonl` holds nothing that depends on the clock, and a resumed run drops the lines
+    after its checkpoint: it ends with the log of a run that was never interrupted.
+
+    Args:
+        settings ([`TrainingSettings`]): What the script was told.
+        accelerator (`Accelerator`): With model, optimizer and loader prepared.
+        model (`torch.nn.Module`): The prepared model.
+        schedule (`LRScheduler`): Learning rate schedule, not prepared.
+        stateful (`Iterable`, defaults to `()`): Further objects with `state_dict` and `load_state_dict` that
+            checkpoints hold.
+        unit (`str`, defaults to `"img"`): What the speed is counted in.
+        units_per_image (`int`, defaults to 1): How many of them an image is.
+    """
+
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        stateful: Iterable = (),
+        unit: str = "img",
+        units_per_image: int = 1,
+    ):
+        self.settings = settings
+        self.accelerator = accelerator
+        self.model = model
+        self.schedule = schedule
+        self.ema = AveragedWeights(accelerator.unwrap_model(model).parameters(), decay=settings.ema_decay)
+        accelerator.register_for_checkpointing(schedule, self.ema, *stateful)
+        self.log_path = Path(settings.output_dir) / LOSS_LOG
+        self.step = resume(accelerator, settings.output_dir, settings.resume_from_checkpoint)
+        if accelerator.is_main_process:
+            remove_partial_checkpoints(settings.output_dir)
+            truncate_log(self.log_path, self.step)
+        self.progress = tqdm(
+            total=settings.max_train_steps, initial=self.step, disable=not accelerator.is_local_main_process
+        )
+        self.unit = unit
+        self.units_per_step = units_per_image * settings.images_per_step(accelerator.num_processes)
+        self._timed_step, self._time = self.step, time.perf_counter()
+        model.train()
+
+    def batches(self, loader: DataLoader) -> Iterator[dict]:
+        """Batches of as many epochs as `max_train_steps` needs, going on where the checkpoint left off."""
+        accumulation = self.accelerator.gradient_accumulation_steps
+        done, wanted = self.step * accumulation, self.settings.max_train_steps * accumulation
+        while done < wanted:
+            epoch, skipped = divmod(done, len(loader))
+            loader.set_epoch(epoch)
+            if hasattr(loader.dataset, "set_epoch"):
+                loader.dataset.set_epoch(epoch)
+            for batch in self.accelerator.skip_first_batches(loader, skipped) if skipped else loader:
+                yield batch
+                done += 1
+                if done == wanted:
+                    return
+
+    def check_finite(self, values: dict[str, torch.Tensor]) -> None:
+        """
+        Stop where a loss is no number, before the step is taken.
+
+        Raises:
+            FloatingPointError: If one of the values is not finite; names the step and those values.
+        """
+        if torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
+            return
+        bad = {name: value.item() for name, value in values.items() if not value.isfinite()}
+        raise FloatingPointError(
+            f"The loss is not finite at step {self.step + 1}: {bad}. A lower `--learning_rate` may help."
+        )
+
+    def clip_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """
+        Clip the norm of all gradients to `max_grad_norm`, where a step is due.
+
+        Raises:
+            FloatingPointError: If the norm is not finite; float16 skips such steps by itself.
+        """
+        if not self.accelerator.sync_gradients:
+            return
+        norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        if self.accelerator.scaler is None and not torch.isfinite(norm):
+            raise FloatingPointError(f"The norm of the gradients is {norm.item()} at step {self.step + 1}.")
+
+    def finish_step(self, values: dict[str, torch.Tensor]) -> None:
+        """
+        Count one optimizer step and log it, where logging is due.
+
+        Args:
+            values (`dict[str, torch.Tensor]`): Scalars of this step; logged are their means over all processes.
+        """
+        self.schedule.step()
+        self.step += 1
+        self.ema.step(self.accelerator.unwrap_model(self.model).parameters())
+        self.progress.update()
+        if not self.is_due(self.settings.logging_steps):
+            return
+        values = {name: value.detach().float() for name, value in values.items()}
+        means = self.accelerator.reduce(torch.stack(list(values.values())), reduction="mean").tolist()
+        record = dict(zip(values, means))
+        self.record({**record, "lr": self.schedule.get_last_lr()[0]})
+        now = time.perf_counter()
+        speed = (self.step - self._timed_step) * self.units_per_step / (now - self._time)
+        self._timed_step, self._time = self.step, now
+        self.accelerator.log({f"{self.unit}/s": speed}, step=self.step)
+        self.progress.set_postfix({"loss": f"{record['loss']:.4f}", f"{self.unit}/s": f"{speed:.0f}"})
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and after the last, is due now."""
+        return self.step % every == 0 or self.step == self.settings.max_train_steps
+
+    def record(self, values: dict) -> None:
+        """Add a line to the loss log, and its numbers to the tracker."""
+        if self.accelerator.is_main_process:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=self.step)
+
+    def record_validation(self, metrics: dict, name: str, pictures: list[torch.Tensor]) -> None:
+        """
+        Log what a validation measured, and keep its pictures. Called on the main process.
+
+        Args:
+            metrics (`dict`): Numbers and lists of them; the log calls them `val_...`.
+            name (`str`): What the pictures show.
+            pictures (`list[torch.Tensor]`): Equally long rows of them, pixels in [-1, 1].
+        """
+        self.record({f"val_{key}": value for key, value in metrics.items()})
+        self.save_images(name, picture_grid(pictures))
+        numbers = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, (int, float))]
+        self.progress.write(f"step {self.step}: validation {', '.join(numbers)}")
+
+    def save_images(self, name: str, images: np.ndarray) -> Path:
+        """
+        Keep one picture as `output_dir/name-step.png` and hand it to the tracker.
+
+        Args:
+            name (`str`): What it shows.
+            images (`np.ndarray` of shape `(height, width, 3)`): uint8.
+        """
+        path = Path(self.settings.output_dir) / f"{name}-{self.step:06d}.png"
+        Image.fromarray(images).save(path)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: images[None]}, step=self.step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: images[None]}, step=self.step)
+        return path
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint where one is due. Last in a step: its log lines must be older than the checkpoint."""
+        if self.is_due(self.settings.checkpointing_steps):
+            limit = self.settings.checkpoints_total_limit
+            save_checkpoint(self.accelerator, self.settings.output_dir, self.step, limit)
+
+    def copy_averages_to(self, model: torch.nn.Module) -> None:
+        """
+        Put the averaged weights into `model`, in evaluation mode. Called on all processes.
+
+        Args:
+            model (`torch.nn.Module`): A copy of the trained one, made by [`evaluation_copy`] before it was prepared.
+        """
+        self.ema.copy_to(model.parameters())
+        model.eval()
+
+    def close(self) -> None:
+        """End the progress bar and the trackers. The processes stay connected: there is the model to finish."""
+        self.progress.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def evaluation_copy(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
+    """A copy of a model that is not prepared yet, for its averaged weights."""
+    return copy.deepcopy(model).requires_grad_(False).to(accelerator.device)
+
+
+def truncate_log(path: Path, last_step: int) -> None:
+    """Drop the lines of a JSON-lines log after a step, and one that was cut off while it was written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > last_step:
+            break
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
