@@ -44,7 +44,7 @@ from measuring import device_name, peak_memory, process_memory, seconds_of
 from samplers import GUIDANCE_SCALE, REFERENCE, add_model_arguments, build_sampler, row_of
 from tqdm.auto import tqdm
 
-from srdd.evaluation.pictures import draw_curves
+from srdd.evaluation.figures import draw_curves
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
 
 

@@ -26,10 +26,10 @@ from PIL import Image
 
 import srdd
 from srdd import ScaleScheduler, SRDDPipeline
-from srdd.evaluation.collecting import collect
+from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages, FolderImages, ImageSource, PipelineImages
-from srdd.evaluation.pairs import load_lpips
+from srdd.evaluation.paired_metrics import load_lpips
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, markdown_table
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_FEEDBACKS, RESAMPLING_POLICIES
 from srdd.training.arguments import add_data_arguments, int_list, positive_int

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from srdd import ScaleScheduler, SRDDPipeline
-from srdd.evaluation.pictures import labelled_grid
+from srdd.evaluation.figures import labelled_grid
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -16,12 +16,12 @@ from srdd.evaluation.distances import (
     kernel_distance,
     precision_recall_density_coverage,
 )
-from srdd.evaluation.editing import edit, fill, given_pixels
+from srdd.evaluation.editing_tasks import edit, fill, given_pixels
 from srdd.evaluation.image_sources import PipelineImages
-from srdd.evaluation.pairs import pair_metrics
+from srdd.evaluation.likelihood import log_likelihood
+from srdd.evaluation.paired_metrics import pair_metrics
+from srdd.evaluation.signal_to_noise import signal_to_noise
 from srdd.scales import num_tokens_per_scale
-from srdd.theory.likelihood import log_likelihood
-from srdd.theory.signal_to_noise import signal_to_noise
 
 
 class AblationCells:

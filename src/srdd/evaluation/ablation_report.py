@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from srdd.evaluation.ablations import AblationRow, AblationTable
-from srdd.evaluation.pictures import save_curves
+from srdd.evaluation.figures import save_curves
 
 
 # Metrics that tables show, with their titles and digits; tables of other kinds show all they have.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from srdd import ScaleScheduler, SRDDPipeline
-from srdd.evaluation.editing import EDITING_TASKS
+from srdd.evaluation.editing_tasks import EDITING_TASKS
 from srdd.evaluation.image_sources import PipelineImages
 
 
@@ -31,7 +31,7 @@ class AblationRow:
 
     Args:
         name (`str`): Its name in the table.
-        model (`str`): Which model; `"none"` in editing tables draws nothing ([`~srdd.evaluation.editing.fill`]).
+        model (`str`): Which model; `"none"` in editing tables draws nothing ([`~srdd.evaluation.editing_tasks.fill`]).
         guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
         scheduler (`dict`): Values that replace those of the pipeline's scheduler.
         options (`dict`): More arguments of the editing pipelines, or of `fill`.
@@ -72,7 +72,7 @@ class AblationTable:
         rows (`list[AblationRow]`): The settings.
         num_images (`int`): Images drawn for a row and seed, or held-out images.
         seeds (`list[int]`): Seeds of what is drawn; one for the kinds that draw nothing.
-        tasks (`list[str]`): Of editing tables, a part of `srdd.evaluation.editing.EDITING_TASKS`.
+        tasks (`list[str]`): Of editing tables, a part of `srdd.evaluation.editing_tasks.EDITING_TASKS`.
         axis (`str`, *optional*): The setting that a sweep varies; its rows are then drawn as a curve too.
     """
 

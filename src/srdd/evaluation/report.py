@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from srdd.evaluation.collecting import CollectedImages
 from srdd.evaluation.distances import (
     FeatureStatistics,
     bootstrap_interval,
@@ -16,9 +15,10 @@ from srdd.evaluation.distances import (
     kernel_distance,
     precision_recall_density_coverage,
 )
+from srdd.evaluation.feature_cache import CollectedImages
 from srdd.evaluation.features import FeatureExtractor
 from srdd.evaluation.image_sources import FolderImages
-from srdd.evaluation.pairs import pair_metrics
+from srdd.evaluation.paired_metrics import pair_metrics
 
 
 # At most: sets of fewer images have fewer parts and smaller subsets.
@@ -105,7 +105,7 @@ def compare_pairs(
     Args:
         images ([`FolderImages`]): The pictures to be measured.
         references ([`FolderImages`]): What they should be.
-        lpips (`torch.nn.Module`, *optional*): What [`~srdd.evaluation.pairs.load_lpips`] returns.
+        lpips (`torch.nn.Module`, *optional*): What [`~srdd.evaluation.paired_metrics.load_lpips`] returns.
         device (`str` or `torch.device`, defaults to `"cpu"`): Where they are compared.
         batch_size (`int`, defaults to 64): Pairs at once.
         num_bootstrap (`int`, defaults to 200): Replicates of the intervals; 0 gives none.

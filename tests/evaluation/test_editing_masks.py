@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from srdd.evaluation.masks import MASK_KINDS, make_mask
+from srdd.evaluation.editing_masks import MASK_KINDS, make_mask
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from srdd.evaluation.pairs import load_lpips, pair_metrics
+from srdd.evaluation.paired_metrics import load_lpips, pair_metrics
 from srdd.training.perceptual import EfficientNetPerceptualLoss
 
 

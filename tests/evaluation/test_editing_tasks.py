@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny_models import tiny_pipeline
 
-from srdd.evaluation.editing import EDITING_TASKS, edit, editing_mask, fill, given_pixels
+from srdd.evaluation.editing_tasks import EDITING_TASKS, edit, editing_mask, fill, given_pixels
 
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import SAMPLE_SIZE, tiny_vqvae
 
-from srdd.theory.signal_to_noise import signal_to_noise
+from srdd.evaluation.signal_to_noise import signal_to_noise
 
 
 def make_images(count: int = 5) -> torch.Tensor:

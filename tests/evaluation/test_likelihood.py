@@ -7,7 +7,7 @@ import torch
 from tiny_models import SAMPLE_SIZE, SCALE_SIZES, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 
 from srdd import ScaleScheduler, SRDDInpaintPipeline
-from srdd.theory.likelihood import log_likelihood
+from srdd.evaluation.likelihood import log_likelihood
 
 
 PATTERNS = ("causal", "markov", "banded")

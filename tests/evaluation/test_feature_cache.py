@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer
 from training.launching import make_image_folder
 
-from srdd.evaluation.collecting import collect
+from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import EfficientNetLite0Features, FeatureExtractor
 from srdd.evaluation.image_sources import DataSetImages, FolderImages, PipelineImages
 from srdd.training.data import load_labelled_images

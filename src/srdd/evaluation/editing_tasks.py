@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from srdd import SRDDInpaintPipeline, SRDDPipeline, SRDDSuperResolutionPipeline
-from srdd.evaluation.masks import MASK_KINDS, make_mask
+from srdd.evaluation.editing_masks import MASK_KINDS, make_mask
 from srdd.pipelines.image_regions import resize
 from srdd.pipelines.known_region import extend_known
 
@@ -21,8 +21,8 @@ def editing_mask(task: str, height: int, width: int, seeds: Sequence[int]) -> to
     Masks of one task, 1 where pixels are hidden.
 
     Args:
-        task (`str`): One of RePaint's kinds ([`~srdd.evaluation.masks.make_mask`]), or `"outpaint"`: all but the
-            middle half of each side.
+        task (`str`): One of RePaint's kinds ([`~srdd.evaluation.editing_masks.make_mask`]), or `"outpaint"`: all but
+            the middle half of each side.
         height (`int`): Height of the images.
         width (`int`): Width of the images.
         seeds (`Sequence[int]`): One for each image.
