@@ -30,7 +30,7 @@ from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages, FolderImages, ImageSource, PipelineImages
 from srdd.evaluation.paired_metrics import load_lpips
-from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, markdown_table
+from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, report_tables
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_FEEDBACKS, RESAMPLING_POLICIES
 from srdd.training.arguments import add_data_arguments, int_list, positive_int
 from srdd.training.loop import check_processes, load_images, picture_grid
@@ -208,11 +208,11 @@ def main(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    table = markdown_table(report)
+    table = report_tables(report)
     (output / "evaluation.md").write_text(table, encoding="utf-8")
     columns = min(8, len(drawn.pictures))
-    rows = drawn.pictures[: len(drawn.pictures) // columns * columns].split(columns)
-    Image.fromarray(picture_grid([row / 127.5 - 1 for row in rows])).save(output / "samples.png")
+    lines = drawn.pictures[: len(drawn.pictures) // columns * columns].split(columns)
+    Image.fromarray(picture_grid([line / 127.5 - 1 for line in lines])).save(output / "samples.png")
     sys.stdout.write(table)
 
 

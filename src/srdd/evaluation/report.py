@@ -1,6 +1,5 @@
 """Numbers of an evaluation, with all that one must know to compare them with others."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from srdd.evaluation.feature_cache import CollectedImages
 from srdd.evaluation.features import FeatureExtractor
 from srdd.evaluation.image_sources import FolderImages
 from srdd.evaluation.paired_metrics import pair_metrics
+from srdd.evaluation.tables import markdown_table, readable
 
 
 # At most: sets of fewer images have fewer parts and smaller subsets.
@@ -119,24 +119,24 @@ def compare_pairs(
     """
     check_pairs(images, references)
     starts = tqdm(range(0, images.count, batch_size), desc="Pairs", disable=not show_progress)
-    parts = []
+    of_batches = []
     for start in starts:
         batch = range(start, min(start + batch_size, images.count))
         pixels, wanted = (each.read(batch).to(device) / 255 for each in (images, references))
-        parts.append(pair_metrics(pixels, wanted, lpips))
+        of_batches.append(pair_metrics(pixels, wanted, lpips))
     names = {"psnr": "PSNR", "ssim": "SSIM", "perceptual_distance": "perceptual distance (efficientnet-lite0)"}
     metrics = {}
-    for key in parts[0]:
-        values = torch.cat([part[key] for part in parts]).double().cpu()
+    for key in of_batches[0]:
+        values = torch.cat([metrics_of_batch[key] for metrics_of_batch in of_batches]).double().cpu()
         metric = {"value": values.mean().item()}
         if num_bootstrap and values.isfinite().all() and len(values) > 1:
-            interval = bootstrap_interval(lambda part: part.mean().item(), values, num_bootstrap)
+            interval = bootstrap_interval(lambda replicate: replicate.mean().item(), values, num_bootstrap)
             metric["interval"] = list(interval)
         metrics[names.get(key, "LPIPS")] = metric
     return metrics
 
 
-def markdown_table(report: dict[str, Any]) -> str:
+def report_tables(report: dict[str, Any]) -> str:
     """
     A report as two Markdown tables.
 
@@ -146,36 +146,24 @@ def markdown_table(report: dict[str, Any]) -> str:
     Returns:
         `str`: Ends with a newline.
     """
-    lines = ["| metric | value | |", "|---|---|---|"]
+    lines = []
     for name, metric in report["metrics"].items():
         spread = ""
         if "interval" in metric:
-            spread = "95 %: " + " to ".join(_readable(end) for end in metric["interval"])
+            spread = "95 %: " + " to ".join(readable(end) for end in metric["interval"])
         elif "std" in metric:
-            spread = f"± {_readable(metric['std'])}"
-        lines.append(f"| {name} | {_readable(metric['value'])} | {spread} |")
-    lines += ["", "| setting | value |", "|---|---|"]
-    lines += [f"| {name} | {_readable(value)} |" for name, value in _flat(report["settings"])]
-    return "\n".join(lines) + "\n"
+            spread = f"± {readable(metric['std'])}"
+        lines.append((name, readable(metric["value"]), spread))
+    settings = [(name, readable(value)) for name, value in _flat(report["settings"])]
+    return markdown_table(["metric", "value", ""], lines) + "\n" + markdown_table(["setting", "value"], settings)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
+    """Settings without nesting, by names that say where they were."""
+    flat = []
     for name, value in settings.items():
         if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name} ")
+            flat += _flat(value, f"{prefix}{name} ")
         else:
-            rows.append((prefix + name.replace("_", " "), value))
-    return rows
-
-
-def _readable(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-    if isinstance(value, (list, tuple)):
-        if all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value):  # scale sizes
-            return " ".join(str(height) if height == width else f"{height}x{width}" for height, width in value)
-        return ", ".join(_readable(item) for item in value)
-    return str(value)
+            flat.append((prefix + name.replace("_", " "), value))
+    return flat
