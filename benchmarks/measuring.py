@@ -3,10 +3,9 @@
 import contextlib
 import ctypes
 import gc
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,6 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - started
-
-
-def ratio_text(reference: Sequence[float], seconds: Sequence[float]) -> str:
-    """How many times as fast something is, round by round: the median and the range."""
-    ratios = [theirs / ours for theirs, ours in zip(reference, seconds)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 @contextlib.contextmanager
@@ -73,7 +66,7 @@ def part_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[st
 
 
 def process_memory(field: str) -> float:
-    """MiB of this process: resident now (`VmRSS`) and at the peak (`VmHWM`), or what it may write to (`VmData`)."""
+    """MiB of this process that are resident: now (`VmRSS`) or at the peak (`VmHWM`)."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) / 1024
 
