@@ -132,4 +132,4 @@ def random_pipeline(args: argparse.Namespace) -> SRDDPipeline:
         draw_weights(model.eval())
     scheduler = ScaleScheduler(scale_sizes=scale_sizes, top_k=TOP_K, top_p=TOP_P)
     pipe = SRDDPipeline(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
-    return pipe.to(getattr(torch, args.dtype))
+    return pipe if args.dtype == "float32" else pipe.to(getattr(torch, args.dtype))
