@@ -1,4 +1,4 @@
-"""How the benchmarks measure: seconds of a call, seconds by part of the work, and peak memory."""
+"""How the benchmarks measure: seconds of a call, seconds by component, and peak memory."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 
-# A method or function to be timed: its owner, its name, and the part of the work that it does.
+# A method or function to be timed: its owner, its name, and the component whose work it does.
 TimedCall = tuple[Any, str, str]
 
 
@@ -35,32 +35,32 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def part_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds spent in every part, while the context is open; a call inside another counts for the outer one."""
+def component_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds spent in every component, while the context is open; a call inside another counts for the outer one."""
     seconds: dict[str, float] = defaultdict(float)
     running: list[str] = []
 
-    def timed(function: Callable, part: str) -> Callable:
+    def timed(function: Callable, component: str) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             if running:
                 return function(*args, **kwargs)
             synchronize(device)
-            running.append(part)
+            running.append(component)
             started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
                 synchronize(device)
-                seconds[part] += time.perf_counter() - started
+                seconds[component] += time.perf_counter() - started
                 running.pop()
 
         return call
 
     with contextlib.ExitStack() as stack:
-        for owner, name, part in calls:
+        for owner, name, component in calls:
             own = name in vars(owner)
             function = getattr(owner, name)
-            setattr(owner, name, timed(function, part))
+            setattr(owner, name, timed(function, component))
             stack.callback(setattr, owner, name, function) if own else stack.callback(delattr, owner, name)
         yield seconds
 

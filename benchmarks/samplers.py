@@ -17,7 +17,7 @@ from srdd.training.light_decoder import light_tokenizer
 GUIDANCE_SCALE, TOP_K, TOP_P = 2.5, 900, 0.96
 
 REFERENCE = "reference"
-PARTS = ("transformer", "sampling", "quantizer", "decoder")
+COMPONENTS = ("transformer", "sampling", "quantizer", "decoder")
 
 # In the name of a row, beside the words of a variant: a decoder as `distill_decoder.py` makes it, with random weights.
 LIGHT = "light"

@@ -30,9 +30,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measuring import device_name, part_times, seconds_of, synchronize
+from measuring import component_times, device_name, seconds_of, synchronize
 from official_var import OfficialSampler, convert
-from samplers import PARTS, REFERENCE, PipelineSampler, add_model_arguments, random_pipeline, row_sampler
+from samplers import COMPONENTS, REFERENCE, PipelineSampler, add_model_arguments, random_pipeline, row_sampler
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
@@ -131,8 +131,10 @@ def make_samplers(args: argparse.Namespace) -> tuple[dict[str, Sampler], dict[st
     if args.table is not None:
         [table] = read_tables(args.config, [args.table])
         pipelines = load_pipelines(args.model, [table], args.device)
-        rows = [(row.name, row.changes, pipelines[row.model]) for row in table.rows]
-        return {name: PipelineSampler(v.pipeline(pipe), v.guidance_scale) for name, v, pipe in rows}, {}
+        return {
+            row.name: PipelineSampler(row.changes.pipeline(pipelines[row.model]), row.changes.guidance_scale)
+            for row in table.rows
+        }, {}
     if args.reference is None:
         pipe = random_pipeline(args)
         return {name: row_sampler(pipe, name) for name in args.rows}, {}
@@ -161,11 +163,11 @@ def run(args: argparse.Namespace) -> dict:
         for name, sampler in samplers.items():
             seconds[name].append(seconds_of(partial(sampler, labels), device))
         peaks.append(matrix_product_speed(device, dtype))
-    parts, operators = {}, {}
+    components, operators = {}, {}
     for name, sampler in samplers.items():
-        with part_times(sampler.timed_calls(), device) as spent:
+        with component_times(sampler.timed_calls(), device) as spent:
             total = seconds_of(partial(sampler, labels), device)
-        parts[name] = {**spent, "other": total - sum(spent.values())}
+        components[name] = {**spent, "other": total - sum(spent.values())}
         if args.profile:
             operators[name] = operator_shares(partial(sampler, labels), device)
     return {
@@ -177,7 +179,7 @@ def run(args: argparse.Namespace) -> dict:
         "gflop_per_second_of_matrix_products": max(peaks),
         "gflop": gigaflops,
         "seconds": seconds,
-        "seconds_by_part": parts,
+        "seconds_by_component": components,
         "operator_shares": operators,
     }
 
@@ -195,11 +197,12 @@ def report(args: argparse.Namespace, results: dict) -> str:
         share = f"{work / median / peak:.0%}"
         lines.append((name, results["num_tokens"][name], f"{median:.3f}", speed, f"{work:.0f}", share))
     header = ("row", "tokens", "median s", f"speed, {first} = 1 (min–max)", "GFLOP", "of the matrix product's speed")
-    names = (*PARTS, "other")
+    names = (*COMPONENTS, "other")
     spent = [
-        (row, *(f"{parts.get(name, 0.0):.3f}" for name in names)) for row, parts in results["seconds_by_part"].items()
+        (row, *(f"{seconds_of_row.get(name, 0.0):.3f}" for name in names))
+        for row, seconds_of_row in results["seconds_by_component"].items()
     ]
-    tables = [markdown_table(header, lines), markdown_table(("seconds by part", *names), spent)]
+    tables = [markdown_table(header, lines), markdown_table(("seconds by component", *names), spent)]
     if results["operator_shares"]:
         shares = [
             (row, ", ".join(f"{operator.rpartition('::')[2]} {share:.0%}" for operator, share in of_row.items()))

@@ -40,7 +40,13 @@ def test_speed(load, tmp_path, capsys, monkeypatch):
     for name in ("causal", "sdd"):
         assert f"| {name} | 5 |" in report
         assert len(results["seconds"][name]) == 1
-        assert set(results["seconds_by_part"][name]) == {"transformer", "sampling", "quantizer", "decoder", "other"}
+        assert set(results["seconds_by_component"][name]) == {
+            "transformer",
+            "sampling",
+            "quantizer",
+            "decoder",
+            "other",
+        }
         assert len(results["operator_shares"][name]) == 6
         assert 0.3 < sum(results["operator_shares"][name].values()) <= 1
         assert f"| {name} | {next(iter(results['operator_shares'][name])).removeprefix('aten::')} " in report
@@ -93,7 +99,7 @@ def test_timers_are_taken_off_again(load):
     measuring, samplers = load("measuring"), load("samplers")
     module = torch.nn.Linear(2, 2)
     calls = [(module, "forward", "transformer"), (samplers, "draw_weights", "sampling")]
-    with measuring.part_times(calls, torch.device("cpu")) as seconds:
+    with measuring.component_times(calls, torch.device("cpu")) as seconds:
         module(torch.ones(1, 2))
     assert set(seconds) == {"transformer"}
     assert "forward" not in vars(module)

@@ -184,8 +184,8 @@ def main(args: argparse.Namespace) -> None:
         reference, reference_settings = load_reference(args, samples.resolution)
     check_images(args, samples, reference)
     cache = args.feature_cache_dir or Path(args.output_dir, "features")
-    real = collect(reference, extractors, cache, accelerator, args.batch_size, "Reference")
-    drawn = collect(samples, extractors, cache, accelerator, args.batch_size, "Samples")
+    reference_features = collect(reference, extractors, cache, accelerator, args.batch_size, "Reference")
+    sample_features = collect(samples, extractors, cache, accelerator, args.batch_size, "Samples")
     if not accelerator.is_main_process:
         return
     metrics = {}
@@ -193,12 +193,12 @@ def main(args: argparse.Namespace) -> None:
         metrics = compare_pairs(
             samples, reference, lpips, accelerator.device, args.batch_size, args.num_bootstrap, show_progress=True
         )
-    metrics |= compare(real, drawn, extractors, args.num_bootstrap, show_progress=True)
+    metrics |= compare(reference_features, sample_features, extractors, args.num_bootstrap, show_progress=True)
     report = {
         "metrics": {name: {key: _json(value) for key, value in metric.items()} for name, metric in metrics.items()},
         "settings": {
-            "samples": {"count": samples.count, "sha256": drawn.image_hash, **sample_settings},
-            "reference": {"count": reference.count, "sha256": real.image_hash, **reference_settings},
+            "samples": {"count": samples.count, "sha256": sample_features.image_hash, **sample_settings},
+            "reference": {"count": reference.count, "sha256": reference_features.image_hash, **reference_settings},
             "resolution": samples.resolution,
             "extractors": {extractor.name: extractor.weights_hash() for extractor in extractors},
             "metrics": METRIC_SETTINGS,
@@ -210,8 +210,8 @@ def main(args: argparse.Namespace) -> None:
     (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     table = report_tables(report)
     (output / "evaluation.md").write_text(table, encoding="utf-8")
-    columns = min(8, len(drawn.pictures))
-    lines = drawn.pictures[: len(drawn.pictures) // columns * columns].split(columns)
+    columns = min(8, len(sample_features.pictures))
+    lines = sample_features.pictures[: len(sample_features.pictures) // columns * columns].split(columns)
     Image.fromarray(picture_grid([line / 127.5 - 1 for line in lines])).save(output / "samples.png")
     sys.stdout.write(table)
 

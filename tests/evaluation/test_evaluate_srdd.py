@@ -50,13 +50,15 @@ def test_numbers_are_those_of_the_drawings(root, evaluated):
     _, report = evaluated
     extractor = EfficientNetLite0Features()
     source = PipelineImages(tiny_pipeline(), NUM_SAMPLES)
-    drawn = torch.cat([source.read(range(start, min(start + 4, NUM_SAMPLES))) for start in range(0, NUM_SAMPLES, 4)])
+    pictures = torch.cat(
+        [source.read(range(start, min(start + 4, NUM_SAMPLES))) for start in range(0, NUM_SAMPLES, 4)]
+    )
     module = load_script("evaluate_srdd")
     args = module.parse_args([str(argument) for argument in arguments(root, root / "unused")])
     reference, _ = module.load_reference(args, 8)
     real = reference.read(range(24))
     metric = report["metrics"]["FD (efficientnet-lite0)"]
-    assert metric["value"] == pytest.approx(frechet_distance(extractor(real), extractor(drawn)), rel=1e-3)
+    assert metric["value"] == pytest.approx(frechet_distance(extractor(real), extractor(pictures)), rel=1e-3)
     assert metric["interval"][0] < metric["value"] < metric["interval"][1]
     names = ("precision", "recall", "density", "coverage")
     assert set(report["metrics"]) == {

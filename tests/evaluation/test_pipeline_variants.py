@@ -34,12 +34,12 @@ def test_names_of_no_variant_are_refused(name):
 def test_variants_draw_and_leave_the_pipeline(name):
     pipe, variant = tiny_pipeline(), variant_of(name)
     before = images(pipe, PipelineVariant())
-    configs = [dict(part.config) for part in (pipe.transformer, pipe.vqvae, pipe.scheduler)]
+    configs = [dict(component.config) for component in (pipe.transformer, pipe.vqvae, pipe.scheduler)]
     changed = variant.pipeline(pipe)
-    drawn = images(changed, variant)
-    assert drawn.shape == before.shape
-    assert torch.equal(drawn, before) == (name in ("", "torch", "interval"))  # three scales end before 0.8
-    assert [dict(part.config) for part in (pipe.transformer, pipe.vqvae, pipe.scheduler)] == configs
+    pictures = images(changed, variant)
+    assert pictures.shape == before.shape
+    assert torch.equal(pictures, before) == (name in ("", "torch", "interval"))  # three scales end before 0.8
+    assert [dict(component.config) for component in (pipe.transformer, pipe.vqvae, pipe.scheduler)] == configs
     assert torch.equal(images(pipe, PipelineVariant()), before)
 
 

@@ -20,7 +20,7 @@ def make_batches(*sizes: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(sum(sizes), 3, SIDE // 4, SIDE // 4, generator=generator) * 2 - 1
     images = torch.nn.functional.interpolate(noise, size=(SIDE, SIDE), mode="bilinear")
-    return [{"pixel_values": part} for part in images.split(sizes)]
+    return [{"pixel_values": batch} for batch in images.split(sizes)]
 
 
 class MeanColours(torch.nn.Module):
@@ -57,10 +57,10 @@ def test_quality_is_the_mean_over_images():
 
 def test_the_size_of_batches_changes_nothing():
     vqvae = make_vqvae()
-    whole, parts = (evaluate_reconstruction(vqvae, make_batches(*sizes))[0] for sizes in ((6,), (1, 4, 1)))
-    assert whole.keys() == parts.keys()
+    whole, in_batches = (evaluate_reconstruction(vqvae, make_batches(*sizes))[0] for sizes in ((6,), (1, 4, 1)))
+    assert whole.keys() == in_batches.keys()
     for name, value in whole.items():
-        assert parts[name] == pytest.approx(value, abs=1e-4)
+        assert in_batches[name] == pytest.approx(value, abs=1e-4)
 
 
 def test_usage_is_that_of_the_pyramids():
@@ -94,13 +94,13 @@ def test_a_light_decoder_is_compared_with_its_teacher():
         errors = (left - right).square().flatten(1).mean(dim=1).tolist()
         return pytest.approx(sum(10 * math.log10(4 / error) for error in errors) / 5, abs=1e-4)
 
-    metrics, rows = evaluate_reconstruction(light, batches, num_pictures=2, teacher=teacher)
+    metrics, pictures = evaluate_reconstruction(light, batches, num_pictures=2, teacher=teacher)
     assert metrics["psnr"] == psnr(decoded, images)
     assert metrics["teacher_psnr"] == psnr(wanted, images)
     assert metrics["psnr_to_teacher"] == psnr(decoded, wanted)
     assert len({round(metrics[name], 2) for name in ("psnr", "teacher_psnr", "psnr_to_teacher")}) == 3
-    for row, expected in zip(rows, (images, wanted, decoded), strict=True):
-        torch.testing.assert_close(row, expected[:2], atol=1e-5, rtol=0)
+    for pictures_of_one, expected in zip(pictures, (images, wanted, decoded), strict=True):
+        torch.testing.assert_close(pictures_of_one, expected[:2], atol=1e-5, rtol=0)
     assert "teacher_psnr" not in evaluate_reconstruction(light, batches)[0]
 
 

@@ -55,8 +55,8 @@ def test_tables_figures_and_pictures_are_made_and_not_made_again(image_folder, t
     assert len(set(distances)) == len(distances)
     assert all(distance > 0 for distance in distances)
     assert 0 < stored["cells"][-2]["result"]["all"] < 8
-    drawn = {f"{name}.{kind}" for name in ("policies", "temperature", "editing") for kind in ("md", "png")}
-    assert {path.name for path in tmp_path.iterdir()} == {"ablations.json", "bits.md", "signal.md", *drawn}
+    files = {f"{name}.{kind}" for name in ("policies", "temperature", "editing") for kind in ("md", "png")}
+    assert {path.name for path in tmp_path.iterdir()} == {"ablations.json", "bits.md", "signal.md", *files}
     # Two images for each task, each as original, as given and as two rows.
     assert Image.open(tmp_path / "editing.png").size == (2 * 4 * 16, 2 * 16)
     assert Image.open(tmp_path / "policies.png").size == (10 * 16, 2 * 16)

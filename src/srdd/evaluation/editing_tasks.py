@@ -72,11 +72,11 @@ def fill(task: str, images: torch.Tensor, seeds: Sequence[int], filling: str = "
         raise ValueError(f"`filling` must be one of {FILLINGS}, got {filling!r}.")
     if factor := _factor(task):
         return resize(_small(images, factor) * 2 - 1, images.shape[-2:]).add(1).div(2)
-    known = 1 - editing_mask(task, *images.shape[-2:], seeds).to(images)
+    given = 1 - editing_mask(task, *images.shape[-2:], seeds).to(images)
     if filling == "smooth":
-        return extend_known(images, known).clamp(0, 1)
-    mean = (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
-    return torch.where(known > 0, images, mean)
+        return extend_known(images, given).clamp(0, 1)
+    mean = (images * given).sum(dim=(2, 3), keepdim=True) / given.sum(dim=(2, 3), keepdim=True)
+    return torch.where(given > 0, images, mean)
 
 
 @torch.no_grad()

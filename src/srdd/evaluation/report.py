@@ -34,7 +34,7 @@ METRIC_SETTINGS = {
 
 def compare(
     reference: CollectedImages,
-    drawn: CollectedImages,
+    samples: CollectedImages,
     extractors: Sequence[FeatureExtractor],
     num_bootstrap: int = 200,
     show_progress: bool = False,
@@ -44,7 +44,7 @@ def compare(
 
     Args:
         reference ([`CollectedImages`]): Real images.
-        drawn ([`CollectedImages`]): Drawn ones.
+        samples ([`CollectedImages`]): Drawn ones.
         extractors (`Sequence[FeatureExtractor]`): What looked at both.
         num_bootstrap (`int`, defaults to 200): Replicates of the interval of the Fréchet distance; 0 gives none.
         show_progress (`bool`, defaults to `False`): Show a progress bar.
@@ -57,7 +57,7 @@ def compare(
     """
     metrics: dict[str, dict[str, Any]] = {}
     for extractor in extractors:
-        real, fake = reference.features[extractor.name], drawn.features[extractor.name]
+        real, fake = reference.features[extractor.name], samples.features[extractor.name]
         statistics = FeatureStatistics.from_features(real, extractor.name)
         distance = {"value": frechet_distance(statistics, fake)}
         if num_bootstrap:
@@ -72,7 +72,7 @@ def compare(
         mean, std = kernel_distance(real, fake, NUM_SUBSETS, SUBSET_SIZE)
         metrics[extractor.kernel_distance_name] = {"value": mean, "std": std}
         if extractor.has_logits:
-            logits = drawn.logits[extractor.name]
+            logits = samples.logits[extractor.name]
             mean, std = inception_score(logits, min(NUM_SPLITS, len(logits)))
             metrics[extractor.score_name] = {"value": mean, "std": std}
         overlap = precision_recall_density_coverage(real, fake, NUM_NEIGHBOURS)

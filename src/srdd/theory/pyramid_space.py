@@ -79,7 +79,7 @@ def enumerate_pyramids(vqvae: MultiScaleVQModel, states: str = "latents") -> Pyr
     else:
         scheduler = ScaleScheduler(scale_sizes=scale_sizes)
         chain = [*(scheduler.add_noise(token_ids, timesteps=scale.timestep) for scale in scheduler.visits), token_ids]
-    state_ids = [part.flatten(1).unique(dim=0, return_inverse=True)[1] for part in chain]
+    state_ids = [states_at_t.flatten(1).unique(dim=0, return_inverse=True)[1] for states_at_t in chain]
     inputs = vqvae.teacher_forcing_inputs(token_ids)
     return PyramidSpace(scale_sizes, token_ids, inputs, torch.stack(state_ids, dim=1))
 
@@ -103,11 +103,11 @@ def log_conditionals(
     inputs, slices = space.inputs.to(transformer.dtype), scale_slices(space.scale_sizes)
     if from_state:
         timesteps = range(len(slices) - 1, -1, -1)
-        logits = torch.cat([transformer(inputs[:, part], t).sample for part, t in zip(slices, timesteps)], dim=1)
+        logits = torch.cat([transformer(inputs[:, tokens], t).sample for tokens, t in zip(slices, timesteps)], dim=1)
     else:
         logits = transformer(inputs).sample  # (num_pyramids, N, V)
     chosen = logits.log_softmax(dim=-1).gather(-1, space.token_ids.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([part.sum(dim=1) for part in chosen.split(num_tokens_per_scale(space.scale_sizes), 1)], dim=1)
+    return torch.stack([scale.sum(dim=1) for scale in chosen.split(num_tokens_per_scale(space.scale_sizes), 1)], dim=1)
 
 
 @torch.no_grad()
