@@ -153,8 +153,9 @@ def run_cell(args: argparse.Namespace, cell: Cell, num_threads: int, sender: Con
         result = measure(args, cell)
     except Exception as error:
         traceback.print_exc()
-        failure = OUT_OF_MEMORY if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else ERROR
-        result = {"failure": failure, "detail": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+        no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        detail = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        result = {"failure": OUT_OF_MEMORY if no_memory else ERROR, "detail": detail}
     sender.send(result)
 
 

@@ -190,7 +190,7 @@ class AblationCells:
     def signal_to_noise(self, table: AblationTable, row: AblationRow, column: str) -> dict[str, float]:
         """Decibels after every scale, of latent states."""
         pixels = (self.images[batch].mul(2).sub(1) for batch in self.batches(table, row.name))
-        ratios = signal_to_noise(self.pipelines[row.model].vqvae, pixels)
+        ratios = signal_to_noise(self.pipeline(row).vqvae, pixels)
         # The last scale ends in the state itself.
         return {
             f"{space} {scale}": value
