@@ -97,7 +97,7 @@ def log_likelihood(
     """
     check_components(pipe.vqvae, pipe.transformer, pipe.scheduler)
     scheduler, num_classes = pipe.scheduler, pipe.transformer.config.num_classes
-    scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
+    scale_sizes, timesteps = scheduler.scales, scheduler.scale_timesteps()
     if (images is None) == (token_ids is None):
         given = "neither" if images is None else "both"
         raise ValueError(f"`log_likelihood` takes one of `images` and `token_ids`, got {given}.")

@@ -78,8 +78,11 @@ def enumerate_pyramids(vqvae: MultiScaleVQModel, states: str = "latents") -> Pyr
         chain = [torch.zeros_like(latents[0]), *latents]
     else:
         scheduler = ScaleScheduler(scale_sizes=scale_sizes)
-        chain = [*(scheduler.add_noise(token_ids, timesteps=scale.timestep) for scale in scheduler.visits), token_ids]
-    state_ids = [states_at_t.flatten(1).unique(dim=0, return_inverse=True)[1] for states_at_t in chain]
+        chain = [
+            *(scheduler.add_noise(token_ids, timesteps=t) for t in [scale.timestep for scale in scheduler.visits]),
+            token_ids,
+        ]
+    state_ids = [part.flatten(1).unique(dim=0, return_inverse=True)[1] for part in chain]
     inputs = vqvae.teacher_forcing_inputs(token_ids)
     return PyramidSpace(scale_sizes, token_ids, inputs, torch.stack(state_ids, dim=1))
 
