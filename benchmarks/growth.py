@@ -8,16 +8,16 @@ Measures seconds per image and peak memory beyond the weights along one axis at 
 the base: batch 1, 128px, depth 8 and no further pass, unless `--batch_size`, `--image_size`, `--depth` and
 `--num_passes` say otherwise. With the defaults all takes about a quarter of an hour on two CPU cores.
 
-Reference and rows are those of `speed.py`, on random weights, from labels to pixels. A model's width is 64 times its
-depth, 64 per head, as in VAR. Scales are `srdd.scales.default_scale_sizes`: VAR's own at 256 and 512px, and
-beyond that each scale is 3/4 of the next finer one, as at 512px (1024px: 1 2 3 4 6 8 11 15 20 27 36 48 64). Further
-passes have the policy "simple", which draws all tokens of a scale again, so that their number is exact; the reference
-has none.
+Rows are those of `speed.py`, on random weights, from labels to pixels; with `--reference` the official VAR code is
+one. A model's width is 64 times its depth, 64 per head, as in VAR. Scales are `srdd.scales.default_scale_sizes`: VAR's
+own at 256 and 512px, and beyond that each scale is 3/4 of the next finer one, as at 512px (1024px: 1 2 3 4 6 8 11 15
+20 27 36 48 64). Further passes have the policy "simple", which draws all tokens of a scale again, so that their number
+is exact; the reference has none.
 
 Every cell runs in a process of its own, which may take `--cell_timeout` seconds: one image warms up, a call is
 measured for memory, and of the next ones the median time counts. What does not fit or fails is reported as such;
 larger values of the same row are then not tried. With `--output` a run can be stopped and started again: cells in the
-file are not measured again, those that failed only with `--retry`.
+file are not measured again, those that failed only with `--retry`. On a CPU it needs Linux.
 
 Prints Markdown, with the exponent `p` of cost = c * value ** p, by least squares on logarithms over all points and
 over the last half of them; for further passes, what one costs as a share of none, by a straight line.
@@ -25,45 +25,46 @@ over the last half of them; for further passes, what one costs as a share of non
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from measuring import device_name, peak_memory, process_memory, seconds_of
-from samplers import GUIDANCE_SCALE, REFERENCE, add_model_arguments, build_sampler, row_of
+from measuring import device_name, peak_memory, seconds_of
+from official_var import OfficialSampler
+from samplers import GUIDANCE_SCALE, REFERENCE, add_model_arguments, random_pipeline, row_sampler
 from tqdm.auto import tqdm
 
-from srdd.evaluation.pictures import draw_curves
+from srdd.evaluation.figures import draw_curves
+from srdd.evaluation.measurements import Measurements
+from srdd.evaluation.tables import markdown_table, readable, scale_name
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
 
 
-# By the name of its base value: the argument with its values, and how to say it.
+# By the name of its base value: the argument with its values, how to say it, and what a fit says of it.
+EXPONENTS = ("exponent", "last half")
 AXES = {
-    "batch_size": ("batch_sizes", "batch size"),
-    "image_size": ("image_sizes", "image size"),
-    "depth": ("depths", "depth"),
-    "num_passes": ("pass_counts", "further passes"),
+    "batch_size": ("batch_sizes", "batch size", EXPONENTS),
+    "image_size": ("image_sizes", "image size", EXPONENTS),
+    "depth": ("depths", "depth", EXPONENTS),
+    "num_passes": ("pass_counts", "further passes", ("a pass, share of none",)),
 }
 COSTS = {"seconds": "seconds per image", "mebibytes": "peak MiB beyond the weights"}
-FITS = {"exponent": ("exponent", "last half"), "line": ("a pass, share of none",)}
 
 OUT_OF_TIME, OUT_OF_MEMORY, KILLED, ERROR = "out of time", "out of memory", "killed", "error"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one process measures."""
+    """What one process measures: `seconds` of every round and `mebibytes`, or a `failure` and its `detail`."""
 
     row: str
     batch_size: int
@@ -76,103 +77,45 @@ class Cell:
         return f"{self.row}, batch {self.batch_size}, {self.image_size}px, depth {self.depth}{passes}"
 
 
-# By cell: `seconds` of every round and `mebibytes`, or a `failure` and its `detail`.
-Found = dict[Cell, dict]
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {minimum}, got {text!r}.")
-        return int(text)
-
-    return parse
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}.")
-    return value
-
-
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.set_defaults(depth=8, image_size=128, rows=["causal", "sdd"])
-    parser.add_argument("--batch_size", type=at_least(1), default=1)
-    parser.add_argument("--num_passes", type=at_least(0), default=0, help="Further passes at every scale.")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--num_passes", type=int, default=0, help="Further passes at every scale.")
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
-    parser.add_argument("--batch_sizes", type=at_least(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--image_sizes", type=at_least(1), nargs="+", default=[128, 256, 512, 1024])
-    parser.add_argument("--depths", type=at_least(1), nargs="+", default=[8, 12, 16, 20, 24, 30])
-    parser.add_argument("--pass_counts", type=at_least(0), nargs="+", default=[0, 1, 2, 5, 10])
-    parser.add_argument("--num_rounds", type=at_least(1), default=3)
-    parser.add_argument("--round_seconds", type=positive, default=10.0, help="No further round beyond this many.")
-    parser.add_argument("--cell_timeout", type=positive, default=600.0, help="Seconds for a cell, all included.")
-    parser.add_argument(
-        "--cell_memory", type=positive, help="GiB for a cell on a CPU, weights included; no limit by default."
-    )
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--image_sizes", type=int, nargs="+", default=[128, 256, 512, 1024])
+    parser.add_argument("--depths", type=int, nargs="+", default=[8, 12, 16, 20, 24, 30])
+    parser.add_argument("--pass_counts", type=int, nargs="+", default=[0, 1, 2, 5, 10])
+    parser.add_argument("--num_rounds", type=int, default=3)
+    parser.add_argument("--round_seconds", type=float, default=10.0, help="No further round beyond this many.")
+    parser.add_argument("--cell_timeout", type=float, default=600.0, help="Seconds for a cell, all included.")
     parser.add_argument("--retry", action="store_true", help="Measure what failed again.")
-    parser.add_argument("--plot", type=Path, help="PNG file for the curves.")
+    parser.add_argument("--plot", type=Path, help="PNG file for the curves; needs matplotlib.")
     args = parser.parse_args(arguments)
-    for problem in problems_of(args):
-        parser.error(problem)
+    for name, _, _ in AXES.values():
+        values = getattr(args, name)
+        if any(small >= large for small, large in zip(values, values[1:])):
+            parser.error(f"`--{name}` must grow from value to value, got {values}.")
+    for size in (args.image_size, *args.image_sizes):
+        if size < 16 or size % 16:
+            parser.error(f"Image sizes must be multiples of 16, got {size}.")
+    if args.reference is not None and not (args.reference / "models").is_dir():
+        parser.error(f"`--reference` must be a checkout of the official VAR code, got {args.reference}.")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("`--plot` must be left out where matplotlib is not installed.")
+    args.all_rows = [*([] if args.reference is None else [REFERENCE]), *args.rows]
     return args
 
 
-def problems_of(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the arguments."""
-    problems = []
-    for values, _ in AXES.values():
-        given = getattr(args, values)
-        if any(small >= large for small, large in zip(given, given[1:])):
-            problems.append(f"`--{values}` must grow from value to value, got {given}.")
-    if args.depth < 1:
-        problems.append(f"`--depth` must be at least 1, got {args.depth}.")
-    sizes = set(args.image_sizes if "image_size" in args.axes else ())
-    if args.axes != ["image_size"]:
-        sizes.add(args.image_size)
-    for size in sorted(sizes):
-        if size < 16 or size % 16:
-            problems.append(f"Image sizes must be multiples of 16, got {size}.")
-        elif any(row_of(row).kept for row in args.rows) and len(default_scale_sizes(size // 16)) != 10:
-            problems.append(f"`--rows` with fewer scales need ten to choose from, which {size}px do not have.")
-    if args.reference is not None and not (args.reference / "models").is_dir():
-        problems.append(f"`--reference` must be a checkout of the official VAR code, got {args.reference}.")
-    on_cpu = torch.device(args.device).type == "cpu"
-    if on_cpu and sys.platform != "linux":
-        problems.append(f"`--device` cpu needs Linux, where a process can tell its peak memory, got {sys.platform}.")
-    if args.cell_memory is not None and not on_cpu:
-        problems.append(f"`--cell_memory` must be left out unless `--device` is cpu, got {args.cell_memory}.")
-    for name in ("output", "plot"):
-        path = getattr(args, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            problems.append(f"`--{name}` must lie in a folder that exists, got {path}.")
-    if args.plot is not None and args.plot.suffix != ".png":
-        problems.append(f"`--plot` must end in .png, got {args.plot}.")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        problems.append("`--plot` must be left out where matplotlib is not installed.")
-    return problems
-
-
-def cell_at(args: argparse.Namespace, axis: str, value: int, row: str) -> Cell | None:
-    """The cell of a row at a value of an axis, the others at their base; none for further passes of the reference."""
-    place = {name: getattr(args, name) for name in AXES} | {axis: value}
-    if row == REFERENCE:
-        if axis == "num_passes" and value:
-            return None
-        place["num_passes"] = 0
-    return Cell(row, **place)
-
-
 def cells_along(args: argparse.Namespace, axis: str, row: str) -> dict[int, Cell]:
-    """The cells of a row by their value on an axis."""
-    cells = {value: cell_at(args, axis, value, row) for value in getattr(args, AXES[axis][0])}
-    return {value: cell for value, cell in cells.items() if cell is not None}
+    """The cells of a row by their value on an axis, the others at their base; the reference makes one pass only."""
+    base = {name: getattr(args, name) for name in AXES}
+    if row == REFERENCE:
+        base["num_passes"] = 0
+    values = [0] if row == REFERENCE and axis == "num_passes" else getattr(args, AXES[axis][0])
+    return {value: Cell(row, **{**base, axis: value}) for value in values}
 
 
 def measure(args: argparse.Namespace, cell: Cell) -> dict:
@@ -180,7 +123,10 @@ def measure(args: argparse.Namespace, cell: Cell) -> dict:
     device = torch.device(args.device)
     labels = torch.arange(cell.batch_size, device=device) % 1000
     model = argparse.Namespace(**{**vars(args), "depth": cell.depth, "image_size": cell.image_size})
-    sampler = build_sampler(model, cell.row, cell.num_passes)
+    if cell.row == REFERENCE:
+        sampler = OfficialSampler(model)
+    else:
+        sampler = row_sampler(random_pipeline(model), cell.row, cell.num_passes)
     sampler(labels[:1])  # libraries load themselves, and weights are packed where kernels want that
     call = partial(sampler, labels)
     mebibytes = peak_memory(call, device)
@@ -190,13 +136,6 @@ def measure(args: argparse.Namespace, cell: Cell) -> dict:
     return {"seconds": seconds, "mebibytes": mebibytes}
 
 
-def failure_of(error: Exception) -> dict[str, str]:
-    """How a measurement failed."""
-    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-    first_line = str(error).partition("\n")[0]
-    return {"failure": OUT_OF_MEMORY if no_memory else ERROR, "detail": f"{type(error).__name__}: {first_line}"}
-
-
 def end_with_parent() -> None:
     """Wait for the end of the process that asked for this one, and end with it."""
     multiprocessing.parent_process().join()
@@ -204,25 +143,24 @@ def end_with_parent() -> None:
 
 
 def run_cell(args: argparse.Namespace, cell: Cell, num_threads: int, sender: Connection) -> None:
-    """Measure a cell and send what was found, from a process that nobody else needs."""
+    """Measure a cell and send the result, from a process that nobody else needs."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     if sys.platform == "linux":
         Path("/proc/self/oom_score_adj").write_text("1000")  # the first to go where memory runs out
-    if args.cell_memory is not None:
-        limit = int(process_memory("VmData") * 2**20 + args.cell_memory * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(num_threads)
     tqdm.set_lock(threading.RLock())  # one between processes would be left behind by those that are killed
     try:
-        found = measure(args, cell)
+        result = measure(args, cell)
     except Exception as error:
         traceback.print_exc()
-        found = failure_of(error)
-    sender.send(found)
+        no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        detail = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        result = {"failure": OUT_OF_MEMORY if no_memory else ERROR, "detail": detail}
+    sender.send(result)
 
 
 def in_own_process(args: argparse.Namespace, cell: Cell) -> dict:
-    """What a process that lives only for this cell finds."""
+    """The result of a cell, from a process that lives only for it."""
     # Forked from a server that has imported the libraries: a cell then starts at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["srdd.conversion", "srdd.pipelines"])
@@ -246,7 +184,6 @@ def in_own_process(args: argparse.Namespace, cell: Cell) -> dict:
 def settings_of(args: argparse.Namespace) -> dict:
     """All that cells of one file must have in common."""
     return {
-        "reference": "recipe" if args.reference is None else "official",
         "device": device_name(torch.device(args.device)),
         "torch": torch.__version__,
         "dtype": args.dtype,
@@ -255,68 +192,21 @@ def settings_of(args: argparse.Namespace) -> dict:
     }
 
 
-def load(path: Path | None, settings: dict) -> Found:
-    """
-    The cells of an earlier run.
-
-    Raises:
-        ValueError: If they were measured under other settings.
-    """
-    if path is None or not path.exists():
-        return {}
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    earlier = stored.get("settings", {})
-    for name, value in settings.items():
-        if earlier.get(name) != value:
-            raise ValueError(
-                f"`--output` must be a new file, or one with the same {name}, {value!r}, got {path} with"
-                f" {earlier.get(name)!r}."
-            )
-    return {Cell(**entry.pop("cell")): entry for entry in stored["cells"]}
-
-
-def save(path: Path | None, settings: dict, found: Found, fits: dict | None = None) -> None:
-    """Write all cells; a run that is stopped leaves the file as it was before or after."""
-    if path is None:
-        return
-    cells = [{"cell": asdict(cell), **entry} for cell, entry in found.items()]
-    temporary = path.with_name(path.name + ".part")
-    text = json.dumps({"settings": settings, "fits": fits or {}, "cells": cells}, indent=2)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def is_hopeless(args: argparse.Namespace, axis: str, value: int, row: str, found: Found) -> bool:
-    """Whether something smaller on the same axis did not fit."""
-    smaller = [found.get(cell, {}) for place, cell in cells_along(args, axis, row).items() if place < value]
-    return any(entry.get("failure") in (OUT_OF_TIME, OUT_OF_MEMORY, KILLED) for entry in smaller)
-
-
-def run(args: argparse.Namespace) -> tuple[dict, Found]:
-    """Settings, and all cells, of which those in the file were there before."""
-    settings = settings_of(args)
-    found = load(args.output, settings)
-    if args.retry:
-        found = {cell: entry for cell, entry in found.items() if "failure" not in entry}
-    places = [
-        (axis, value, row)
-        for axis in args.axes
-        for value in getattr(args, AXES[axis][0])
-        for row in (REFERENCE, *args.rows)
-    ]
-    progress = tqdm(places)
-    for axis, value, row in progress:
-        cell = cell_at(args, axis, value, row)
-        if cell is None or cell in found or is_hopeless(args, axis, value, row, found):
-            continue
-        progress.set_postfix_str(str(cell))
-        found[cell] = in_own_process(args, cell)
-        save(args.output, settings, found)
-    return settings, found
-
-
-def cost_of(cell: Cell, entry: dict, cost: str) -> float:
-    return statistics.median(entry["seconds"]) / cell.batch_size if cost == "seconds" else entry["mebibytes"]
+def run(args: argparse.Namespace) -> Measurements:
+    """All cells, of which those in the file were there before."""
+    measurements = Measurements(args.output, settings_of(args))
+    tried = set()
+    progress = tqdm([(axis, row) for axis in args.axes for row in args.all_rows])
+    for axis, row in progress:
+        for cell in cells_along(args, axis, row).values():
+            progress.set_postfix_str(str(cell))
+            failed = "failure" in (measurements.find(asdict(cell)) or {})
+            again = args.retry and failed and cell not in tried
+            result = measurements.measure(asdict(cell), partial(in_own_process, args, cell), again)
+            tried.add(cell)
+            if result.get("failure") in (OUT_OF_TIME, OUT_OF_MEMORY, KILLED):
+                break  # what is larger would not fit either
+    return measurements
 
 
 def fit_exponent(values: Sequence[float], costs: Sequence[float]) -> float | None:
@@ -335,91 +225,70 @@ def fit_line(values: Sequence[float], costs: Sequence[float]) -> float | None:
     return line.slope / line.intercept if line.intercept > 0 else None
 
 
-def fit(axis: str, points: dict[int, float]) -> dict[str, float | None]:
+def fit(axis: str, points: dict[int, float]) -> list[float | None]:
     """What the points of a row say about its growth along an axis."""
     values, costs = list(points), list(points.values())
     if axis == "num_passes":
-        return dict(zip(FITS["line"], [fit_line(values, costs)]))
+        return [fit_line(values, costs)]
     half = len(values) // 2
-    exponents = [fit_exponent(values, costs), fit_exponent(values[half:], costs[half:])]
-    return dict(zip(FITS["exponent"], exponents))
+    return [fit_exponent(values, costs), fit_exponent(values[half:], costs[half:])]
 
 
-def points_of(args: argparse.Namespace, axis: str, row: str, found: Found, cost: str) -> dict[int, float]:
-    """What was measured along an axis, by its value there."""
-    cells = cells_along(args, axis, row)
-    return {
-        value: cost_of(cell, found[cell], cost)
-        for value, cell in cells.items()
-        if cell in found and "failure" not in found[cell]
-    }
+def points_of(
+    args: argparse.Namespace, axis: str, cost: str, row: str, measurements: Measurements
+) -> dict[int, float]:
+    """What a row costs along an axis, by its value there, where it was measured."""
+    points = {}
+    for value, cell in cells_along(args, axis, row).items():
+        result = measurements.find(asdict(cell))
+        if result is not None and "failure" not in result:
+            by_image = statistics.median(result["seconds"]) / cell.batch_size
+            points[value] = by_image if cost == "seconds" else result["mebibytes"]
+    return points
 
 
-def fits_of(args: argparse.Namespace, found: Found) -> dict:
-    """All fits, by axis, cost and row."""
-    return {
-        axis: {
-            cost: {row: fit(axis, points_of(args, axis, row, found, cost)) for row in (REFERENCE, *args.rows)}
-            for cost in COSTS
-        }
-        for axis in args.axes
-    }
-
-
-def readable(cost: str, value: float) -> str:
-    return f"{value:.0f}" if cost == "mebibytes" or value >= 1000 else f"{value:.3g}"
-
-
-def table(args: argparse.Namespace, axis: str, cost: str, found: Found, fits: dict) -> list[str]:
+def growth_table(args: argparse.Namespace, axis: str, cost: str, measurements: Measurements) -> str:
     """Markdown: the rows' costs along an axis."""
-    values, (_, title) = getattr(args, AXES[axis][0]), AXES[axis]
-    fitted = FITS["line" if axis == "num_passes" else "exponent"]
-    lines = [
-        f"| {title}: {COSTS[cost]} | {' | '.join(map(str, [*values, *fitted]))} |",
-        "|---" * (1 + len(values) + len(fitted)) + "|",
-    ]
-    for row in (REFERENCE, *args.rows):
-        points, texts = points_of(args, axis, row, found, cost), []
-        for value in values:
-            cell = cell_at(args, axis, value, row)
-            if cell is None:
-                texts.append("—")
-            elif value in points:
-                texts.append(readable(cost, points[value]))
+    name, title, fitted = AXES[axis]
+    lines = []
+    for row in args.all_rows:
+        cells, points = cells_along(args, axis, row), points_of(args, axis, cost, row, measurements)
+        texts = []
+        for value in getattr(args, name):
+            if value in points:
+                texts.append(readable(points[value]))
+            elif value in cells:
+                texts.append((measurements.find(asdict(cells[value])) or {}).get("failure", "not tried"))
             else:
-                texts.append(found[cell]["failure"] if cell in found else "not tried")
-        numbers = [fits[axis][cost][row][name] for name in fitted]
-        texts += ["—" if number is None else f"{number:.2f}" for number in numbers]
-        lines.append(f"| {row} | {' | '.join(texts)} |")
-    return [*lines, ""]
+                texts.append("—")
+        numbers = ["—" if number is None else f"{number:.2f}" for number in fit(axis, points)]
+        lines.append((row, *texts, *numbers))
+    return markdown_table((f"{title}: {COSTS[cost]}", *getattr(args, name), *fitted), lines)
 
 
-def report(args: argparse.Namespace, settings: dict, found: Found, fits: dict) -> str:
+def report(args: argparse.Namespace, measurements: Measurements) -> str:
     """Markdown."""
-    what = "VAR's recipe in our modules" if args.reference is None else "the official VAR code"
-    lines = [
-        f"{settings['device']}, torch {settings['torch']}, {args.dtype}, guidance {GUIDANCE_SCALE}. The reference is"
-        f" {what}. Where an axis is not the table's: batch {args.batch_size}, {args.image_size}px, depth {args.depth},"
-        f" {args.num_passes} further passes. Medians of up to {args.num_rounds} rounds.",
-        "",
+    base = f"batch {args.batch_size}, {args.image_size}px, depth {args.depth}, {args.num_passes} further passes"
+    blocks = [
+        f"{measurements.settings['device']}, torch {torch.__version__}, {args.dtype}, guidance {GUIDANCE_SCALE}. Where"
+        f" an axis is not the table's: {base}. Medians of up to {args.num_rounds} rounds.\n"
     ]
     for axis in args.axes:
-        for cost in COSTS:
-            lines += table(args, axis, cost, found, fits)
+        blocks += [growth_table(args, axis, cost, measurements) for cost in COSTS]
         if axis == "image_size":
+            lines = []
             for size in args.image_sizes:
                 scales = default_scale_sizes(size // 16)
-                sides = " ".join(str(height) for height, _ in scales)
-                lines.append(f"- {size}px: {sum(num_tokens_per_scale(scales))} tokens, scales {sides}")
-            lines.append("")
-    rows = (REFERENCE, *args.rows)
-    shown = {cell for axis in args.axes for row in rows for cell in cells_along(args, axis, row).values()}
-    failures = {cell: entry for cell, entry in found.items() if cell in shown and "failure" in entry}
-    lines += [f"- {cell}: {entry['failure']} ({entry['detail']})" for cell, entry in failures.items()]
-    return "\n".join(lines).rstrip("\n") + "\n"
+                names = " ".join(scale_name(scale) for scale in scales)
+                lines.append(f"- {size}px: {sum(num_tokens_per_scale(scales))} tokens, scales {names}\n")
+            blocks.append("".join(lines))
+    cells = {cell for axis in args.axes for row in args.all_rows for cell in cells_along(args, axis, row).values()}
+    results = {cell: measurements.find(asdict(cell)) or {} for cell in sorted(cells, key=str)}
+    failures = [f"- {cell}: {x['failure']} ({x['detail']})\n" for cell, x in results.items() if "failure" in x]
+    return "\n".join([*blocks, *(["".join(failures)] if failures else [])])
 
 
-def save_plot(args: argparse.Namespace, found: Found) -> None:
+def save_plot(args: argparse.Namespace, measurements: Measurements) -> None:
     """Draw both costs along every axis; axes on which a power law is a straight line are logarithmic."""
     from matplotlib.figure import Figure
 
@@ -427,7 +296,7 @@ def save_plot(args: argparse.Namespace, found: Found) -> None:
     pictures = figure.subplots(len(COSTS), len(args.axes), squeeze=False)
     for axis, column in zip(args.axes, pictures.T):
         for (cost, label), axes in zip(COSTS.items(), column):
-            points = {row: points_of(args, axis, row, found, cost) for row in (REFERENCE, *args.rows)}
+            points = {row: points_of(args, axis, cost, row, measurements) for row in args.all_rows}
             curves = {row: (list(at), list(at.values()), [None] * len(at)) for row, at in points.items() if at}
             if not curves:
                 axes.set_axis_off()
@@ -443,12 +312,10 @@ def save_plot(args: argparse.Namespace, found: Found) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    settings, found = run(args)
-    fits = fits_of(args, found)
-    save(args.output, settings, found, fits)
-    sys.stdout.write(report(args, settings, found, fits))
+    measurements = run(args)
+    sys.stdout.write(report(args, measurements))
     if args.plot:
-        save_plot(args, found)
+        save_plot(args, measurements)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
-"""How the benchmarks measure: seconds of a call, seconds by part of the work, and peak memory."""
+"""How the benchmarks measure: seconds of a call, seconds by component, and peak memory."""
 
 import contextlib
 import ctypes
 import gc
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-# A method or function to be timed: its owner, its name, and the part of the work that it does.
+# A method or function to be timed: its owner, its name, and the component whose work it does.
 TimedCall = tuple[Any, str, str]
 
 
@@ -35,45 +34,39 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def ratio_text(reference: Sequence[float], seconds: Sequence[float]) -> str:
-    """How many times as fast something is, round by round: the median and the range."""
-    ratios = [theirs / ours for theirs, ours in zip(reference, seconds)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-
-
 @contextlib.contextmanager
-def part_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds spent in every part, while the context is open; a call inside another counts for the outer one."""
+def component_times(calls: list[TimedCall], device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds spent in every component, while the context is open; a call inside another counts for the outer one."""
     seconds: dict[str, float] = defaultdict(float)
     running: list[str] = []
 
-    def timed(function: Callable, part: str) -> Callable:
+    def timed(function: Callable, component: str) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             if running:
                 return function(*args, **kwargs)
             synchronize(device)
-            running.append(part)
+            running.append(component)
             started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
                 synchronize(device)
-                seconds[part] += time.perf_counter() - started
+                seconds[component] += time.perf_counter() - started
                 running.pop()
 
         return call
 
     with contextlib.ExitStack() as stack:
-        for owner, name, part in calls:
+        for owner, name, component in calls:
             own = name in vars(owner)
             function = getattr(owner, name)
-            setattr(owner, name, timed(function, part))
+            setattr(owner, name, timed(function, component))
             stack.callback(setattr, owner, name, function) if own else stack.callback(delattr, owner, name)
         yield seconds
 
 
 def process_memory(field: str) -> float:
-    """MiB of this process: resident now (`VmRSS`) and at the peak (`VmHWM`), or what it may write to (`VmData`)."""
+    """MiB of this process that are resident: now (`VmRSS`) or at the peak (`VmHWM`)."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) / 1024
 

@@ -9,10 +9,6 @@ Times the variants in turn, round by round, on the same model, batch and loss (f
 sure that they give the same logits and gradients. Prints medians, the ratios' median and range over the rounds, and
 memory at the peak, as Markdown; `--output` takes JSON. The model has VAR's shape: width 64 times the depth, 64 per
 head. Weights are random: they do not change the cost.
-
-Next to what a step needed at its peak stands what it was expected to; a variant expected to need more than there is
-is left out, and the report says so. At 1024px (`--grid_size 64`: scales 1 2 3 4 6 8 11 15 20 27 36 48 64, 9301 tokens)
-and batch 1 that is 1.5 GiB at depth 4 and 4.1 at depth 8, with the mask 2.8 and 6.8; tokenising needs 3.8.
 """
 
 import argparse
@@ -24,11 +20,12 @@ from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from measuring import device_name, peak_memory, ratio_text, seconds_of
-from samplers import twin
+from measuring import device_name, peak_memory, seconds_of
 from tqdm.auto import tqdm
 
 from srdd import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.evaluation.pipeline_variants import sharing_parameters
+from srdd.evaluation.tables import markdown_table, speed_ratio
 from srdd.models import MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
 from srdd.training.token_loss import token_loss
@@ -48,10 +45,6 @@ FLEX_VARIANTS = {
 REFERENCE = "causal (VAR), N x N mask"
 TOKENISING = "markov, a call per scale, tokenising"
 
-# Copies, in float32, of what a step keeps at its peak, found by measuring on a CPU: of the logits, of a block's hidden
-# states, and of the largest feature map of the tokenizer. Half precision needs less.
-LOGITS_COPIES, BLOCK_COPIES, FEATURE_MAP_COPIES = 4, 23, 6
-
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,13 +57,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", action="store_true", help="Also tokenise images in the step (VAR's tokenizer).")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
-    parser.add_argument("--memory", type=float, help="GiB that a step may need; by default what the machine has left.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", help="JSON file for all times.")
-    args = parser.parse_args(arguments)
-    if args.memory is not None and not args.memory > 0:
-        parser.error(f"`--memory` must be above 0, got {args.memory}.")
-    return args
+    return parser.parse_args(arguments)
 
 
 class Step:
@@ -93,7 +82,7 @@ class Step:
         self.variants, self.compiled = dict(VARIANTS), None
         if self.device.type == "cuda":
             self.variants.update(FLEX_VARIANTS)
-            self.compiled = twin(self.model)
+            self.compiled = sharing_parameters(self.model)
             self.compiled.compile_repeated_blocks(fullgraph=True, dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
         shape = (args.batch_size, sum(num_tokens_per_scale(self.scale_sizes)))
@@ -129,11 +118,12 @@ class Step:
         return logits.detach()
 
     def gradients(self, name: str) -> list[torch.Tensor]:
+        """Logits and gradients of one forward."""
         self.select(name)
         logits = self.backward()
-        found = [logits, *(parameter.grad.clone() for parameter in self.model.parameters())]
+        gradients = [parameter.grad.clone() for parameter in self.model.parameters()]
         self.optimizer.zero_grad()
-        return found
+        return [logits, *gradients]
 
     def run(self, name: str) -> None:
         """One step, which leaves no gradients behind."""
@@ -153,88 +143,33 @@ class Step:
         self.select(name)
         return peak_memory(partial(self.run, name), self.device)
 
-    def expected_memory(self, name: str) -> float:
-        """MiB that a step is expected to need beyond weights and optimizer state."""
-        batch_size, num_tokens = self.token_ids.shape
-        num_layers, dim = self.args.num_layers, self.model.dim
-        kept = 2 if self.args.gradient_checkpointing else num_layers  # blocks
-        numbers = sum(parameter.numel() for parameter in self.model.parameters())  # gradients
-        numbers += batch_size * num_tokens * LOGITS_COPIES * self.model.config.codebook_size
-        numbers += batch_size * num_tokens * (BLOCK_COPIES * kept + num_layers) * dim
-        if VARIANTS.get(name, (None, None))[1] is MaskedScaleAttnProcessor:
-            numbers += num_tokens**2 * (kept + 0.25)  # attention keeps a mask of numbers, made of one of booleans
-        if name == TOKENISING:
-            channels = self.vqvae.config.block_out_channels[0]
-            numbers = max(numbers, FEATURE_MAP_COPIES * channels * self.images[:, 0].numel())
-        return 4 * numbers / 2**20
 
-    def available_memory(self) -> float | None:
-        """MiB left for a step beside optimizer state and the logits to compare; `None` where no system tells."""
-        if self.args.memory is not None:
-            return 1024 * self.args.memory
-        if self.device.type == "cuda":
-            available = torch.cuda.mem_get_info(self.device)[0] / 2**20
-        elif sys.platform == "linux":
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            [line] = [line for line in lines if line.startswith("MemAvailable:")]
-            available = int(line.split()[1]) / 1024
-        else:
-            return None
-        state = 2 * sum(parameter.numel() for parameter in self.model.parameters())
-        return available - 4 * (state + self.token_ids.numel() * self.model.config.codebook_size) / 2**20
-
-
-def check_equal(step: Step, names: list[str]) -> float | None:
+def check_equal(step: Step) -> float:
     """
-    The largest difference between the processors, relative to the largest value, over logits and gradients; `None` if
-    no pattern has several.
+    The largest difference between the ways of one attention pattern, relative to the largest value, over logits and
+    gradients.
+
+    Raises:
+        RuntimeError: If it is more than rounding.
     """
-    worst = None
-    tolerance = 2e-2 if step.args.mixed_precision == "bf16" else 1e-4
+    worst, tolerance = 0.0, 2e-2 if step.args.mixed_precision == "bf16" else 1e-4
     for pattern in ("markov", "causal (VAR)"):
-        ways = ("a call per scale", "N x N mask", "flex")
-        first, *others = [f"{pattern}, {way}" for way in ways if f"{pattern}, {way}" in names] or [None]
-        expected = step.gradients(first) if others else []
+        first, *others = [name for name in step.variants if name.startswith(f"{pattern}, ")]
+        expected = step.gradients(first)
         for name in others:
             for ours, theirs in zip(expected, step.gradients(name)):
                 difference = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
-                worst = max(worst or 0.0, difference)
-    if worst is not None and worst > tolerance:
+                worst = max(worst, difference)
+    if worst > tolerance:
         raise RuntimeError(f"The variants differ by {worst:.1e}, more than {tolerance:.0e}: nothing was timed.")
     return worst
 
 
-def report(args: argparse.Namespace, step: Step, found: dict) -> str:
-    """Markdown."""
-    agreement = "" if found["difference"] is None else f"; the variants agree to {found['difference']:.0e}"
-    lines = [
-        f"Depth {args.num_layers}, batch {args.batch_size}, {step.token_ids.shape[1]} tokens, {found['device']}, torch"
-        f" {torch.__version__}, precision {args.mixed_precision}, {args.num_rounds} rounds{agreement}.",
-        "",
-        f"| step | median s | speed, {REFERENCE} = 1 (min–max) | peak MiB | expected |",
-        "|---|---|---|---|---|",
-    ]
-    seconds = found["seconds"]
-    for name, expected in found["expected MiB"].items():
-        if name not in seconds:
-            lines.append(f"| {name} | left out: only {found['available MiB']:,.0f} MiB | | | {expected:,.0f} |")
-            continue
-        speed = ratio_text(seconds[REFERENCE], seconds[name]) if REFERENCE in seconds else ""
-        peak = "" if found["MiB"][name] is None else f"{found['MiB'][name]:,.0f}"
-        lines.append(f"| {name} | {statistics.median(seconds[name]):.3f} | {speed} | {peak} | {expected:,.0f} |")
-    return "\n".join(lines) + "\n"
-
-
-def main(args: argparse.Namespace) -> None:
-    step = Step(args)
-    expected = {
-        name: step.expected_memory(name) for name in [*step.variants, *([TOKENISING] if args.tokenizer else [])]
-    }
-    available = step.available_memory()
-    names = [name for name, needed in expected.items() if available is None or needed <= available]
-    for name in [name for name in expected if name not in names]:
-        sys.stderr.write(f"{name} is left out: it needs {expected[name]:,.0f} MiB, and {available:,.0f} are left.\n")
-    difference = check_equal(step, names)
+def run(step: Step) -> dict:
+    """All that is measured."""
+    args = step.args
+    difference = check_equal(step)
+    names = [*step.variants, *([TOKENISING] if args.tokenizer else [])]
     for name in names:
         step.time(name)  # warm up
     memory = {name: step.peak_memory(name) for name in names}
@@ -242,18 +177,38 @@ def main(args: argparse.Namespace) -> None:
     for _ in tqdm(range(args.num_rounds)):
         for name in names:
             seconds[name].append(step.time(name))
-    found = {
+    return {
         "arguments": vars(args),
         "device": device_name(step.device),
+        "num_tokens": step.token_ids.shape[1],
         "difference": difference,
         "seconds": seconds,
-        "MiB": memory,
-        "expected MiB": expected,
-        "available MiB": available,
+        "mebibytes": memory,
     }
-    sys.stdout.write(report(args, step, found))
+
+
+def report(results: dict) -> str:
+    """Markdown."""
+    args, seconds = argparse.Namespace(**results["arguments"]), results["seconds"]
+    introduction = (
+        f"Depth {args.num_layers}, batch {args.batch_size}, {results['num_tokens']} tokens, {results['device']}, torch"
+        f" {torch.__version__}, precision {args.mixed_precision}, {args.num_rounds} rounds; the variants agree to"
+        f" {results['difference']:.0e}."
+    )
+    lines = []
+    for name, times in seconds.items():
+        peak = results["mebibytes"][name]
+        speed = speed_ratio(seconds[REFERENCE], times)
+        lines.append((name, f"{statistics.median(times):.3f}", speed, "" if peak is None else f"{peak:,.0f}"))
+    header = ("step", "median s", f"speed, {REFERENCE} = 1 (min–max)", "peak MiB")
+    return f"{introduction}\n\n{markdown_table(header, lines)}"
+
+
+def main(args: argparse.Namespace) -> None:
+    results = run(Step(args))
+    sys.stdout.write(report(results))
     if args.output:
-        Path(args.output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

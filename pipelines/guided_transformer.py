@@ -29,7 +29,8 @@ class GuidedTransformer:
     ):
         self.transformer = transformer
         self.dtype, self.batch_size = transformer.dtype, conditions.batch_size
-        self.kv_cache = ScaleKVCache(scheduler.num_tokens) if transformer.needs_kv_cache else None
+        looks_back = transformer.config.attention_pattern != "markov"
+        self.kv_cache = ScaleKVCache(scheduler.num_tokens) if looks_back else None
         guided = [s.timestep for s in scheduler.visits if scheduler.guidance_weight(s.timestep, guidance_scale) > 0]
         # Guided scales look back at what the unconditional half has seen of all scales before.
         self.last_guided = guided[-1] if guided and self.kv_cache is not None else None

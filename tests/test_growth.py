@@ -34,11 +34,11 @@ def growth(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     start_server()
     yield importlib.import_module("growth")
-    for name in ("measuring", "samplers", "growth"):
+    for name in ("measuring", "samplers", "official_var", "growth"):
         sys.modules.pop(name, None)
 
 
-def arguments(*axes: str, rows: tuple[str, ...] = ("sdd",)) -> list[str]:
+def arguments(*axes: str, rows: tuple[str, ...] = ("causal", "sdd")) -> list[str]:
     values = [word for axis in axes for word in AXES[axis]]
     return [*MODEL, "--num_rounds", "1", "--rows", *rows, "--axes", *axes, *values]
 
@@ -48,8 +48,10 @@ def run(growth, *words: str) -> None:
 
 
 def measured(path: Path) -> dict[tuple, dict]:
-    """Entries by row and place."""
-    return {tuple(entry.pop("cell").values()): entry for entry in json.loads(path.read_text())["cells"]}
+    """Results by row and place."""
+    names = ("row", "batch_size", "image_size", "depth", "num_passes")
+    cells = json.loads(path.read_text())["cells"]
+    return {tuple(entry["cell"][name] for name in names): entry["result"] for entry in cells}
 
 
 @pytest.mark.slow
@@ -57,21 +59,13 @@ def test_all_axes(growth, tmp_path, capsys):
     path, plot = tmp_path / "growth.json", tmp_path / "growth.png"
     run(growth, *arguments(*AXES), "--output", str(path), "--plot", str(plot))
     report, cells = capsys.readouterr().out, measured(path)
-    # The base is a cell of every axis, and measured once; the reference makes no further passes.
-    places = [(1, 32, 1), (2, 32, 1), (1, 48, 1), (1, 32, 2)]
-    assert set(cells) == {(row, *place, 0) for row in ("reference", "sdd") for place in places} | {
-        ("sdd", 1, 32, 1, 2)
-    }
-    for entry in cells.values():
-        assert len(entry["seconds"]) == 1
-        assert entry["seconds"][0] > 0
-        assert entry["mebibytes"] >= 0
-    fits = json.loads(path.read_text())["fits"]
-    assert set(fits) == set(AXES)
-    assert isinstance(fits["depth"]["seconds"]["sdd"]["exponent"], float)
-    assert fits["depth"]["seconds"]["sdd"]["last half"] is None  # of two points one is left
-    assert isinstance(fits["num_passes"]["seconds"]["sdd"]["a pass, share of none"], float)
-    assert fits["num_passes"]["seconds"]["reference"] == {"a pass, share of none": None}
+    # The base is a cell of every axis, and measured once.
+    places = [(1, 32, 1, 0), (2, 32, 1, 0), (1, 48, 1, 0), (1, 32, 2, 0), (1, 32, 1, 2)]
+    assert set(cells) == {(row, *place) for row in ("causal", "sdd") for place in places}
+    for result in cells.values():
+        assert len(result["seconds"]) == 1
+        assert result["seconds"][0] > 0
+        assert result["mebibytes"] >= 0
     assert "| batch size: seconds per image | 1 | 2 | exponent | last half |" in report
     assert "| further passes: peak MiB beyond the weights | 0 | 2 | a pass, share of none |" in report
     assert "- 48px: 14 tokens, scales 1 2 3" in report
@@ -83,57 +77,45 @@ def test_a_run_goes_on_where_it_was_stopped(growth, tmp_path, capsys):
     words = [*arguments("batch_size"), "--output", str(path)]
     run(growth, *words)
     stored = json.loads(path.read_text())
-    [last] = [entry for entry in stored["cells"] if list(entry["cell"].values()) == ["sdd", 2, 32, 1, 0]]
-    stored["cells"].remove(last)
+    last = stored["cells"].pop()
     for index, entry in enumerate(stored["cells"]):
-        entry["seconds"] = [1000.0 + index]  # what nothing here would take
+        entry["result"]["seconds"] = [1000.0 + index]  # what nothing here would take
     path.write_text(json.dumps(stored))
     capsys.readouterr()
     run(growth, *words)
     again = json.loads(path.read_text())["cells"]
     assert again[:-1] == stored["cells"]
     assert again[-1]["cell"] == last["cell"]
-    assert again[-1]["seconds"][0] < 1000
+    assert again[-1]["result"]["seconds"][0] < 1000
     report = capsys.readouterr().out
-    seconds = [line for line in report.splitlines() if line.startswith("| reference |")][0]
-    assert seconds.startswith("| reference | 1000 | 501 |")  # by image
+    seconds = [line for line in report.splitlines() if line.startswith("| causal |")][0]
+    assert seconds.startswith("| causal | 1000 | 500.5 |")  # by image
 
 
 def test_other_settings_want_another_file(growth, tmp_path):
     path = tmp_path / "growth.json"
     run(growth, *arguments("depth"), "--depths", "1", "--output", str(path))
     before = path.read_text()
-    with pytest.raises(ValueError, match=r"`--output` must be .* the same dtype, 'bfloat16', got .* with 'float32'"):
+    with pytest.raises(ValueError, match="under the same settings, .*'bfloat16'.* got .*'float32'"):
         run(growth, *arguments("depth"), "--dtype", "bfloat16", "--output", str(path))
     assert path.read_text() == before
 
 
-def test_what_does_not_fit_is_reported_and_nothing_larger_tried(growth, tmp_path, capsys):
-    path = tmp_path / "growth.json"
-    words = [*arguments("batch_size"), "--batch_sizes", "1", "128", "256", "--output", str(path)]
-    run(growth, *words, "--cell_memory", "0.3", "--codebook_size", "65536")
-    cells, report = measured(path), capsys.readouterr().out
-    assert "seconds" in cells["sdd", 1, 32, 1, 0]
-    assert cells["sdd", 128, 32, 1, 0]["failure"] == "out of memory"
-    assert ("sdd", 256, 32, 1, 0) not in cells
-    [row] = [line for line in report.splitlines() if line.startswith("| sdd |")][:1]
-    assert row.endswith("| out of memory | not tried | — | — |")
-    assert "- sdd, batch 128, 32px, depth 1: out of memory (RuntimeError: " in report
-
-
-def test_a_cell_that_takes_too_long_is_ended(growth, tmp_path, capsys):
+def test_a_cell_that_takes_too_long_is_ended_and_nothing_larger_tried(growth, tmp_path, capsys):
     path = tmp_path / "growth.json"
     words = [*arguments("depth"), "--output", str(path)]
     run(growth, *words, "--cell_timeout", "0.01")
-    assert {entry["failure"] for entry in measured(path).values()} == {"out of time"}
-    assert set(measured(path)) == {(row, 1, 32, 1, 0) for row in ("reference", "sdd")}
+    assert {result["failure"] for result in measured(path).values()} == {"out of time"}
+    assert set(measured(path)) == {(row, 1, 32, 1, 0) for row in ("causal", "sdd")}
     assert not multiprocessing.active_children()
-    assert "out of time (more than 0.01 s)" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert "| sdd | out of time | not tried | — | — |" in report
+    assert "- sdd, batch 1, 32px, depth 1: out of time (more than 0.01 s)" in report
     run(growth, *words)  # failures stay until they are to be tried again
     assert len(measured(path)) == 2
     run(growth, *words, "--retry")
     assert len(measured(path)) == 4
-    assert all("seconds" in entry for entry in measured(path).values())
+    assert all("seconds" in result for result in measured(path).values())
 
 
 def test_a_cell_that_is_killed_is_reported(growth):
@@ -145,10 +127,10 @@ def test_a_cell_that_is_killed_is_reported(growth):
     args = growth.parse_args(arguments("depth"))
     killer = threading.Thread(target=kill_first_child)
     killer.start()
-    found = growth.in_own_process(args, growth.cell_at(args, "depth", 1, "sdd"))
+    result = growth.in_own_process(args, growth.cells_along(args, "depth", "sdd")[1])
     killer.join()
-    assert found["failure"] == "killed"
-    assert "exit code -9" in found["detail"]
+    assert result["failure"] == "killed"
+    assert "exit code -9" in result["detail"]
 
 
 def members(session: int) -> list[int]:
@@ -183,18 +165,26 @@ def test_nothing_goes_on_when_a_run_is_killed(tmp_path):
 
 def test_other_errors_are_reported_and_larger_cells_tried(growth, tmp_path):
     path = tmp_path / "growth.json"
-    words = [*arguments("depth"), "--codebook_size", "512", "--output", str(path)]  # less than top-k keeps
-    run(growth, *words)
+    run(growth, *arguments("depth", rows=("sdd-6",)), "--output", str(path))  # there are two scales
     cells = measured(path)
-    assert {entry["failure"] for row, entry in cells.items() if row[0] == "reference"} == {"error"}
-    assert ("reference", 1, 32, 2, 0) in cells
+    assert {result["failure"] for result in cells.values()} == {"error"}
+    assert "ValueError: `num_scales` must be in" in cells["sdd-6", 1, 32, 2, 0]["detail"]
+
+
+@pytest.mark.parametrize("axis", list(AXES))
+def test_the_reference_makes_no_further_passes(growth, axis):
+    args = growth.parse_args([*arguments(axis), "--num_passes", "3"])
+    cells = growth.cells_along(args, axis, "reference").values()
+    assert {cell.num_passes for cell in cells} == {0}
+    assert len(cells) == (1 if axis == "num_passes" else 2)
+    assert {cell.num_passes for cell in growth.cells_along(args, axis, "sdd").values()} <= {0, 2, 3}
 
 
 @pytest.mark.parametrize("row", ["causal", "sdd"])
 @pytest.mark.parametrize("num_passes", [0, 3])
 def test_the_number_of_further_passes_is_exact(growth, row, num_passes):
     args = growth.parse_args(MODEL)
-    sampler = growth.build_sampler(args, row, num_passes)
+    sampler = growth.row_sampler(growth.random_pipeline(args), row, num_passes)
     forwards = []
     sampler.pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
     sampler(torch.tensor([0, 1]))
@@ -209,11 +199,11 @@ def test_exponents_of_power_laws(growth, power, factor):
 
 def test_the_last_half_has_an_exponent_of_its_own(growth):
     bent = {1: 1.0, 2: 1.0, 4: 1.0, 8: 8.0, 16: 64.0, 32: 512.0}  # flat, and from 4 on a cube
-    found = growth.fit("batch_size", bent)
-    assert found["last half"] == pytest.approx(3)
-    assert 1 < found["exponent"] < 3
+    exponent, last_half = growth.fit("batch_size", bent)
+    assert last_half == pytest.approx(3)
+    assert 1 < exponent < 3
     odd = {4: 1.0, 8: 8.0, 16: 64.0}
-    assert growth.fit("batch_size", {1: 5.0, 2: 9.0, **odd})["last half"] == pytest.approx(3)
+    assert growth.fit("batch_size", {1: 5.0, 2: 9.0, **odd})[1] == pytest.approx(3)
 
 
 def test_what_has_no_exponent(growth):
@@ -225,14 +215,17 @@ def test_what_has_no_exponent(growth):
 
 
 def test_passes_are_a_share_of_none(growth):
-    assert growth.fit("num_passes", {0: 2.0, 1: 2.5, 5: 4.5})["a pass, share of none"] == pytest.approx(0.25)
+    assert growth.fit("num_passes", {0: 2.0, 1: 2.5, 5: 4.5}) == [pytest.approx(0.25)]
 
 
 def test_seconds_are_medians_by_image(growth):
-    cell = growth.Cell("sdd", batch_size=4, image_size=32, depth=1, num_passes=0)
-    entry = {"seconds": [8.0, 100.0, 2.0], "mebibytes": 6.0}
-    assert growth.cost_of(cell, entry, "seconds") == 2.0
-    assert growth.cost_of(cell, entry, "mebibytes") == 6.0
+    args = growth.parse_args(["--axes", "batch_size", "--batch_sizes", "4", "8", "--rows", "sdd"])
+    measurements, cells = growth.Measurements(), growth.cells_along(args, "batch_size", "sdd")
+    results = {4: {"seconds": [8.0, 100.0, 2.0], "mebibytes": 6.0}, 8: {"failure": "killed", "detail": ""}}
+    for value, result in results.items():
+        measurements.measure(growth.asdict(cells[value]), lambda result=result: result)
+    for cost, expected in (("seconds", {4: 2.0}), ("mebibytes", {4: 6.0})):
+        assert growth.points_of(args, "batch_size", cost, "sdd", measurements) == expected
 
 
 @pytest.mark.parametrize(
@@ -240,24 +233,11 @@ def test_seconds_are_medians_by_image(growth):
     [
         (["--batch_sizes", "4", "2"], r"`--batch_sizes` must grow .*, got \[4, 2\]"),
         (["--pass_counts", "0", "0"], r"`--pass_counts` must grow .*, got \[0, 0\]"),
-        (["--depths", "0"], "argument --depths: must be an integer of at least 1, got '0'"),
-        (["--depth", "0"], "`--depth` must be at least 1, got 0"),
-        (["--num_rounds", "many"], "argument --num_rounds: must be an integer of at least 1, got 'many'"),
-        (["--cell_timeout", "nan"], "argument --cell_timeout: must be a number above 0, got 'nan'"),
         (["--image_sizes", "256", "300"], "multiples of 16, got 300"),
-        (["--rows", "sdd-6"], "`--rows` with fewer scales need ten to choose from, which 128px do not have"),
         (["--reference", "nowhere"], "`--reference` must be a checkout of the official VAR code, got nowhere"),
-        (["--device", "cuda", "--cell_memory", "2"], "`--cell_memory` must be left out .*, got 2.0"),
-        (["--output", "nowhere/growth.json"], "`--output` must lie in a folder that exists, got nowhere"),
-        (["--plot", "growth.pdf"], r"`--plot` must end in .png, got growth.pdf"),
     ],
 )
 def test_arguments_that_are_refused(growth, capsys, words, message):
     with pytest.raises(SystemExit):
         growth.parse_args(words)
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_fewer_scales_where_there_are_ten(growth):
-    words = ["--rows", "sdd-6", "--axes", "image_size", "--image_sizes", "256", "512"]
-    assert growth.parse_args(words).rows == ["sdd-6"]

@@ -8,12 +8,13 @@ data.
 
 The configuration names tables, rows and models (`srdd.evaluation.ablations.read_tables`); `--model` says where the
 models lie. What is measured goes to `ablations.json` at once; a second call goes on where the first was stopped and
-measures again only rows that were changed. Fréchet distances and perceptual distances are on EfficientNet-Lite0
+measures only what was changed. Fréchet distances and perceptual distances are on EfficientNet-Lite0
 features: neither FID nor LPIPS.
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +22,10 @@ from PIL import Image
 
 from srdd.data.images import image_to_tensor, picture_grid, validation_images
 from srdd.evaluation.ablation_cells import AblationCells
-from srdd.evaluation.ablation_report import markdown, save_sweep
-from srdd.evaluation.ablations import Measurements, load_pipelines, read_tables
+from srdd.evaluation.ablation_report import ablation_markdown, save_sweep
+from srdd.evaluation.ablations import load_pipelines, read_tables
 from srdd.evaluation.features import load_features
+from srdd.evaluation.measurements import Measurements
 from srdd.training.settings import DataSettings, add_arguments, from_args
 from srdd.training.training_data import load_images
 
@@ -77,23 +79,21 @@ def main(args: argparse.Namespace) -> None:
         num_bootstrap=args.num_bootstrap,
     )
     for table in tables:
-        found = {
+        results = {
             row.name: {
-                column: measurements.cell(
-                    table, row, column, lambda row=row, column=column: cells.measure(table, row, column)
-                )
-                for column in cells.columns(table)
+                column: measurements.measure(table.cell(row, column), partial(cells.measure, table, row, column))
+                for column in table.columns
             }
             for row in table.rows
         }
-        text = markdown(table, found)
+        text = ablation_markdown(table, results)
         (output / f"{table.name}.md").write_text(text)
         sys.stdout.write(text + "\n")
         if table.axis is not None:
-            save_sweep(output / f"{table.name}.png", table, found)
+            save_sweep(output / f"{table.name}.png", table, results)
         elif table.kind in ("samples", "editing"):
-            rows = [row * 2 - 1 for row in cells.pictures(table)]
-            Image.fromarray(picture_grid(rows)).save(output / f"{table.name}.png")
+            pictures = [line * 2 - 1 for line in cells.pictures(table)]
+            Image.fromarray(picture_grid(pictures)).save(output / f"{table.name}.png")
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ from PIL import Image
 import srdd
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.data.images import picture_grid
-from srdd.evaluation.collecting import collect
+from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages, FolderImages, ImageSource, PipelineImages
-from srdd.evaluation.pairs import load_lpips
-from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, markdown_table
-from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_FEEDBACKS, RESAMPLING_POLICIES
+from srdd.evaluation.paired_metrics import load_lpips
+from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, report_tables
+from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_POLICIES
 from srdd.training.accelerator import check_processes
 from srdd.training.settings import DataSettings, add_arguments, from_args, int_list, positive_int
 from srdd.training.training_data import load_images
@@ -53,10 +53,8 @@ SCHEDULER_OPTIONS = {
     "top_k": {"type": int},
     "top_p": {"type": float},
     "resampling_policy": {"choices": RESAMPLING_POLICIES},
-    "resampling_feedback": {"choices": RESAMPLING_FEEDBACKS},
     "resampling_threshold": {"type": float},
     "num_resampling_passes": {"type": one_or_list, "help": "For all scales, or for each, such as 0,0,0,5."},
-    "keep_accepted_tokens": {"action": argparse.BooleanOptionalAction},
 }
 
 
@@ -148,7 +146,6 @@ def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Im
         "guidance_scale": source.guidance_scale,
         **{name: value for name, value in key["scheduler"].items() if name != "scale_sizes"},
         "scales": pipe.scheduler.scales,
-        "resampling_feedback": pipe.scheduler.resampling_feedback,
         "seed": args.seed,
         "dtype": args.dtype,
     }
@@ -187,8 +184,8 @@ def main(args: argparse.Namespace) -> None:
         reference, reference_settings = load_reference(args, samples.resolution)
     check_images(args, samples, reference)
     cache = args.feature_cache_dir or Path(args.output_dir, "features")
-    real = collect(reference, extractors, cache, accelerator, args.batch_size, "Reference")
-    drawn = collect(samples, extractors, cache, accelerator, args.batch_size, "Samples")
+    reference_features = collect(reference, extractors, cache, accelerator, args.batch_size, "Reference")
+    sample_features = collect(samples, extractors, cache, accelerator, args.batch_size, "Samples")
     if not accelerator.is_main_process:
         return
     metrics = {}
@@ -196,12 +193,12 @@ def main(args: argparse.Namespace) -> None:
         metrics = compare_pairs(
             samples, reference, lpips, accelerator.device, args.batch_size, args.num_bootstrap, show_progress=True
         )
-    metrics |= compare(real, drawn, extractors, args.num_bootstrap, show_progress=True)
+    metrics |= compare(reference_features, sample_features, extractors, args.num_bootstrap, show_progress=True)
     report = {
         "metrics": {name: {key: _json(value) for key, value in metric.items()} for name, metric in metrics.items()},
         "settings": {
-            "samples": {"count": samples.count, "sha256": drawn.image_hash, **sample_settings},
-            "reference": {"count": reference.count, "sha256": real.image_hash, **reference_settings},
+            "samples": {"count": samples.count, "sha256": sample_features.image_hash, **sample_settings},
+            "reference": {"count": reference.count, "sha256": reference_features.image_hash, **reference_settings},
             "resolution": samples.resolution,
             "extractors": {extractor.name: extractor.weights_hash() for extractor in extractors},
             "metrics": METRIC_SETTINGS,
@@ -211,11 +208,11 @@ def main(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    table = markdown_table(report)
+    table = report_tables(report)
     (output / "evaluation.md").write_text(table, encoding="utf-8")
-    columns = min(8, len(drawn.pictures))
-    rows = drawn.pictures[: len(drawn.pictures) // columns * columns].split(columns)
-    Image.fromarray(picture_grid([row / 127.5 - 1 for row in rows])).save(output / "samples.png")
+    columns = min(8, len(sample_features.pictures))
+    lines = sample_features.pictures[: len(sample_features.pictures) // columns * columns].split(columns)
+    Image.fromarray(picture_grid([line / 127.5 - 1 for line in lines])).save(output / "samples.png")
     sys.stdout.write(table)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from srdd import ScaleScheduler, SRDDPipeline
-from srdd.evaluation.pictures import labelled_grid
+from srdd.evaluation.figures import labelled_grid
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,8 +33,8 @@ def main(args: argparse.Namespace) -> None:
     if args.scheduler:
         pipe.scheduler = ScaleScheduler.from_pretrained(args.scheduler)
     num_classes = pipe.transformer.config.num_classes
-    rows = min(8, num_classes)
-    labels = args.class_labels or [index * num_classes // rows for index in range(rows)]
+    count = min(8, num_classes)
+    labels = args.class_labels or [index * num_classes // count for index in range(count)]
     ids = pipe.get_label_ids([int(label) if str(label).isdigit() else label for label in labels]) if labels else [None]
     count = len(ids) * args.num_images_per_prompt
     images = pipe(

@@ -1,13 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
-import torch
-from tiny_models import tiny_pipeline
+from tiny_models import tiny_pipeline, tiny_scheduler
 
-from srdd.acceleration.cpu import MULTIPLIES_INT8
-from srdd.evaluation.ablation_report import markdown, mean_and_interval, save_sweep
-from srdd.evaluation.ablations import Measurements, read_tables
-from srdd.evaluation.image_sources import PipelineImages
+from srdd.evaluation.ablation_report import ablation_markdown, mean_and_interval, save_sweep
+from srdd.evaluation.ablations import read_tables
+from srdd.evaluation.measurements import Measurements
 
 
 ROW = {"model": "SDD"}
@@ -50,6 +49,7 @@ def test_a_sweep_makes_a_row_of_each_curve_and_value(tmp_path):
         ({"colour": 1}, "The table 't' must have"),
         ({"rows": {"plain": {}}}, "The row 'plain' of 't' must have"),
         ({"rows": {"plain": {"model": "SDD", "guidance": 2}}}, "The row 'plain' of 't' must have"),
+        ({"rows": {"plain": {"model": "SDD", "variant": "int9"}}}, "Variants must be named .* got 'int9'"),
         ({"sweep": {}}, "must have either 'rows' or 'sweep'"),
     ],
 )
@@ -65,63 +65,44 @@ def test_files_without_tables_are_refused(tmp_path):
         read_tables(path)
 
 
-def test_rows_change_the_scheduler_and_leave_the_pipeline(tmp_path):
-    (table,) = read(tmp_path, {**TABLE, "rows": {"MR": {**ROW, "scheduler": {"resampling_policy": "masked"}}}})
-    pipe = tiny_pipeline()
-    changed = table.rows[0].pipeline(pipe)
-    assert changed.scheduler.config.resampling_policy == "masked"
-    assert pipe.scheduler.config.resampling_policy == "none"
-    assert changed.transformer is pipe.transformer
+def test_rows_say_more_than_their_variant(tmp_path):
+    row = {**ROW, "variant": "sdd-interval-unguided", "scheduler": {"resampling_policy": "simple"}}
+    (table,) = read(tmp_path, {**TABLE, "rows": {"plain": row, "guided": {**row, "guidance_scale": 3.0}}})
+    plain, guided = (each.changes for each in table.rows)
+    assert plain.attention_pattern == guided.attention_pattern == "markov"
+    assert plain.scheduler == guided.scheduler == {"guidance_stop": 0.8, "resampling_policy": "simple"}
+    assert (plain.guidance_scale, guided.guidance_scale) == (1.0, 3.0)
+    assert plain.pipeline(tiny_pipeline()).scheduler.config.resampling_policy == "simple"
 
 
-@torch.no_grad()
-@pytest.mark.skipif(not MULTIPLIES_INT8, reason="The CPU has no VNNI.")
-def test_rows_decode_in_int8_and_leave_the_pipeline(tmp_path):
-    (table,) = read(tmp_path, {**TABLE, "rows": {"float32": ROW, "int8": {**ROW, "int8_decoding": True}}})
-    pipe = tiny_pipeline()
-    latents = PipelineImages(pipe, 4).draw(range(4), "latent")
-    pictures = [row.pipeline(pipe).vqvae.decode(latents).sample for row in table.rows]
-    assert torch.equal(pictures[0], pipe.vqvae.decode(latents).sample)
-    assert not torch.equal(*pictures)
-    assert (pictures[0] - pictures[1]).std() < 0.05 * pictures[0].std()
-
-
-def test_cells_are_measured_once_until_their_row_changes(tmp_path):
-    calls = []
-
-    def measure():
-        calls.append(len(calls))
-        return {"frechet_distance": float(len(calls))}
-
-    (table,) = read(tmp_path, TABLE)
-    path = tmp_path / "out" / "ablations.json"
-    for _ in range(2):
-        assert Measurements(path, {"data": "a"}).cell(table, table.rows[0], "seed 0", measure)["frechet_distance"] == 1
-    (changed,) = read(tmp_path, {**TABLE, "rows": {"plain": {**ROW, "guidance_scale": 3.0}}})
-    assert Measurements(path, {"data": "a"}).cell(changed, changed.rows[0], "seed 0", measure)["frechet_distance"] == 2
-    (larger,) = read(tmp_path, {**TABLE, "num_images": 9})
-    Measurements(path, {"data": "a"}).cell(larger, larger.rows[0], "seed 0", measure)
-    assert len(calls) == 3
-    with pytest.raises(ValueError, match="must hold measurements under the same settings"):
-        Measurements(path, {"data": "b"})
-
-
-def test_drawn_images_that_tables_share_are_measured_once(tmp_path):
-    other = {**TABLE, "name": "u", "rows": {"the same": ROW, "guided": {**ROW, "guidance_scale": 3.0}}}
-    scored = {**TABLE, "name": "v", "kind": "likelihood", "rows": {"the same": ROW}}
-    tables = read(tmp_path, TABLE, other, scored)
-    measurements, calls = Measurements(tmp_path / "cells.json", {}), []
+def test_cells_that_tables_share_are_measured_once(tmp_path):
+    rows = {"the same": ROW, "guided": {**ROW, "guidance_scale": 3.0}, "int8": {**ROW, "variant": "int8"}}
+    tables = read(
+        tmp_path,
+        TABLE,
+        {**TABLE, "name": "u", "rows": rows},
+        {**TABLE, "name": "v", "kind": "likelihood", "rows": {"the same": ROW}},
+        {**TABLE, "name": "w", "num_images": 9},
+    )
+    measurements, calls = Measurements(tmp_path / "cells.json"), []
 
     def measure():
         calls.append(len(calls))
         return {"frechet_distance": calls[-1]}
 
-    rows = [(table, row) for table in tables for row in table.rows]
-    found = [measurements.cell(table, row, "seed 0", measure)["frechet_distance"] for table, row in rows]
-    # The same images under another name; other guidance; another measure of the same row.
-    assert found == [0, 0, 1, 2]
-    assert measurements.cell(*rows[1], "seed 1", measure)["frechet_distance"] == 3
-    assert Measurements(tmp_path / "cells.json", {}).cell(*rows[1], "seed 0", measure)["frechet_distance"] == 0
+    cells = [table.cell(row, table.columns[0]) for table in tables for row in table.rows]
+    # The same images under another name; other guidance, variant, kind or number.
+    assert [measurements.measure(cell, measure)["frechet_distance"] for cell in cells] == [0, 0, 1, 2, 3, 4]
+    other_seed = tables[0].cell(tables[0].rows[0], "seed 1")
+    assert measurements.measure(other_seed, measure)["frechet_distance"] == 5
+
+
+@pytest.mark.parametrize("name", ["ablations", "editing"])
+def test_the_tables_of_the_project_can_be_measured(name):
+    tables = read_tables(Path(__file__).parents[2] / "benchmarks" / f"{name}.json")
+    assert tables
+    for row in [row for table in tables for row in table.rows if row.model != "none"]:
+        tiny_scheduler(scale_sizes=[1, 2, 3, 4, 5, 6, 8], **row.changes.scheduler)  # raises if a value is none
 
 
 def test_intervals_are_students_over_seeds_and_the_bootstraps_for_one():
@@ -137,7 +118,7 @@ def test_intervals_are_students_over_seeds_and_the_bootstraps_for_one():
 
 def test_tables_and_curves_are_written(tmp_path):
     (table,) = read(tmp_path, {"name": "t", "title": "Bits", "kind": "likelihood", "rows": {"a": ROW, "b": ROW}})
-    text = markdown(table, {"a": {"all": {"all": 1.234}}, "b": {"all": {"all": 5.0}}})
+    text = ablation_markdown(table, {"a": {"all": {"all": 1.234}}, "b": {"all": {"all": 5.0}}})
     assert text.splitlines() == ["## Bits", "", "| likelihood | all |", "|---|---|", "| a | 1.23 |", "| b | 5.00 |"]
     sweep = {"axis": "scales", "values": [[1, 4], [1, 2, 4]], "curves": {"SDD": ROW}}
     (table,) = read(tmp_path, {"name": "t", "title": "Scales", "kind": "samples", "sweep": sweep})

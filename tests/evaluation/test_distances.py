@@ -40,30 +40,30 @@ def formula(first: torch.Tensor, second: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("shift", "spread"), [(0.0, 1.0), (0.3, 1.0), (0.0, 1.7), (2.0, 0.2)])
 def test_frechet_distance_is_the_formula(shift, spread):
-    real, drawn = make_features(300), make_features(200, seed=1, shift=shift, spread=spread)
-    expected = formula(real, drawn)
-    for arguments in ((real, drawn), (drawn, real), (FeatureStatistics.from_features(real), drawn)):
+    real, samples = make_features(300), make_features(200, seed=1, shift=shift, spread=spread)
+    expected = formula(real, samples)
+    for arguments in ((real, samples), (samples, real), (FeatureStatistics.from_features(real), samples)):
         assert frechet_distance(*arguments) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(("count", "other"), [(10, 60), (60, 10), (10, 12)])
 def test_few_images_are_no_trouble(count, other):
-    real, drawn = make_features(count), make_features(other, seed=1, shift=0.5)
+    real, samples = make_features(count), make_features(other, seed=1, shift=0.5)
     # The sum of the singular values of A B^T is the trace of the root of A^T A B^T B.
-    rows = [(each.double() - each.double().mean(dim=0)) / (len(each) - 1) ** 0.5 for each in (real, drawn)]
+    rows = [(each.double() - each.double().mean(dim=0)) / (len(each) - 1) ** 0.5 for each in (real, samples)]
     spread = sum(each.square().sum() for each in rows) - 2 * torch.linalg.svdvals(rows[0] @ rows[1].T).sum()
-    expected = (real.double().mean(dim=0) - drawn.double().mean(dim=0)).square().sum() + spread
-    assert frechet_distance(real, drawn) == pytest.approx(expected.item(), rel=1e-6)
+    expected = (real.double().mean(dim=0) - samples.double().mean(dim=0)).square().sum() + spread
+    assert frechet_distance(real, samples) == pytest.approx(expected.item(), rel=1e-6)
     moments = FeatureStatistics.from_moments(real.double().mean(dim=0), real.double().T.cov(), count)
-    assert frechet_distance(moments, drawn) == pytest.approx(expected.item(), rel=1e-6)
+    assert frechet_distance(moments, samples) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_published_moments_of_singular_covariances_lose_no_digits():
     # Rounding leaves eigenvalues of 1e-13 in empty directions. Their roots would not be small.
-    real, drawn = make_features(10, width=120) * 30, make_features(200, width=120, seed=1)
+    real, samples = make_features(10, width=120) * 30, make_features(200, width=120, seed=1)
     moments = FeatureStatistics.from_moments(real.double().mean(dim=0), real.double().T.cov(), 10)
     assert len(moments.factor) == 9
-    assert frechet_distance(moments, drawn) == pytest.approx(frechet_distance(real, drawn), rel=1e-9)
+    assert frechet_distance(moments, samples) == pytest.approx(frechet_distance(real, samples), rel=1e-9)
 
 
 def degenerate(features: torch.Tensor) -> list[torch.Tensor]:
@@ -139,7 +139,7 @@ def test_statistics_are_saved_whole(tmp_path):
 
 def test_features_of_two_kinds_are_not_compared():
     statistics = [FeatureStatistics.from_features(make_features(40), extractor=name) for name in ("one", "two")]
-    with pytest.raises(ValueError, match="`drawn` must hold features of 'one', as `reference` does, got 'two'"):
+    with pytest.raises(ValueError, match="`samples` must hold features of 'one', as `reference` does, got 'two'"):
         frechet_distance(*statistics)
     with pytest.raises(ValueError, match="as many features as `reference`, 24, got 8"):
         frechet_distance(statistics[0], make_features(40, width=8))
@@ -168,20 +168,20 @@ class Identity(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore:Metric `")
 def test_kernel_distance_is_that_of_torchmetrics():
-    real, drawn = make_features(60), make_features(50, seed=1, shift=0.5)
+    real, samples = make_features(60), make_features(50, seed=1, shift=0.5)
     metric = KernelInceptionDistance(feature=Identity(), subsets=1, subset_size=50)
     metric.update(real[:50].double(), real=True)
-    metric.update(drawn.double(), real=False)
-    mean, std = kernel_distance(real[:50], drawn, num_subsets=3)
+    metric.update(samples.double(), real=False)
+    mean, std = kernel_distance(real[:50], samples, num_subsets=3)
     assert mean == pytest.approx(metric.compute()[0].item(), rel=1e-5)
     assert std == pytest.approx(0, abs=1e-9)  # there is only one subset of all
 
 
 def test_kernel_distance_follows_its_seed_and_has_no_bias():
-    real, drawn = make_features(400), make_features(400, seed=1)
-    mean, std = kernel_distance(real, drawn, num_subsets=20, subset_size=50)
-    assert kernel_distance(real, drawn, num_subsets=20, subset_size=50) == (mean, std)
-    assert kernel_distance(real, drawn, num_subsets=20, subset_size=50, seed=1) != (mean, std)
+    real, samples = make_features(400), make_features(400, seed=1)
+    mean, std = kernel_distance(real, samples, num_subsets=20, subset_size=50)
+    assert kernel_distance(real, samples, num_subsets=20, subset_size=50) == (mean, std)
+    assert kernel_distance(real, samples, num_subsets=20, subset_size=50, seed=1) != (mean, std)
     assert abs(mean) < std
     farther = kernel_distance(real, make_features(400, seed=1, shift=1.0), num_subsets=20, subset_size=50)[0]
     assert farther > 5 * std
@@ -207,30 +207,30 @@ def test_inception_score_is_that_of_torchmetrics():
         inception_score(logits, num_splits=41)
 
 
-def overlap(real: torch.Tensor, drawn: torch.Tensor, k: int) -> dict[str, float]:
+def overlap(real: torch.Tensor, samples: torch.Tensor, k: int) -> dict[str, float]:
     """The definitions, ball by ball."""
 
     def radii(points):
         return [sorted(torch.dist(a, b).item() for b in points)[k] for a in points]
 
-    real_radii, drawn_radii = radii(real), radii(drawn)
-    inside = [[torch.dist(a, b).item() <= radius for b in drawn] for a, radius in zip(real, real_radii)]
-    inside_drawn = [[torch.dist(a, b).item() <= radius for b, radius in zip(drawn, drawn_radii)] for a in real]
+    real_radii, sample_radii = radii(real), radii(samples)
+    inside = [[torch.dist(a, b).item() <= radius for b in samples] for a, radius in zip(real, real_radii)]
+    inside_samples = [[torch.dist(a, b).item() <= radius for b, radius in zip(samples, sample_radii)] for a in real]
     columns = list(zip(*inside))
     return {
-        "precision": sum(any(column) for column in columns) / len(drawn),
-        "recall": sum(any(row) for row in inside_drawn) / len(real),
-        "density": sum(sum(column) for column in columns) / (k * len(drawn)),
+        "precision": sum(any(column) for column in columns) / len(samples),
+        "recall": sum(any(row) for row in inside_samples) / len(real),
+        "density": sum(sum(column) for column in columns) / (k * len(samples)),
         "coverage": sum(any(row) for row in inside) / len(real),
     }
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_overlap_is_as_defined(k):
-    real, drawn = make_features(40, width=3), make_features(30, width=3, seed=1, shift=0.5, spread=0.7)
-    found = precision_recall_density_coverage(real, drawn, k)
-    assert found == pytest.approx(overlap(real.double(), drawn.double(), k))
-    assert len({round(value, 6) for value in found.values()}) > 2
+    real, samples = make_features(40, width=3), make_features(30, width=3, seed=1, shift=0.5, spread=0.7)
+    overlaps = precision_recall_density_coverage(real, samples, k)
+    assert overlaps == pytest.approx(overlap(real.double(), samples.double(), k))
+    assert len({round(value, 6) for value in overlaps.values()}) > 2
 
 
 def test_overlap_of_equal_and_of_distant_sets():
@@ -248,23 +248,23 @@ def test_overlap_of_equal_and_of_distant_sets():
 
 def test_too_few_drawings_cover_little_though_they_are_precise():
     real = make_features(200, width=4)
-    found = precision_recall_density_coverage(real, real[:10] + 1e-3, 5)
-    assert found["precision"] == 1
-    assert found["coverage"] < 0.5
+    overlaps = precision_recall_density_coverage(real, real[:10] + 1e-3, 5)
+    assert overlaps["precision"] == 1
+    assert overlaps["coverage"] < 0.5
 
 
 def test_overlap_does_not_depend_on_chunks(monkeypatch):
-    real, drawn = make_features(50), make_features(40, seed=1)
-    whole = precision_recall_density_coverage(real, drawn)
+    real, samples = make_features(50), make_features(40, seed=1)
+    whole = precision_recall_density_coverage(real, samples)
     monkeypatch.setattr("srdd.evaluation.distances.CHUNK", 7)
-    assert precision_recall_density_coverage(real, drawn) == whole
+    assert precision_recall_density_coverage(real, samples) == whole
 
 
 def test_copies_are_not_lost_to_rounding():
     # The ball of an image with k copies has no radius, and yet the image is in it.
     features = make_features(23, width=300).repeat(3, 1) + 5
-    found = precision_recall_density_coverage(features, features[torch.randperm(69, generator=seeded(0))], 2)
-    assert found == {"precision": 1.0, "recall": 1.0, "density": 1.5, "coverage": 1.0}
+    overlaps = precision_recall_density_coverage(features, features[torch.randperm(69, generator=seeded(0))], 2)
+    assert overlaps == {"precision": 1.0, "recall": 1.0, "density": 1.5, "coverage": 1.0}
 
 
 def test_neighbours_must_exist():
@@ -274,7 +274,7 @@ def test_neighbours_must_exist():
 
 def test_interval_of_a_mean_is_that_of_theory():
     values = torch.randn(400, 1, generator=seeded(0)).double()
-    low, high = bootstrap_interval(lambda part: part.mean().item(), values, num_replicates=1000)
+    low, high = bootstrap_interval(lambda replicate: replicate.mean().item(), values, num_replicates=1000)
     half = 1.96 * values.std().item() / 400**0.5
     assert low == pytest.approx(values.mean().item() - half, abs=0.1 * half)
     assert high == pytest.approx(values.mean().item() + half, abs=0.1 * half)
@@ -287,8 +287,8 @@ def test_interval_of_the_frechet_distance_covers_other_images_of_the_model():
     sets = [make_features(60, width=64, seed=seed, spread=1.2) for seed in range(1, 41)]
     values = [frechet_distance(statistics, each) for each in sets]
     expected, covered, widths = sum(values) / len(values), 0, []
-    for value, drawn in zip(values[:20], sets):
-        low, high = bootstrap_interval(lambda part: frechet_distance(statistics, part), drawn, 50)
+    for value, samples in zip(values[:20], sets):
+        low, high = bootstrap_interval(lambda replicate: frechet_distance(statistics, replicate), samples, 50)
         assert low < value < high
         covered += low <= expected <= high
         widths.append(high - low)
@@ -300,7 +300,7 @@ def test_interval_follows_its_seed_and_level():
     values = torch.randn(50, 1, generator=seeded(0))
 
     def interval(**options):
-        return bootstrap_interval(lambda part: part.mean().item(), values, 50, **options)
+        return bootstrap_interval(lambda replicate: replicate.mean().item(), values, 50, **options)
 
     assert interval() == interval()
     assert interval(seed=1) != interval()
@@ -310,4 +310,4 @@ def test_interval_follows_its_seed_and_level():
         ({"level": 95}, r"`level` must lie in \(0, 1\), got 95"),
     ):
         with pytest.raises(ValueError, match=message):
-            bootstrap_interval(lambda part: 0.0, values, **options)
+            bootstrap_interval(lambda replicate: 0.0, values, **options)

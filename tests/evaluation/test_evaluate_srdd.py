@@ -50,13 +50,15 @@ def test_numbers_are_those_of_the_drawings(root, evaluated):
     _, report = evaluated
     extractor = EfficientNetLite0Features()
     source = PipelineImages(tiny_pipeline(), NUM_SAMPLES)
-    drawn = torch.cat([source.read(range(start, min(start + 4, NUM_SAMPLES))) for start in range(0, NUM_SAMPLES, 4)])
+    pictures = torch.cat(
+        [source.read(range(start, min(start + 4, NUM_SAMPLES))) for start in range(0, NUM_SAMPLES, 4)]
+    )
     module = load_script("evaluate_srdd")
     args = module.parse_args([str(argument) for argument in arguments(root, root / "unused")])
     reference, _ = module.load_reference(args, 8)
     real = reference.read(range(24))
     metric = report["metrics"]["FD (efficientnet-lite0)"]
-    assert metric["value"] == pytest.approx(frechet_distance(extractor(real), extractor(drawn)), rel=1e-3)
+    assert metric["value"] == pytest.approx(frechet_distance(extractor(real), extractor(pictures)), rel=1e-3)
     assert metric["interval"][0] < metric["value"] < metric["interval"][1]
     names = ("precision", "recall", "density", "coverage")
     assert set(report["metrics"]) == {
@@ -123,13 +125,12 @@ def test_the_scheduler_is_as_asked(root, tmp_path):
     report = evaluate(
         root, tmp_path, "--scales", "1,4", "--top_k", 5, "--top_p", 0.9, "--temperature", 0.8, "--resampling_policy",
         "masked", "--resampling_threshold", 0.2, "--num_resampling_passes", "0,2,1", "--guidance_schedule", "constant",
-        "--guidance_start", 0.1, "--guidance_stop", 0.9, "--no-keep_accepted_tokens", "--seed", 3,
+        "--guidance_start", 0.1, "--guidance_stop", 0.9, "--seed", 3,
     )  # fmt: skip
     samples = report["settings"]["samples"]
     expected = {
         "scales": [[1, 1], [4, 4]], "top_k": 5, "top_p": 0.9, "temperature": 0.8, "resampling_policy": "masked",
-        "resampling_feedback": "kept", "resampling_threshold": 0.2, "num_resampling_passes": [0, 2, 1],
-        "keep_accepted_tokens": False,
+        "resampling_threshold": 0.2, "num_resampling_passes": [0, 2, 1],
         "guidance_schedule": "constant", "guidance_start": 0.1, "guidance_stop": 0.9, "seed": 3,
     }  # fmt: skip
     assert {name: samples[name] for name in expected} == expected

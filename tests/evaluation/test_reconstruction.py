@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
+from skimage.metrics import structural_similarity
 from tiny_models import CODEBOOK_SIZE, tiny_vqvae
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 
@@ -20,7 +20,7 @@ def make_batches(*sizes: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(sum(sizes), 3, SIDE // 4, SIDE // 4, generator=generator) * 2 - 1
     images = torch.nn.functional.interpolate(noise, size=(SIDE, SIDE), mode="bilinear")
-    return [{"pixel_values": part} for part in images.split(sizes)]
+    return [{"pixel_values": batch} for batch in images.split(sizes)]
 
 
 class MeanColours(torch.nn.Module):
@@ -47,21 +47,20 @@ def test_quality_is_the_mean_over_images():
     metrics, _ = evaluate_reconstruction(vqvae, batches)
     errors = (images - decoded).square().flatten(1).mean(dim=1).tolist()
     assert metrics["psnr"] == pytest.approx(sum(10 * math.log10(4 / error) for error in errors) / 5, abs=1e-4)
-    similar = [
-        structural_similarity_index_measure(decoded[[index]], images[[index]], data_range=2.0).item()
-        for index in range(5)
-    ]
-    assert metrics["ssim"] == pytest.approx(sum(similar) / 5, abs=1e-4)
+    unit = [pixels.double().add(1).div(2).numpy() for pixels in (images, decoded)]
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    similar = [structural_similarity(*pair, data_range=1.0, channel_axis=0, **window) for pair in zip(*unit)]
+    assert metrics["ssim"] == pytest.approx(sum(similar) / 5, abs=1e-5)
     assert metrics["num_images"] == 5
     assert "rfd" not in metrics
 
 
 def test_the_size_of_batches_changes_nothing():
     vqvae = make_vqvae()
-    whole, parts = (evaluate_reconstruction(vqvae, make_batches(*sizes))[0] for sizes in ((6,), (1, 4, 1)))
-    assert whole.keys() == parts.keys()
+    whole, in_batches = (evaluate_reconstruction(vqvae, make_batches(*sizes))[0] for sizes in ((6,), (1, 4, 1)))
+    assert whole.keys() == in_batches.keys()
     for name, value in whole.items():
-        assert parts[name] == pytest.approx(value, abs=1e-4)
+        assert in_batches[name] == pytest.approx(value, abs=1e-4)
 
 
 def test_usage_is_that_of_the_pyramids():
@@ -95,13 +94,13 @@ def test_a_light_decoder_is_compared_with_its_teacher():
         errors = (left - right).square().flatten(1).mean(dim=1).tolist()
         return pytest.approx(sum(10 * math.log10(4 / error) for error in errors) / 5, abs=1e-4)
 
-    metrics, rows = evaluate_reconstruction(light, batches, num_pictures=2, teacher=teacher)
+    metrics, pictures = evaluate_reconstruction(light, batches, num_pictures=2, teacher=teacher)
     assert metrics["psnr"] == psnr(decoded, images)
     assert metrics["teacher_psnr"] == psnr(wanted, images)
     assert metrics["psnr_to_teacher"] == psnr(decoded, wanted)
     assert len({round(metrics[name], 2) for name in ("psnr", "teacher_psnr", "psnr_to_teacher")}) == 3
-    for row, expected in zip(rows, (images, wanted, decoded), strict=True):
-        torch.testing.assert_close(row, expected[:2], atol=1e-5, rtol=0)
+    for pictures_of_one, expected in zip(pictures, (images, wanted, decoded), strict=True):
+        torch.testing.assert_close(pictures_of_one, expected[:2], atol=1e-5, rtol=0)
     assert "teacher_psnr" not in evaluate_reconstruction(light, batches)[0]
 
 

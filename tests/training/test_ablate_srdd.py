@@ -47,31 +47,24 @@ def ablate(image_folder, config, trained, output_dir, *more):
 def test_tables_figures_and_pictures_are_made_and_not_made_again(image_folder, trained, config, tmp_path, capsys):
     ablate(image_folder, config, trained, tmp_path)
     first = capsys.readouterr().out
-    found = json.loads((tmp_path / "ablations.json").read_text())
-    cells = found["cells"]
-    assert {name: {row: len(columns) for row, columns in rows.items()} for name, rows in cells.items()} == {
-        "policies": {"SDD": 2, "MR": 2},
-        "temperature": {"SDD, temperature 0": 1, "SDD, temperature 2.0": 1},
-        "editing": {"filled": 2, "SDD": 2},
-        "bits": {"SDD": 1},
-        "signal": {"SDD": 1},
-    }
+    stored = json.loads((tmp_path / "ablations.json").read_text())
+    kinds = [entry["cell"]["kind"] for entry in stored["cells"]]
+    assert kinds == ["samples"] * 6 + ["editing"] * 4 + ["likelihood", "signal_to_noise"]
     # Another seed, policy or temperature draws other pictures.
-    distances = [cell["metrics"]["frechet_distance"] for row in cells["policies"].values() for cell in row.values()]
-    distances += [row["seed 0"]["metrics"]["frechet_distance"] for row in cells["temperature"].values()]
+    distances = [entry["result"]["frechet_distance"] for entry in stored["cells"][:6]]
     assert len(set(distances)) == len(distances)
     assert all(distance > 0 for distance in distances)
-    assert 0 < cells["bits"]["SDD"]["all"]["metrics"]["all"] < 8
-    drawn = {f"{name}.{kind}" for name in ("policies", "temperature", "editing") for kind in ("md", "png")}
-    assert {path.name for path in tmp_path.iterdir()} == {"ablations.json", "bits.md", "signal.md", *drawn}
+    assert 0 < stored["cells"][-2]["result"]["all"] < 8
+    files = {f"{name}.{kind}" for name in ("policies", "temperature", "editing") for kind in ("md", "png")}
+    assert {path.name for path in tmp_path.iterdir()} == {"ablations.json", "bits.md", "signal.md", *files}
     # Two images for each task, each as original, as given and as two rows.
     assert Image.open(tmp_path / "editing.png").size == (2 * 4 * 16, 2 * 16)
     assert Image.open(tmp_path / "policies.png").size == (10 * 16, 2 * 16)
 
-    cells["policies"]["MR"]["seed 1"]["metrics"]["frechet_distance"] = -1.0
-    (tmp_path / "ablations.json").write_text(json.dumps(found))
+    stored["cells"][3]["result"]["frechet_distance"] = -1.0
+    (tmp_path / "ablations.json").write_text(json.dumps(stored, indent=1) + "\n")
     ablate(image_folder, config, trained, tmp_path)
-    assert json.loads((tmp_path / "ablations.json").read_text()) == found
+    assert json.loads((tmp_path / "ablations.json").read_text()) == stored
     second = capsys.readouterr().out
     assert second != first
     assert second.split("## G")[1] == first.split("## G")[1]

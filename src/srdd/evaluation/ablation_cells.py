@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections.abc import Iterable
 
 import torch
 from tqdm.auto import tqdm
@@ -16,12 +17,12 @@ from srdd.evaluation.distances import (
     kernel_distance,
     precision_recall_density_coverage,
 )
-from srdd.evaluation.editing import edit, fill, given_pixels
+from srdd.evaluation.editing_tasks import edit, fill, given_pixels
 from srdd.evaluation.image_sources import PipelineImages
-from srdd.evaluation.pairs import pair_metrics
+from srdd.evaluation.likelihood import log_likelihood
+from srdd.evaluation.paired_metrics import pair_metrics
+from srdd.evaluation.signal_to_noise import signal_to_noise
 from srdd.scales import num_tokens_per_scale
-from srdd.theory.likelihood import log_likelihood
-from srdd.theory.signal_to_noise import signal_to_noise
 
 
 class AblationCells:
@@ -55,16 +56,10 @@ class AblationCells:
         self.batch_size = batch_size
         self.num_bootstrap = num_bootstrap
         self.device = next(iter(pipelines.values())).device
+        self._last: tuple[AblationRow, SRDDPipeline] | None = None
         self.features = self.features_of(images)
         self.reference_features = self.features[:num_reference_images]
         self.reference = FeatureStatistics.from_features(self.reference_features)
-
-    @staticmethod
-    def columns(table: AblationTable) -> list[str]:
-        """Columns of a table: seeds of drawn images, tasks of edited ones, one for what is not drawn."""
-        if table.kind == "samples":
-            return [f"seed {seed}" for seed in table.seeds]
-        return table.tasks if table.kind == "editing" else ["all"]
 
     def measure(self, table: AblationTable, row: AblationRow, column: str) -> dict[str, float]:
         """The numbers of one cell."""
@@ -80,20 +75,30 @@ class AblationCells:
     def features_of(self, images: torch.Tensor) -> torch.Tensor:
         """Features of images, uint8 or in [0, 1] and then rounded as a PNG rounds them."""
         pixels = images.mul(255).round().to(torch.uint8) if images.is_floating_point() else images
-        return torch.cat([self.extractor(part.to(self.device)).cpu() for part in pixels.split(64)])
+        return torch.cat([self.extractor(batch.to(self.device)).cpu() for batch in pixels.split(64)])
+
+    def pipeline(self, row: AblationRow) -> SRDDPipeline:
+        """The pipeline of a row. The last one is kept: int8 takes time to prepare."""
+        if self._last is None or self._last[0] != row:
+            self._last = row, row.changes.pipeline(self.pipelines[row.model])
+        return self._last[1]
+
+    def batches(self, table: AblationTable, description: str) -> Iterable[slice]:
+        """The images of a table, a batch at a time, under a progress bar."""
+        starts = range(0, table.num_images, self.batch_size)
+        batches = [slice(start, min(start + self.batch_size, table.num_images)) for start in starts]
+        return tqdm(batches, desc=f"{table.name}, {description}")
 
     def samples(self, table: AblationTable, row: AblationRow, column: str) -> dict[str, float]:
         """Distances of drawn images, of all classes alike, to the held-out ones."""
         seed = int(column.removeprefix("seed "))
-        source = PipelineImages(row.pipeline(self.pipelines[row.model]), table.num_images, row.guidance_scale, seed)
+        pipe = self.pipeline(row)
+        source = PipelineImages(pipe, table.num_images, row.changes.guidance_scale, seed)
         started = time.perf_counter()
-        starts = range(0, source.count, self.batch_size)
-        drawn = [
-            source.read(range(start, min(start + self.batch_size, source.count)))
-            for start in tqdm(starts, desc=f"{table.name}, {row.name}, {column}")
-        ]
+        batches = self.batches(table, f"{row.name}, {column}")
+        images = torch.cat([source.read(range(batch.start, batch.stop)) for batch in batches])
         seconds = time.perf_counter() - started
-        features = self.features_of(torch.cat(drawn))
+        features = self.features_of(images)
         low, high = bootstrap_interval(
             lambda replicate: frechet_distance(self.reference, replicate), features, self.num_bootstrap
         )
@@ -112,49 +117,53 @@ class AblationCells:
         first held-out images.
         """
         if table.kind == "samples":
-            rows = []
-            for row in table.rows:
-                pipe = row.pipeline(self.pipelines[row.model])
-                num_classes = pipe.transformer.config.num_classes
-                images = pipe(
-                    [index * num_classes // count for index in range(count)] if num_classes else None,
-                    num_images_per_prompt=1 if num_classes else count,
-                    guidance_scale=row.guidance_scale,
-                    generator=[torch.Generator().manual_seed(index) for index in range(count)],
-                    output_type="pt",
-                ).images
-                rows.append(images.cpu())
-            return rows
-        part = slice(0, 2)
+            return [self.examples(row, count) for row in table.rows]
+        shown = slice(0, 2)
         return [
             torch.stack(
                 [
-                    self.images[part],
-                    given_pixels(task, self.images[part], [0, 1]),
-                    *(self.edited(row, task, part) for row in table.rows),
+                    self.images[shown],
+                    given_pixels(task, self.images[shown], [0, 1]),
+                    *(self.edited(row, task, shown) for row in table.rows),
                 ],
                 dim=1,
             ).flatten(0, 1)
             for task in table.tasks
         ]
 
-    def edited(self, row: AblationRow, task: str, part: slice) -> torch.Tensor:
+    def examples(self, row: AblationRow, count: int) -> torch.Tensor:
+        """Drawn images of classes that are spread over all."""
+        pipe = self.pipeline(row)
+        num_classes = pipe.transformer.config.num_classes
+        return pipe(
+            [index * num_classes // count for index in range(count)] if num_classes else None,
+            num_images_per_prompt=1 if num_classes else count,
+            guidance_scale=row.changes.guidance_scale,
+            generator=[torch.Generator().manual_seed(index) for index in range(count)],
+            output_type="pt",
+        ).images.cpu()
+
+    def edited(self, row: AblationRow, task: str, batch: slice) -> torch.Tensor:
         """Results of an editing task for some of the held-out images."""
-        images, seeds = self.images[part], list(range(len(self.images)))[part]
+        images, seeds = self.images[batch], list(range(len(self.images)))[batch]
         if row.model == NO_MODEL:
             return fill(task, images, seeds, **row.options)
-        pipe = row.pipeline(self.pipelines[row.model])
-        labels = None if self.labels is None else self.labels[part]
-        return edit(pipe, task, images.to(self.device), labels, seeds, row.guidance_scale, **row.options).cpu()
+        pipe = self.pipeline(row)
+        guidance_scale = row.changes.guidance_scale
+        images = images.to(self.device)
+        return edit(pipe, task, images, self.labels_of(batch), seeds, guidance_scale, **row.options).cpu()
+
+    def labels_of(self, batch: slice) -> list[int] | None:
+        """Classes of some of the held-out images, if they have any."""
+        return None if self.labels is None else self.labels[batch]
 
     def editing(self, table: AblationTable, row: AblationRow, column: str) -> dict[str, float]:
         """Likeness of edited images to the held-out images that they were made from, all pixels counted."""
         started = time.perf_counter()
-        starts = range(0, table.num_images, self.batch_size)
-        parts = [slice(start, min(start + self.batch_size, table.num_images)) for start in starts]
-        drawn = [self.edited(row, column, part) for part in tqdm(parts, desc=f"{table.name}, {row.name}, {column}")]
+        batches = self.batches(table, f"{row.name}, {column}")
+        results = torch.cat([self.edited(row, column, batch) for batch in batches])
         seconds = time.perf_counter() - started
-        results = torch.cat(drawn).mul(255).round().div(255)
+        results = results.mul(255).round().div(255)
         pairs = pair_metrics(results, self.images[: table.num_images])
         distances = pairs["perceptual_distance"].tolist()
         return {
@@ -166,28 +175,27 @@ class AblationCells:
 
     def likelihood(self, table: AblationTable, row: AblationRow, column: str) -> dict[str, float]:
         """Bits per token of held-out images, with their labels."""
-        pipe = row.pipeline(self.pipelines[row.model])
-        bits, per_scale = [], []
-        for start in tqdm(range(0, table.num_images, self.batch_size), desc=f"{table.name}, {row.name}"):
-            part = slice(start, min(start + self.batch_size, table.num_images))
-            labels = None if self.labels is None else self.labels[part]
-            found = log_likelihood(pipe, images=self.images[part].to(self.device), class_labels=labels)
-            bits.append(found.bits_per_token)
-            per_scale.append(found.per_scale)
-        bits, counts = torch.cat(bits), torch.tensor(num_tokens_per_scale(pipe.scheduler.scales))
-        scales = (torch.cat(per_scale).mean(dim=0).cpu() / counts / -math.log(2)).tolist()
+        pipe = self.pipeline(row)
+        likelihoods = [
+            log_likelihood(pipe, images=self.images[batch].to(self.device), class_labels=self.labels_of(batch))
+            for batch in self.batches(table, row.name)
+        ]
+        bits = torch.cat([likelihood.bits_per_token for likelihood in likelihoods])
+        per_scale = torch.cat([likelihood.per_scale for likelihood in likelihoods]).mean(dim=0).cpu()
+        counts = torch.tensor(num_tokens_per_scale(pipe.scheduler.scales))
         error = bits.std().item() / len(bits) ** 0.5
-        return {"all": bits.mean().item(), "standard error": error} | _by_scale(pipe.scheduler.scales, scales)
+        bits_per_scale = (per_scale / counts / -math.log(2)).tolist()
+        return {"all": bits.mean().item(), "standard error": error} | _by_scale(pipe.scheduler.scales, bits_per_scale)
 
     def signal_to_noise(self, table: AblationTable, row: AblationRow, column: str) -> dict[str, float]:
         """Decibels after every scale, of latent states."""
-        batches = self.images[: table.num_images].mul(2).sub(1).split(self.batch_size)
-        found = signal_to_noise(self.pipelines[row.model].vqvae, tqdm(batches, desc=f"{table.name}, {row.name}"))
+        pixels = (self.images[batch].mul(2).sub(1) for batch in self.batches(table, row.name))
+        ratios = signal_to_noise(self.pipeline(row).vqvae, pixels)
         # The last scale ends in the state itself.
         return {
             f"{space} {scale}": value
-            for space, values in (("latent", found.latent_db), ("pixel", found.pixel_db))
-            for scale, value in _by_scale(found.scale_sizes[:-1], values).items()
+            for space, values in (("latent", ratios.latent_db), ("pixel", ratios.pixel_db))
+            for scale, value in _by_scale(ratios.scale_sizes[:-1], values).items()
         }
 
 

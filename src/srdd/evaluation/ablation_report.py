@@ -1,10 +1,12 @@
-"""What ablations found, for people: Markdown tables and curves."""
+"""What ablations show, for people: Markdown tables and curves."""
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 from srdd.evaluation.ablations import AblationRow, AblationTable
-from srdd.evaluation.pictures import save_curves
+from srdd.evaluation.figures import save_curves
+from srdd.evaluation.tables import markdown_table, with_range
 
 
 # Metrics that tables show, with their titles and digits; tables of other kinds show all they have.
@@ -30,69 +32,66 @@ METRICS = {
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 # By row and column, the metrics of a cell.
-Cells = dict[str, dict[str, dict[str, float]]]
+Results = dict[str, dict[str, dict[str, Any]]]
 
 
-def mean_and_interval(cells: dict[str, dict[str, float]], metric: str) -> tuple[float, tuple[float, float] | None]:
+def mean_and_interval(columns: dict[str, dict[str, Any]], metric: str) -> tuple[float, tuple[float, float] | None]:
     """
     A metric over the seeds of a row, and its 95 % interval: Student's over seeds, or with one seed the bootstrap's, if
     there is one.
     """
-    values = [cell[metric] for cell in cells.values()]
+    values = [metrics[metric] for metrics in columns.values()]
     mean = statistics.fmean(values)
     if len(values) > 1:
         half = STUDENT_T.get(len(values) - 1, 1.96) * statistics.stdev(values) / len(values) ** 0.5
         return mean, (mean - half, mean + half)
-    interval = next(iter(cells.values())).get(f"{metric}_interval")
+    interval = next(iter(columns.values())).get(f"{metric}_interval")
     return mean, tuple(interval) if interval is not None else None
 
 
-def markdown(table: AblationTable, cells: Cells) -> str:
+def ablation_markdown(table: AblationTable, results: Results) -> str:
     """
-    Markdown of a table.
+    Markdown of a table, or of one for each metric where columns are tasks.
 
     Args:
         table ([`AblationTable`]): The table.
-        cells (`dict`): By row and column, the metrics of every cell.
+        results (`dict`): By row and column, the metrics of every cell.
     """
-    lines = [f"## {table.title}", ""]
+    title = f"## {table.title}\n"
     if table.kind == "editing":
-        for metric, (title, digits) in METRICS["editing"].items():
-            lines += _table(
-                [title, *table.tasks],
-                {row: [f"{cell[metric]:.{digits}f}" for cell in found.values()] for row, found in cells.items()},
+        tables = [
+            markdown_table(
+                [name, *table.tasks],
+                [
+                    (row, *(f"{metrics[metric]:.{digits}f}" for metrics in columns.values()))
+                    for row, columns in results.items()
+                ],
             )
-        return "\n".join(lines)
-    first = next(iter(next(iter(cells.values())).values()))
+            for metric, (name, digits) in METRICS["editing"].items()
+        ]
+        return "\n".join([title, *tables])
+    first = next(iter(next(iter(results.values())).values()))
     metrics = METRICS.get(table.kind, {name: (name, 2) for name in first})
-    rows = {}
-    for row, found in cells.items():
-        rows[row] = []
+    lines = []
+    for row, columns in results.items():
+        texts = []
         for metric, (_, digits) in metrics.items():
-            mean, interval = mean_and_interval(found, metric)
-            shown = f" ({interval[0]:.{digits}f} – {interval[1]:.{digits}f})" if interval is not None else ""
-            with_interval = metric == "frechet_distance"
-            rows[row].append(f"{mean:.{digits}f}" + shown * with_interval)
-    return "\n".join(
-        [*lines, *_table([table.kind.replace("_", " "), *(title for title, _ in metrics.values())], rows)]
-    )
+            mean, interval = mean_and_interval(columns, metric)
+            texts.append(with_range(mean, interval if metric == "frechet_distance" else None, digits))
+        lines.append((row, *texts))
+    header = [table.kind.replace("_", " "), *(name for name, _ in metrics.values())]
+    return "\n".join([title, markdown_table(header, lines)])
 
 
-def _table(header: list[str], rows: dict[str, list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    return [*lines, *(f"| {name} | {' | '.join(values)} |" for name, values in rows.items()), ""]
-
-
-def save_sweep(path: str | Path, table: AblationTable, cells: Cells) -> None:
+def save_sweep(path: str | Path, table: AblationTable, results: Results) -> None:
     """Draw a sweep: for drawn images the Fréchet distance, for edited ones the perceptual distance of each task."""
     curves: dict[str, tuple[list, list, list]] = {}
     for row in table.rows:
-        name = row.name.rpartition(", ")[0]
-        found = cells[row.name]
+        name, columns = row.name.rpartition(", ")[0], results[row.name]
         if table.kind == "editing":
-            points = {f"{name}, {task}": (cell["perceptual_distance"], None) for task, cell in found.items()}
+            points = {f"{name}, {task}": (metrics["perceptual_distance"], None) for task, metrics in columns.items()}
         else:
-            points = {name: mean_and_interval(found, "frechet_distance")}
+            points = {name: mean_and_interval(columns, "frechet_distance")}
         for curve, (value, interval) in points.items():
             xs, ys, intervals = curves.setdefault(curve, ([], [], []))
             xs.append(_axis_value(table, row))
@@ -102,6 +101,5 @@ def save_sweep(path: str | Path, table: AblationTable, cells: Cells) -> None:
     save_curves(path, curves, table.axis.replace("_", " "), f"{label} (efficientnet-lite0)")
 
 
-def _axis_value(table: AblationTable, row: AblationRow):
-    values = {**row.scheduler, **row.options, "guidance_scale": row.guidance_scale}
-    return values[table.axis]
+def _axis_value(table: AblationTable, row: AblationRow) -> Any:
+    return {**row.scheduler, **row.options, "guidance_scale": row.guidance_scale}[table.axis]

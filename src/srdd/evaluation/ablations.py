@@ -1,27 +1,22 @@
 """Tables and figures that one JSON file describes: which models, under which settings, measured how."""
 
-import copy
 import json
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from srdd import ScaleScheduler, SRDDPipeline
-from srdd.evaluation.editing import EDITING_TASKS
-from srdd.evaluation.image_sources import PipelineImages
+from srdd import SRDDPipeline
+from srdd.evaluation.editing_tasks import EDITING_TASKS
+from srdd.evaluation.pipeline_variants import PipelineVariant, variant_of
 
 
 TABLE_KINDS = ("samples", "editing", "likelihood", "signal_to_noise")
 
 # In rows of editing tables: nothing is drawn, holes are filled as the option "filling" says.
 NO_MODEL = "none"
-
-# Images that show the bounds of int8 decoding, of a seed that no table has.
-NUM_EXAMPLES, EXAMPLE_SEED = 64, 1000
 
 
 @dataclass(frozen=True)
@@ -31,32 +26,26 @@ class AblationRow:
 
     Args:
         name (`str`): Its name in the table.
-        model (`str`): Which model; `"none"` in editing tables draws nothing ([`~srdd.evaluation.editing.fill`]).
-        guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
-        scheduler (`dict`): Values that replace those of the pipeline's scheduler.
+        model (`str`): Which model; `"none"` in editing tables draws nothing ([`~srdd.evaluation.editing_tasks.fill`]).
+        variant (`str`, defaults to `""`): Of its pipeline ([`~srdd.evaluation.pipeline_variants.variant_of`]).
+        guidance_scale (`float`, *optional*): As in [`SRDDPipeline`]; the variant's by default.
+        scheduler (`dict`): Values that replace those of the variant's scheduler.
         options (`dict`): More arguments of the editing pipelines, or of `fill`.
-        int8_decoding (`bool`, defaults to `False`): Whether a copy of the tokenizer decodes in int8, between bounds of
-            `NUM_EXAMPLES` images that the pipeline draws, of all classes alike.
     """
 
     name: str
     model: str
+    variant: str = ""
     guidance_scale: float | None = None
     scheduler: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
-    int8_decoding: bool = False
 
-    def pipeline(self, pipe: SRDDPipeline) -> SRDDPipeline:
-        """A pipeline of the same weights with the row's scheduler and decoding."""
-        scheduler = ScaleScheduler.from_config(pipe.scheduler.config, **self.scheduler)
-        changed = SRDDPipeline(**{**pipe.components, "scheduler": scheduler})
-        changed.set_progress_bar_config(disable=True)
-        if self.int8_decoding:
-            source = PipelineImages(changed, NUM_EXAMPLES, self.guidance_scale, EXAMPLE_SEED)
-            latents = source.draw(range(NUM_EXAMPLES), "latent")
-            changed.register_modules(vqvae=copy.deepcopy(pipe.vqvae))
-            changed.vqvae.enable_int8_decoding(latents)
-        return changed
+    @property
+    def changes(self) -> PipelineVariant:
+        """What is different about the model's pipeline."""
+        variant = variant_of(self.variant)
+        guidance_scale = variant.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return replace(variant, scheduler={**variant.scheduler, **self.scheduler}, guidance_scale=guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class AblationTable:
         rows (`list[AblationRow]`): The settings.
         num_images (`int`): Images drawn for a row and seed, or held-out images.
         seeds (`list[int]`): Seeds of what is drawn; one for the kinds that draw nothing.
-        tasks (`list[str]`): Of editing tables, a part of `srdd.evaluation.editing.EDITING_TASKS`.
+        tasks (`list[str]`): Of editing tables, a part of `srdd.evaluation.editing_tasks.EDITING_TASKS`.
         axis (`str`, *optional*): The setting that a sweep varies; its rows are then drawn as a curve too.
     """
 
@@ -84,6 +73,19 @@ class AblationTable:
     seeds: list[int]
     tasks: list[str]
     axis: str | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """Seeds of drawn images, tasks of edited ones, one column for what is not drawn."""
+        if self.kind == "samples":
+            return [f"seed {seed}" for seed in self.seeds]
+        return self.tasks if self.kind == "editing" else ["all"]
+
+    def cell(self, row: AblationRow, column: str) -> dict[str, Any]:
+        """All that the numbers of a cell depend on, beside data and models: no names of tables and rows."""
+        settings = asdict(row)
+        del settings["name"]
+        return {"kind": self.kind, "num_images": self.num_images, "column": column, **settings}
 
 
 def read_tables(path: str | Path, names: Sequence[str] | None = None) -> list[AblationTable]:
@@ -101,17 +103,17 @@ def read_tables(path: str | Path, names: Sequence[str] | None = None) -> list[Ab
         names (`Sequence[str]`, *optional*): The tables to return; all by default.
 
     Raises:
-        ValueError: If a field, a kind, a task or a table is unknown, or two rows of a table have one name.
+        ValueError: If a field, a kind, a task, a variant or a table is unknown.
     """
     content = json.loads(Path(path).read_text())
     unknown = sorted(set(content) - {"defaults", "tables"})
     if unknown or "tables" not in content:
         raise ValueError(f"`{path}` must hold 'tables' and perhaps 'defaults', got {sorted(content)}.")
     tables = [_read_table({**content.get("defaults", {}), **table}) for table in content["tables"]]
-    known = [table.name for table in tables]
-    unknown = sorted(set(names or ()) - set(known))
+    defined = [table.name for table in tables]
+    unknown = sorted(set(names or ()) - set(defined))
     if unknown:
-        raise ValueError(f"`table` must be among {known}, got {unknown}.")
+        raise ValueError(f"`table` must be among {defined}, got {unknown}.")
     return [table for table in tables if not names or table.name in names]
 
 
@@ -159,6 +161,7 @@ def _read_table(fields: dict[str, Any]) -> AblationTable:
     for row_name, row in fields["rows"].items():
         _check_fields(f"The row {row_name!r} of {name!r}", row, {"model"}, set(AblationRow.__dataclass_fields__))
         rows.append(AblationRow(**{"name": row_name, **row}))
+        variant_of(rows[-1].variant)  # raises if it is none
     required = {"name", "title", "kind", "rows"}
     _check_fields(f"The table {name!r}", fields, required, set(AblationTable.__dataclass_fields__))
     table = AblationTable(**{**fields, "rows": rows})
@@ -184,52 +187,3 @@ def _with_value(row: dict, axis: str, value: Any) -> dict:
 
 def _readable(value: Any) -> str:
     return " ".join(str(item) for item in value) if isinstance(value, list) else f"{value}"
-
-
-class Measurements:
-    """
-    What was measured, in a JSON file. A cell is measured once, and again only if its definition changes. Drawn images
-    that two tables share under different names are measured once for both.
-
-    Args:
-        path (`str` or `Path`): The file.
-        settings (`dict`): What all cells share: data, extractor, versions. Another value of any of them is an error.
-
-    Raises:
-        ValueError: If the file holds measurements under other settings.
-    """
-
-    def __init__(self, path: str | Path, settings: dict[str, Any]):
-        self.path = Path(path)
-        self.content: dict[str, Any] = {"settings": settings, "cells": {}}
-        if self.path.exists():
-            self.content = json.loads(self.path.read_text())
-        if self.content["settings"] != json.loads(json.dumps(settings)):
-            raise ValueError(
-                f"`{self.path}` must hold measurements under the same settings, {settings}, got"
-                f" {self.content['settings']}."
-            )
-
-    def cell(
-        self, table: AblationTable, row: AblationRow, column: str, measure: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """The cell of a row and a column, measured if it is not there."""
-        cells = self.content["cells"].setdefault(table.name, {}).setdefault(row.name, {})
-        definition = json.loads(json.dumps({**asdict(row), "num_images": table.num_images}))
-        found = cells.get(column)
-        if found is None or found["definition"] != definition:
-            known = self._drawn_alike(definition, column) if table.kind == "samples" else None
-            cells[column] = {"definition": definition, "metrics": measure() if known is None else known}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.content, indent=1))
-            os.replace(partial, self.path)
-        return cells[column]["metrics"]
-
-    def _drawn_alike(self, definition: dict[str, Any], column: str) -> dict[str, Any] | None:
-        """What another row found with the same images, whatever its name."""
-        for rows in self.content["cells"].values():
-            for found in rows.values():
-                if column in found and found[column]["definition"] | {"name": definition["name"]} == definition:
-                    return found[column]["metrics"]
-        return None

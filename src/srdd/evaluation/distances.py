@@ -15,7 +15,7 @@ from torchmetrics.image.kid import poly_mmd
 from tqdm.auto import tqdm
 
 
-# Rows of a distance matrix that are computed at once.
+# Images whose distances to all others are computed at once.
 CHUNK = 1024
 
 # Share of the variance that rounding can leave of the distance between equal sets.
@@ -54,10 +54,10 @@ class FeatureStatistics:
         """
         features = _check_features("features", features)
         mean = features.mean(dim=0)
-        rows = (features - mean) / (len(features) - 1) ** 0.5
-        if len(rows) > rows.shape[1]:
-            rows = torch.linalg.qr(rows, mode="r").R
-        return cls(mean, rows, len(features), extractor)
+        factor = (features - mean) / (len(features) - 1) ** 0.5
+        if len(factor) > factor.shape[1]:
+            factor = torch.linalg.qr(factor, mode="r").R
+        return cls(mean, factor, len(features), extractor)
 
     @classmethod
     def from_moments(
@@ -101,7 +101,7 @@ class FeatureStatistics:
         return cls(**tensors, count=int(metadata["count"]), extractor=metadata["extractor"])
 
 
-def frechet_distance(reference: FeatureStatistics | torch.Tensor, drawn: FeatureStatistics | torch.Tensor) -> float:
+def frechet_distance(reference: FeatureStatistics | torch.Tensor, samples: FeatureStatistics | torch.Tensor) -> float:
     r"""
     Fréchet distance between two sets of images (Heusel et al. 2017, Section 3), each described by the Gaussian with
     the mean and the covariance of its features: `|m - n|^2 + tr(S + T - 2 (S T)^(1/2))`. It is an FID on Inception's
@@ -112,7 +112,7 @@ def frechet_distance(reference: FeatureStatistics | torch.Tensor, drawn: Feature
 
     Args:
         reference ([`FeatureStatistics`] or `torch.Tensor` of shape `(num_images, num_features)`): One set.
-        drawn ([`FeatureStatistics`] or `torch.Tensor` of shape `(num_images, num_features)`): The other one.
+        samples ([`FeatureStatistics`] or `torch.Tensor` of shape `(num_images, num_features)`): The other one.
 
     Returns:
         `float`: At least 0, and 0 for equal sets.
@@ -120,29 +120,29 @@ def frechet_distance(reference: FeatureStatistics | torch.Tensor, drawn: Feature
     Raises:
         ValueError: If features are not finite, too few, or not of the same kind.
     """
-    reference, drawn = (
+    reference, samples = (
         each if isinstance(each, FeatureStatistics) else FeatureStatistics.from_features(each)
-        for each in (reference, drawn)
+        for each in (reference, samples)
     )
-    if reference.mean.shape != drawn.mean.shape:
+    if reference.mean.shape != samples.mean.shape:
         raise ValueError(
-            f"`drawn` must have as many features as `reference`, {len(reference.mean)}, got {len(drawn.mean)}."
+            f"`samples` must have as many features as `reference`, {len(reference.mean)}, got {len(samples.mean)}."
         )
-    if reference.extractor and drawn.extractor and reference.extractor != drawn.extractor:
+    if reference.extractor and samples.extractor and reference.extractor != samples.extractor:
         raise ValueError(
-            f"`drawn` must hold features of {reference.extractor!r}, as `reference` does, got {drawn.extractor!r}."
+            f"`samples` must hold features of {reference.extractor!r}, as `reference` does, got {samples.extractor!r}."
         )
-    root_trace = torch.linalg.svdvals(reference.factor @ drawn.factor.T).sum()
-    total = reference.factor.square().sum() + drawn.factor.square().sum()
+    root_trace = torch.linalg.svdvals(reference.factor @ samples.factor.T).sum()
+    total = reference.factor.square().sum() + samples.factor.square().sum()
     spread = total - 2 * root_trace
     if spread < ROUNDING * total:
         spread = torch.zeros_like(spread)
-    return ((reference.mean - drawn.mean).square().sum() + spread).item()
+    return ((reference.mean - samples.mean).square().sum() + spread).item()
 
 
 def kernel_distance(
     reference: torch.Tensor,
-    drawn: torch.Tensor,
+    samples: torch.Tensor,
     num_subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 0,
@@ -154,7 +154,7 @@ def kernel_distance(
 
     Args:
         reference (`torch.Tensor` of shape `(num_images, num_features)`): Features of one set.
-        drawn (`torch.Tensor` of shape `(num_images, num_features)`): Features of the other one.
+        samples (`torch.Tensor` of shape `(num_images, num_features)`): Features of the other one.
         num_subsets (`int`, defaults to 100): How many random subsets the mean is taken over.
         subset_size (`int`, defaults to 1000): Images in a subset; no more than the smaller set has.
         seed (`int`, defaults to 0): Seed of the choice.
@@ -165,12 +165,12 @@ def kernel_distance(
     Raises:
         ValueError: If features are not finite, too few, or not of the same number.
     """
-    reference, drawn = _check_pair(reference, drawn)
-    subset_size = min(subset_size, len(reference), len(drawn))
+    reference, samples = _check_pair(reference, samples)
+    subset_size = min(subset_size, len(reference), len(samples))
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(num_subsets):
-        subsets = [each[torch.randperm(len(each), generator=generator)[:subset_size]] for each in (reference, drawn)]
+        subsets = [each[torch.randperm(len(each), generator=generator)[:subset_size]] for each in (reference, samples)]
         values.append(poly_mmd(*subsets))
     values = torch.stack(values)
     return values.mean().item(), values.std(unbiased=False).item()
@@ -197,20 +197,20 @@ def inception_score(logits: torch.Tensor, num_splits: int = 10, seed: int = 0) -
         raise ValueError(f"`num_splits` must lie in [1, {len(logits)}], the number of images, got {num_splits}.")
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     scores = []
-    for part in logits[order].log_softmax(dim=1).chunk(num_splits):
-        mean = part.logsumexp(dim=0) - torch.tensor(len(part), dtype=part.dtype).log()
-        scores.append((part.exp() * (part - mean)).sum(dim=1).mean().exp())
+    for split in logits[order].log_softmax(dim=1).chunk(num_splits):
+        mean = split.logsumexp(dim=0) - torch.tensor(len(split), dtype=split.dtype).log()
+        scores.append((split.exp() * (split - mean)).sum(dim=1).mean().exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(unbiased=False).item()
 
 
-def precision_recall_density_coverage(reference: torch.Tensor, drawn: torch.Tensor, k: int = 5) -> dict[str, float]:
+def precision_recall_density_coverage(reference: torch.Tensor, samples: torch.Tensor, k: int = 5) -> dict[str, float]:
     """
     How far two sets overlap, each image standing for a ball that reaches to its k-th nearest neighbour in its own set.
 
     Args:
         reference (`torch.Tensor` of shape `(num_images, num_features)`): Features of real images.
-        drawn (`torch.Tensor` of shape `(num_images, num_features)`): Features of drawn images.
+        samples (`torch.Tensor` of shape `(num_images, num_features)`): Features of drawn images.
         k (`int`, defaults to 5): The neighbour that a ball reaches to.
 
     Returns:
@@ -222,23 +222,23 @@ def precision_recall_density_coverage(reference: torch.Tensor, drawn: torch.Tens
     Raises:
         ValueError: If features are not finite, not of the same number, or a set has no k-th neighbours.
     """
-    reference, drawn = _check_pair(reference, drawn)
-    smallest = min(len(reference), len(drawn))
+    reference, samples = _check_pair(reference, samples)
+    smallest = min(len(reference), len(samples))
     if not 1 <= k < smallest:
         raise ValueError(f"`k` must lie in [1, {smallest - 1}] for sets of {smallest} images or more, got {k}.")
     centre = reference.mean(dim=0)
-    reference, drawn = reference - centre, drawn - centre
+    reference, samples = reference - centre, samples - centre
     # Far below what tells two images apart, far above rounding errors: equal distances must compare as equal.
-    tolerance = 1e-10 * max(each.square().sum(dim=1).mean() for each in (reference, drawn))
-    radii, drawn_radii = (_neighbour_distances(each, k) + tolerance for each in (reference, drawn))
-    hits = torch.zeros(len(drawn), dtype=torch.long, device=drawn.device)  # balls of real images a drawn one is in
+    tolerance = 1e-10 * max(each.square().sum(dim=1).mean() for each in (reference, samples))
+    radii, sample_radii = (_neighbour_distances(each, k) + tolerance for each in (reference, samples))
+    hits = torch.zeros(len(samples), dtype=torch.long, device=samples.device)  # balls of real images a drawn one is in
     covered, recalled = [], []
-    for rows, row_radii in zip(reference.split(CHUNK), radii.split(CHUNK)):
-        distances = _squared_distances(rows, drawn)
-        inside = distances <= row_radii[:, None]
+    for chunk, chunk_radii in zip(reference.split(CHUNK), radii.split(CHUNK)):
+        distances = _squared_distances(chunk, samples)
+        inside = distances <= chunk_radii[:, None]
         hits += inside.sum(dim=0)
         covered.append(inside.any(dim=1))
-        recalled.append((distances <= drawn_radii).any(dim=1))
+        recalled.append((distances <= sample_radii).any(dim=1))
     return {
         "precision": (hits > 0).double().mean().item(),
         "recall": torch.cat(recalled).double().mean().item(),
@@ -249,7 +249,7 @@ def precision_recall_density_coverage(reference: torch.Tensor, drawn: torch.Tens
 
 def bootstrap_interval(
     statistic: Callable[[torch.Tensor], float],
-    drawn: torch.Tensor,
+    samples: torch.Tensor,
     num_replicates: int = 200,
     level: float = 0.95,
     seed: int = 0,
@@ -264,8 +264,8 @@ def bootstrap_interval(
     so the quantiles are moved: the mean of the replicates goes to the value of all images.
 
     Args:
-        statistic (`Callable`): Takes features like `drawn`, returns a number.
-        drawn (`torch.Tensor` of shape `(num_images, num_features)`): What is drawn from.
+        statistic (`Callable`): Takes features like `samples`, returns a number.
+        samples (`torch.Tensor` of shape `(num_images, num_features)`): What is drawn from.
         num_replicates (`int`, defaults to 200): How often.
         level (`float`, defaults to 0.95): Probability of the interval.
         seed (`int`, defaults to 0): Seed of the draws.
@@ -284,11 +284,11 @@ def bootstrap_interval(
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in tqdm(range(num_replicates), desc="Bootstrap", disable=not show_progress):
-        rows = torch.randperm(len(drawn), generator=generator)[: len(drawn) // 2]
-        values.append(statistic(drawn[rows]))
+        half = torch.randperm(len(samples), generator=generator)[: len(samples) // 2]
+        values.append(statistic(samples[half]))
     values = torch.tensor(values, dtype=torch.float64)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = (statistic(drawn) + (values - values.mean()).quantile(tails)).tolist()
+    low, high = (statistic(samples) + (values - values.mean()).quantile(tails)).tolist()
     return low, high
 
 
@@ -302,13 +302,13 @@ def _check_features(name: str, features: torch.Tensor) -> torch.Tensor:
     return features.double()
 
 
-def _check_pair(reference: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    reference, drawn = _check_features("reference", reference), _check_features("drawn", drawn)
-    if reference.shape[1] != drawn.shape[1]:
+def _check_pair(reference: torch.Tensor, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    reference, samples = _check_features("reference", reference), _check_features("samples", samples)
+    if reference.shape[1] != samples.shape[1]:
         raise ValueError(
-            f"`drawn` must have as many features as `reference`, {reference.shape[1]}, got {drawn.shape[1]}."
+            f"`samples` must have as many features as `reference`, {reference.shape[1]}, got {samples.shape[1]}."
         )
-    return reference, drawn
+    return reference, samples
 
 
 def _squared_distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -317,5 +317,5 @@ def _squared_distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _neighbour_distances(features: torch.Tensor, k: int) -> torch.Tensor:
     """Squared distance of each row to its k-th nearest among the others."""
-    nearest = [_squared_distances(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(CHUNK)]
+    nearest = [_squared_distances(chunk, features).kthvalue(k + 1, dim=1).values for chunk in features.split(CHUNK)]
     return torch.cat(nearest)

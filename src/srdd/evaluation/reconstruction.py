@@ -1,12 +1,13 @@
 """How well a tokenizer reconstructs images, and how much of its codebook it uses for it."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
+from srdd.evaluation.distances import frechet_distance
+from srdd.evaluation.paired_metrics import peak_signal_to_noise, structural_similarity
 from srdd.models import MultiScaleVQModel
 
 
@@ -26,54 +27,48 @@ def evaluate_reconstruction(
         vqvae ([`MultiScaleVQModel`]): The tokenizer.
         batches (`Iterable`): Batches with `"pixel_values"` of shape `(batch, 3, height, width)` in [-1, 1].
         num_pictures (`int`, defaults to 0): How many images of the first batch to return.
-        features (`torch.nn.Module`, *optional*): Feature extractor of the Fréchet distance between the images and
-            their reconstructions, as torchmetrics' `FrechetInceptionDistance` takes it.
+        features (`torch.nn.Module`, *optional*): Features of uint8 images, for the Fréchet distance between the
+            images and their reconstructions; it is moved to the tokenizer's device.
         show_progress (`bool`, defaults to `False`): Show a progress bar.
         teacher ([`MultiScaleVQModel`], *optional*): A tokenizer with the same tokens and another decoder, to compare
             reconstructions with.
 
     Returns:
         `tuple[dict, list[torch.Tensor]]`: The metrics, and the first images and their reconstructions in [-1, 1].
-        `"num_images"`; `"psnr"` in dB and `"ssim"`, means over images; `"usage"` and `"perplexity"` per scale as
+        `"num_images"`; `"psnr"` in dB and `"ssim"`, means over images as
+        [`~srdd.evaluation.paired_metrics.pair_metrics`] defines them; `"usage"` and `"perplexity"` per scale as
         [`~MultiScaleVQModel.codebook_usage`] gives them; `"codes_used"` in all; with `features`, `"rfd"`; with
         `teacher`, `"psnr_to_teacher"`, between both reconstructions, and `"teacher_psnr"`, of the teacher's, whose
         pictures then come second.
     """
-    alone = {"sync_on_compute": False}  # other processes do not take part: the metrics must not wait for them
-    per_image = {"data_range": 2.0, "reduction": "elementwise_mean", "dim": (1, 2, 3), **alone}
-    names = ["psnr"] if teacher is None else ["psnr", "psnr_to_teacher", "teacher_psnr"]
-    ratios = {name: PeakSignalNoiseRatio(**per_image).to(vqvae.device) for name in names}
-    ssim = StructuralSimilarityIndexMeasure(data_range=2.0, **alone).to(vqvae.device)
-    distance = None
-    if features is not None:
-        distance = FrechetInceptionDistance(feature=features, **alone).to(vqvae.device)
-    token_ids, pictures = [], []
+    values, features_of, token_ids, pictures = defaultdict(list), defaultdict(list), [], []
     for batch in tqdm(batches, disable=not show_progress):
         sample = batch["pixel_values"].to(vqvae.device)
         ids = vqvae.tokenize(sample.to(vqvae.dtype))
-        reconstruction = vqvae.decode_tokens(ids).sample.float().clamp(-1, 1)
-        rows = [sample, reconstruction]
-        ratios["psnr"].update(reconstruction, sample)
+        shown = {"original": sample}
         if teacher is not None:
-            wanted = teacher.decode_tokens(ids).sample.float().clamp(-1, 1)
-            rows.insert(1, wanted)
-            ratios["psnr_to_teacher"].update(reconstruction, wanted)
-            ratios["teacher_psnr"].update(wanted, sample)
-        ssim.update(reconstruction, sample)
-        if distance is not None:
-            for pixels, real in ((sample, True), (reconstruction, False)):
-                distance.update(pixels.add(1).mul(127.5).round().to(torch.uint8), real=real)
+            shown["teacher"] = teacher.decode_tokens(ids).sample.float().clamp(-1, 1)
+        shown["reconstruction"] = vqvae.decode_tokens(ids).sample.float().clamp(-1, 1)
+        original, *_, reconstruction = unit = [images / 2 + 0.5 for images in shown.values()]
+        values["psnr"].append(peak_signal_to_noise(reconstruction, original))
+        values["ssim"].append(structural_similarity(reconstruction, original))
+        if teacher is not None:
+            values["psnr_to_teacher"].append(peak_signal_to_noise(reconstruction, unit[1]))
+            values["teacher_psnr"].append(peak_signal_to_noise(unit[1], original))
+        if features is not None:
+            for name, images in (("original", original), ("reconstruction", reconstruction)):
+                pixels = images.mul(255).round().to(torch.uint8)
+                features_of[name].append(features.to(vqvae.device)(pixels).float().cpu())
         if not token_ids:
-            pictures = [row[:num_pictures] for row in rows]
+            pictures = [images[:num_pictures] for images in shown.values()]
         token_ids.append(ids)
     token_ids = torch.cat(token_ids)
     metrics = {
         "num_images": len(token_ids),
-        **{name: ratio.compute().item() for name, ratio in ratios.items()},
-        "ssim": ssim.compute().item(),
+        **{name: torch.cat(of_batches).mean().item() for name, of_batches in values.items()},
         **vqvae.codebook_usage(token_ids),
         "codes_used": len(token_ids.unique()),
     }
-    if distance is not None:
-        metrics["rfd"] = distance.compute().item()
+    if features is not None:
+        metrics["rfd"] = frechet_distance(*(torch.cat(of_batches) for of_batches in features_of.values()))
     return metrics, pictures

@@ -1,13 +1,11 @@
 """Numbers of an evaluation, with all that one must know to compare them with others."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from srdd.evaluation.collecting import CollectedImages
 from srdd.evaluation.distances import (
     FeatureStatistics,
     bootstrap_interval,
@@ -16,9 +14,11 @@ from srdd.evaluation.distances import (
     kernel_distance,
     precision_recall_density_coverage,
 )
+from srdd.evaluation.feature_cache import CollectedImages
 from srdd.evaluation.features import FeatureExtractor
 from srdd.evaluation.image_sources import FolderImages
-from srdd.evaluation.pairs import pair_metrics
+from srdd.evaluation.paired_metrics import pair_metrics
+from srdd.evaluation.tables import markdown_table, readable
 
 
 # At most: sets of fewer images have fewer parts and smaller subsets.
@@ -34,7 +34,7 @@ METRIC_SETTINGS = {
 
 def compare(
     reference: CollectedImages,
-    drawn: CollectedImages,
+    samples: CollectedImages,
     extractors: Sequence[FeatureExtractor],
     num_bootstrap: int = 200,
     show_progress: bool = False,
@@ -44,7 +44,7 @@ def compare(
 
     Args:
         reference ([`CollectedImages`]): Real images.
-        drawn ([`CollectedImages`]): Drawn ones.
+        samples ([`CollectedImages`]): Drawn ones.
         extractors (`Sequence[FeatureExtractor]`): What looked at both.
         num_bootstrap (`int`, defaults to 200): Replicates of the interval of the Fréchet distance; 0 gives none.
         show_progress (`bool`, defaults to `False`): Show a progress bar.
@@ -57,7 +57,7 @@ def compare(
     """
     metrics: dict[str, dict[str, Any]] = {}
     for extractor in extractors:
-        real, fake = reference.features[extractor.name], drawn.features[extractor.name]
+        real, fake = reference.features[extractor.name], samples.features[extractor.name]
         statistics = FeatureStatistics.from_features(real, extractor.name)
         distance = {"value": frechet_distance(statistics, fake)}
         if num_bootstrap:
@@ -72,7 +72,7 @@ def compare(
         mean, std = kernel_distance(real, fake, NUM_SUBSETS, SUBSET_SIZE)
         metrics[extractor.kernel_distance_name] = {"value": mean, "std": std}
         if extractor.has_logits:
-            logits = drawn.logits[extractor.name]
+            logits = samples.logits[extractor.name]
             mean, std = inception_score(logits, min(NUM_SPLITS, len(logits)))
             metrics[extractor.score_name] = {"value": mean, "std": std}
         overlap = precision_recall_density_coverage(real, fake, NUM_NEIGHBOURS)
@@ -105,7 +105,7 @@ def compare_pairs(
     Args:
         images ([`FolderImages`]): The pictures to be measured.
         references ([`FolderImages`]): What they should be.
-        lpips (`torch.nn.Module`, *optional*): What [`~srdd.evaluation.pairs.load_lpips`] returns.
+        lpips (`torch.nn.Module`, *optional*): What [`~srdd.evaluation.paired_metrics.load_lpips`] returns.
         device (`str` or `torch.device`, defaults to `"cpu"`): Where they are compared.
         batch_size (`int`, defaults to 64): Pairs at once.
         num_bootstrap (`int`, defaults to 200): Replicates of the intervals; 0 gives none.
@@ -119,24 +119,24 @@ def compare_pairs(
     """
     check_pairs(images, references)
     starts = tqdm(range(0, images.count, batch_size), desc="Pairs", disable=not show_progress)
-    parts = []
+    of_batches = []
     for start in starts:
         batch = range(start, min(start + batch_size, images.count))
         pixels, wanted = (each.read(batch).to(device) / 255 for each in (images, references))
-        parts.append(pair_metrics(pixels, wanted, lpips))
+        of_batches.append(pair_metrics(pixels, wanted, lpips))
     names = {"psnr": "PSNR", "ssim": "SSIM", "perceptual_distance": "perceptual distance (efficientnet-lite0)"}
     metrics = {}
-    for key in parts[0]:
-        values = torch.cat([part[key] for part in parts]).double().cpu()
+    for key in of_batches[0]:
+        values = torch.cat([metrics_of_batch[key] for metrics_of_batch in of_batches]).double().cpu()
         metric = {"value": values.mean().item()}
         if num_bootstrap and values.isfinite().all() and len(values) > 1:
-            interval = bootstrap_interval(lambda part: part.mean().item(), values, num_bootstrap)
+            interval = bootstrap_interval(lambda replicate: replicate.mean().item(), values, num_bootstrap)
             metric["interval"] = list(interval)
         metrics[names.get(key, "LPIPS")] = metric
     return metrics
 
 
-def markdown_table(report: dict[str, Any]) -> str:
+def report_tables(report: dict[str, Any]) -> str:
     """
     A report as two Markdown tables.
 
@@ -146,36 +146,24 @@ def markdown_table(report: dict[str, Any]) -> str:
     Returns:
         `str`: Ends with a newline.
     """
-    lines = ["| metric | value | |", "|---|---|---|"]
+    lines = []
     for name, metric in report["metrics"].items():
         spread = ""
         if "interval" in metric:
-            spread = "95 %: " + " to ".join(_readable(end) for end in metric["interval"])
+            spread = "95 %: " + " to ".join(readable(end) for end in metric["interval"])
         elif "std" in metric:
-            spread = f"± {_readable(metric['std'])}"
-        lines.append(f"| {name} | {_readable(metric['value'])} | {spread} |")
-    lines += ["", "| setting | value |", "|---|---|"]
-    lines += [f"| {name} | {_readable(value)} |" for name, value in _flat(report["settings"])]
-    return "\n".join(lines) + "\n"
+            spread = f"± {readable(metric['std'])}"
+        lines.append((name, readable(metric["value"]), spread))
+    settings = [(name, readable(value)) for name, value in _flat(report["settings"])]
+    return markdown_table(["metric", "value", ""], lines) + "\n" + markdown_table(["setting", "value"], settings)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
+    """Settings without nesting, by names that say where they were."""
+    flat = []
     for name, value in settings.items():
         if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name} ")
+            flat += _flat(value, f"{prefix}{name} ")
         else:
-            rows.append((prefix + name.replace("_", " "), value))
-    return rows
-
-
-def _readable(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-    if isinstance(value, (list, tuple)):
-        if all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value):  # scale sizes
-            return " ".join(str(height) if height == width else f"{height}x{width}" for height, width in value)
-        return ", ".join(_readable(item) for item in value)
-    return str(value)
+            flat.append((prefix + name.replace("_", " "), value))
+    return flat

@@ -189,8 +189,6 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.register_to_config(scale_sizes=scale_sizes, id2label=names)
 
         self.token_slices = scale_slices(scale_sizes)
-        # Whether drawing scale after scale needs a `ScaleKVCache`.
-        self.needs_kv_cache = attention_pattern != "markov"
         dim = num_attention_heads * attention_head_dim
         self.proj_in = nn.Linear(latent_channels, dim)
         self.class_embed = nn.Embedding(num_classes + 1, dim)
@@ -246,6 +244,11 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
     def dim(self) -> int:
         """Width of the hidden states."""
         return self.config.num_attention_heads * self.config.attention_head_dim
+
+    @property
+    def needs_kv_cache(self) -> bool:
+        """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
+        return self.config.attention_pattern != "markov"
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """

@@ -3,6 +3,7 @@ import sys
 
 import torch
 
+from srdd.evaluation.tables import markdown_table
 from srdd.models import ATTENTION_PATTERNS
 from srdd.theory.discrete_diffusion import verify_proposition_1
 from srdd.theory.pyramid_space import enumerate_pyramids, example_models
@@ -17,10 +18,9 @@ Proposition 1, computed over all {num_pyramids} pyramids of a tiny tokenizer for
 - bound - loss: of the first model; its spread over all models is 0 if it is a constant (part 2), which is then the
   predicted one, minus the entropy of the forward chain.
 - network: largest difference between what the network predicts from the history and from the state alone.
-
-| attention | states of the chain | histories that meet | joints | bound - loss | spread | predicted | network |
-|---|---|---|---|---|---|---|---|
 """
+
+COLUMNS = "attention, states of the chain, histories that meet, joints, bound - loss, spread, predicted, network"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.num_models < 1:
         parser.error(f"--num-models must be at least 1, got {args.num_models}")
-    rows = []
+    lines = []
     for states, histories_meet in (("latents", True), ("latents", False), ("tokens", True)):
         for pattern in ATTENTION_PATTERNS:
             generator = torch.Generator().manual_seed(args.seed)
@@ -43,12 +43,16 @@ def main(arguments: list[str] | None = None) -> None:
             )
             histories = enumerate_pyramids(vqvae, "tokens").num_states
             meeting = sum(histories[:-1]) - sum(check.num_states[:-1])
-            rows.append(
-                f"| {pattern} | {states} | {meeting} | {check.joint_difference:.1e} | {check.gaps[0]:.6f}"
-                f" | {check.gap_spread:.1e} | {0 - check.forward_entropy:.6f} | {check.network_difference:.1e} |\n"
+            texts = (
+                f"{check.joint_difference:.1e}",
+                f"{check.gaps[0]:.6f}",
+                f"{check.gap_spread:.1e}",
+                f"{0 - check.forward_entropy:.6f}",
+                f"{check.network_difference:.1e}",
             )
+            lines.append((pattern, states, meeting, *texts))
     introduction = INTRODUCTION.format(num_pyramids=check.num_pyramids, num_models=args.num_models)
-    sys.stdout.write(introduction + "".join(rows))
+    sys.stdout.write(introduction + "\n" + markdown_table(COLUMNS.split(", "), lines))
 
 
 if __name__ == "__main__":

@@ -106,11 +106,11 @@ def log_conditionals(
     inputs, slices = space.inputs.to(transformer.dtype), scale_slices(space.scale_sizes)
     if from_state:
         timesteps = range(len(slices) - 1, -1, -1)
-        logits = torch.cat([transformer(inputs[:, part], t).sample for part, t in zip(slices, timesteps)], dim=1)
+        logits = torch.cat([transformer(inputs[:, tokens], t).sample for tokens, t in zip(slices, timesteps)], dim=1)
     else:
         logits = transformer(inputs).sample  # (num_pyramids, N, V)
     chosen = logits.log_softmax(dim=-1).gather(-1, space.token_ids.unsqueeze(-1)).squeeze(-1)
-    return torch.stack([part.sum(dim=1) for part in chosen.split(num_tokens_per_scale(space.scale_sizes), 1)], dim=1)
+    return torch.stack([scale.sum(dim=1) for scale in chosen.split(num_tokens_per_scale(space.scale_sizes), 1)], dim=1)
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from srdd import SRDDInpaintPipeline, SRDDPipeline, SRDDSuperResolutionPipeline
-from srdd.evaluation.masks import MASK_KINDS, make_mask
-from srdd.pipelines.image_regions import resize
+from srdd.evaluation.editing_masks import MASK_KINDS, make_mask
 from srdd.pipelines.known_region import extend_known
+from srdd.pipelines.pixel_regions import resize
 
 
 EDITING_TASKS = (*MASK_KINDS, "outpaint", "2x", "4x")
@@ -21,8 +21,8 @@ def editing_mask(task: str, height: int, width: int, seeds: Sequence[int]) -> to
     Masks of one task, 1 where pixels are hidden.
 
     Args:
-        task (`str`): One of RePaint's kinds ([`~srdd.evaluation.masks.make_mask`]), or `"outpaint"`: all but the
-            middle half of each side.
+        task (`str`): One of RePaint's kinds ([`~srdd.evaluation.editing_masks.make_mask`]), or `"outpaint"`: all but
+            the middle half of each side.
         height (`int`): Height of the images.
         width (`int`): Width of the images.
         seeds (`Sequence[int]`): One for each image.
@@ -72,11 +72,11 @@ def fill(task: str, images: torch.Tensor, seeds: Sequence[int], filling: str = "
         raise ValueError(f"`filling` must be one of {FILLINGS}, got {filling!r}.")
     if factor := _factor(task):
         return resize(_small(images, factor) * 2 - 1, images.shape[-2:]).add(1).div(2)
-    known = 1 - editing_mask(task, *images.shape[-2:], seeds).to(images)
+    given = 1 - editing_mask(task, *images.shape[-2:], seeds).to(images)
     if filling == "smooth":
-        return extend_known(images, known).clamp(0, 1)
-    mean = (images * known).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
-    return torch.where(known > 0, images, mean)
+        return extend_known(images, given).clamp(0, 1)
+    mean = (images * given).sum(dim=(2, 3), keepdim=True) / given.sum(dim=(2, 3), keepdim=True)
+    return torch.where(given > 0, images, mean)
 
 
 @torch.no_grad()

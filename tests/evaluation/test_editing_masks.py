@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from srdd.evaluation.masks import MASK_KINDS, make_mask
+from srdd.evaluation.editing_masks import MASK_KINDS, make_mask
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -9,13 +9,13 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_regular_masks_are_as_defined():
-    known = {kind: 1 - make_mask(kind, 8, 12)[0] for kind in ("nn2", "ev2li", "genhalf", "ex64")}
+    given = {kind: 1 - make_mask(kind, 8, 12)[0] for kind in ("nn2", "ev2li", "genhalf", "ex64")}
     for row in range(8):
         for column in range(12):
-            assert known["nn2"][row, column] == (row % 2 == 0 and column % 2 == 0)
-            assert known["ev2li"][row, column] == (row % 2 == 0)
-            assert known["genhalf"][row, column] == (column < 6)
-            assert known["ex64"][row, column] == (3 <= row < 5 and 4 <= column < 7)
+            assert given["nn2"][row, column] == (row % 2 == 0 and column % 2 == 0)
+            assert given["ev2li"][row, column] == (row % 2 == 0)
+            assert given["genhalf"][row, column] == (column < 6)
+            assert given["ex64"][row, column] == (3 <= row < 5 and 4 <= column < 7)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (256, 256), (48, 96)])

@@ -8,7 +8,7 @@ from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer
 from training.launching import make_image_folder
 
 from srdd.data.images import load_labelled_images
-from srdd.evaluation.collecting import collect
+from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import EfficientNetLite0Features, FeatureExtractor
 from srdd.evaluation.image_sources import DataSetImages, FolderImages, PipelineImages
 
@@ -63,9 +63,9 @@ def test_an_image_depends_on_its_index_and_seed_alone():
     whole = source.read(range(12))
     assert whole.shape == (12, 3, 8, 8)
     assert whole.dtype == torch.uint8
-    parts = torch.cat([source.read(range(start, min(start + 5, 12))) for start in (0, 5, 10)])
+    in_batches = torch.cat([source.read(range(start, min(start + 5, 12))) for start in (0, 5, 10)])
     # Sums in another order may move a value that lies between two steps to the other one.
-    assert (parts.int() - whole.int()).abs().max() <= 1
+    assert (in_batches.int() - whole.int()).abs().max() <= 1
     assert torch.equal(source.read(range(12)), whole)
     other = PipelineImages(tiny_pipeline(), 12, seed=1).read(range(12))
     assert not torch.equal(other, whole)
@@ -105,14 +105,14 @@ def test_models_without_classes_are_not_guided():
 def test_features_are_those_of_the_images(tmp_path, accelerator):
     source = PipelineImages(tiny_pipeline(), 10)
     images = torch.cat([source.read(batch) for batch in (range(0, 4), range(4, 8), range(8, 10))])
-    found = collect(source, [MeanColours(), Brightness()], tmp_path, accelerator, batch_size=4)
-    torch.testing.assert_close(found.features["mean colours"], images.float().mean(dim=(2, 3)))
-    torch.testing.assert_close(found.features["brightness"][:, 0], images.float().mean(dim=(1, 2, 3)))
-    assert found.logits.keys() == {"mean colours"}
-    assert torch.equal(found.logits["mean colours"], images.float().amax(dim=(2, 3)))
-    assert torch.equal(found.pictures, images)
+    collected = collect(source, [MeanColours(), Brightness()], tmp_path, accelerator, batch_size=4)
+    torch.testing.assert_close(collected.features["mean colours"], images.float().mean(dim=(2, 3)))
+    torch.testing.assert_close(collected.features["brightness"][:, 0], images.float().mean(dim=(1, 2, 3)))
+    assert collected.logits.keys() == {"mean colours"}
+    assert torch.equal(collected.logits["mean colours"], images.float().amax(dim=(2, 3)))
+    assert torch.equal(collected.pictures, images)
     digests = b"".join(hashlib.sha256(image.numpy().tobytes()).digest() for image in images)
-    assert found.image_hash == hashlib.sha256(digests).hexdigest()[:12]
+    assert collected.image_hash == hashlib.sha256(digests).hexdigest()[:12]
 
 
 def test_batches_that_are_there_are_not_made_again(tmp_path, accelerator):
@@ -124,22 +124,22 @@ def test_batches_that_are_there_are_not_made_again(tmp_path, accelerator):
         recorder = Recorder(PipelineImages(tiny_pipeline(), count))
         return collect(recorder, extractors, tmp_path, accelerator, batch_size=4), recorder.batches
 
-    found, batches = again([MeanColours()])
+    collected, batches = again([MeanColours()])
     assert batches == []
-    assert torch.equal(found.features["mean colours"], first.features["mean colours"])
-    assert (found.image_hash, len(found.pictures)) == (first.image_hash, 10)
+    assert torch.equal(collected.features["mean colours"], first.features["mean colours"])
+    assert (collected.image_hash, len(collected.pictures)) == (first.image_hash, 10)
     # As an interrupted run leaves it: one batch is missing, another one was being written.
     (lost,) = tmp_path.rglob("0000004-0000008.safetensors")
     lost.rename(lost.with_suffix(".123.partial"))
-    found, batches = again([MeanColours()])
+    collected, batches = again([MeanColours()])
     assert batches == [range(4, 8)]
-    assert torch.equal(found.features["mean colours"], first.features["mean colours"])
-    assert found.image_hash == first.image_hash
+    assert torch.equal(collected.features["mean colours"], first.features["mean colours"])
+    assert collected.image_hash == first.image_hash
     # More images and another extractor.
     assert again([MeanColours()], count=12)[1] == [range(8, 12)]
-    found, batches = again([MeanColours(), Brightness()])
+    collected, batches = again([MeanColours(), Brightness()])
     assert batches == [range(0, 4), range(4, 8), range(8, 10)]
-    assert found.features.keys() == {"mean colours", "brightness"}
+    assert collected.features.keys() == {"mean colours", "brightness"}
 
 
 def test_other_images_and_other_weights_have_other_files(tmp_path, accelerator):
@@ -194,10 +194,10 @@ def test_folders_give_their_pictures_by_name(tmp_path):
     assert (source.count, source.resolution) == (6, 8)
     assert source.names()[:3] == ["class 0/00", "class 0/02", "class 0/04"]
     assert torch.equal(source.read(range(6)), images[[0, 2, 4, 1, 3, 5]])
-    part = FolderImages(folder, count=4)
-    assert part.names() == FolderImages(folder, count=4).names()
-    assert {name.split("/")[0] for name in part.names()} == {"class 0", "class 1"}
-    assert part.key != source.key
+    some = FolderImages(folder, count=4)
+    assert some.names() == FolderImages(folder, count=4).names()
+    assert {name.split("/")[0] for name in some.names()} == {"class 0", "class 1"}
+    assert some.key != source.key
 
 
 def test_folders_of_other_pictures_are_refused(tmp_path):

@@ -37,8 +37,8 @@ class TokenLikelihood:
     @property
     def per_scale(self) -> torch.Tensor:
         """Log-likelihood of every scale given those before it, in nats, of shape `(batch, num_scales)`."""
-        parts = self.token_log_likelihoods.split(num_tokens_per_scale(self.scale_sizes), dim=1)
-        return torch.stack([part.sum(dim=1) for part in parts], dim=1)
+        by_scale = self.token_log_likelihoods.split(num_tokens_per_scale(self.scale_sizes), dim=1)
+        return torch.stack([scale.sum(dim=1) for scale in by_scale], dim=1)
 
     @property
     def nats(self) -> torch.Tensor:

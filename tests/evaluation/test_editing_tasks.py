@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny_models import tiny_pipeline
 
-from srdd.evaluation.editing import EDITING_TASKS, edit, editing_mask, fill, given_pixels
+from srdd.evaluation.editing_tasks import EDITING_TASKS, edit, editing_mask, fill, given_pixels
 
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
@@ -46,10 +46,10 @@ def test_enlargements_start_from_a_small_image(task):
     given = given_pixels(task, IMAGES, SEEDS)
     small = given[..., ::factor, ::factor]
     assert torch.equal(small.repeat_interleave(factor, -1).repeat_interleave(factor, -2), given)
-    smooth, drawn = fill(task, IMAGES, SEEDS), edit(tiny_pipeline(), task, IMAGES, [0, 3], SEEDS)
-    assert smooth.shape == drawn.shape == IMAGES.shape
+    smooth, result = fill(task, IMAGES, SEEDS), edit(tiny_pipeline(), task, IMAGES, [0, 3], SEEDS)
+    assert smooth.shape == result.shape == IMAGES.shape
     # Projected: made small again, it is what was given.
-    again = given_pixels(task, drawn, SEEDS)[..., ::factor, ::factor]
+    again = given_pixels(task, result, SEEDS)[..., ::factor, ::factor]
     assert (again - small).abs().mean() < (smooth - IMAGES).abs().mean() / 2
 
 

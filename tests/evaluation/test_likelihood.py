@@ -7,7 +7,7 @@ import torch
 from tiny_models import SAMPLE_SIZE, SCALE_SIZES, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 
 from srdd import ScaleScheduler, SRDDInpaintPipeline
-from srdd.theory.likelihood import log_likelihood
+from srdd.evaluation.likelihood import log_likelihood
 
 
 PATTERNS = ("causal", "markov", "banded")
@@ -48,10 +48,10 @@ def test_probabilities_of_all_pyramids_sum_to_one(pattern, scales):
     pipe = tiny_pipeline(pattern, tiny_vqvae(sample_size=4, **sizes), tiny_transformer(pattern, **sizes), scheduler)
     token_ids = torch.tensor(list(itertools.product(range(3), repeat=scheduler.num_tokens)))
     for guidance_scale in (1.0, 4.0):
-        found = log_likelihood(pipe, token_ids=token_ids, class_labels=2, guidance_scale=guidance_scale)
-        assert found.nats.exp().sum().item() == pytest.approx(1, abs=1e-4)
+        likelihood = log_likelihood(pipe, token_ids=token_ids, class_labels=2, guidance_scale=guidance_scale)
+        assert likelihood.nats.exp().sum().item() == pytest.approx(1, abs=1e-4)
         # The first scale is marginal: every token occurs with the same number of continuations.
-        first = found.per_scale[:, 0].exp().view(3, -1)
+        first = likelihood.per_scale[:, 0].exp().view(3, -1)
         assert first[:, 0].sum().item() == pytest.approx(1, abs=1e-5)
         assert (first - first[:, :1]).abs().max() < 1e-5
 
@@ -65,14 +65,14 @@ def test_likelihood_is_the_product_of_what_sampling_reports(pattern, scales, lab
     pipe = lively_pipeline(pattern, scheduler)
     images = {"num_images_per_prompt": 3} if labels is None else {}
     drawn = pipe(labels, guidance_scale, generator=generator(), output_type="latent", **images)
-    found = log_likelihood(pipe, token_ids=drawn.token_ids, class_labels=labels, guidance_scale=guidance_scale)
+    likelihood = log_likelihood(pipe, token_ids=drawn.token_ids, class_labels=labels, guidance_scale=guidance_scale)
     reported = [probabilities.log() for probabilities in scheduler.recorded]
-    torch.testing.assert_close(found.token_log_likelihoods, torch.cat(reported, dim=1), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.nats, sum(part.sum(dim=1) for part in reported), atol=1e-3, rtol=0)
-    expected = torch.stack([part.sum(dim=1) for part in reported], dim=1)
-    torch.testing.assert_close(found.per_scale, expected, atol=1e-3, rtol=0)
-    assert found.scale_sizes == scheduler.scales
-    assert torch.equal(found.token_ids, drawn.token_ids)
+    torch.testing.assert_close(likelihood.token_log_likelihoods, torch.cat(reported, dim=1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(likelihood.nats, sum(ids.sum(dim=1) for ids in reported), atol=1e-3, rtol=0)
+    expected = torch.stack([ids.sum(dim=1) for ids in reported], dim=1)
+    torch.testing.assert_close(likelihood.per_scale, expected, atol=1e-3, rtol=0)
+    assert likelihood.scale_sizes == scheduler.scales
+    assert torch.equal(likelihood.token_ids, drawn.token_ids)
 
 
 def test_guidance_without_a_class_is_off():
@@ -85,10 +85,10 @@ def test_guidance_without_a_class_is_off():
 
 def test_bits_are_those_of_tokens_and_of_pixel_channels():
     pipe, token_ids = lively_pipeline(), random_tokens(3)
-    found = log_likelihood(pipe, token_ids=token_ids)
-    bits = -found.nats / math.log(2)
-    torch.testing.assert_close(found.bits_per_token, bits / 21)
-    torch.testing.assert_close(found.bits_per_pixel_channel, bits / (3 * SAMPLE_SIZE**2))
+    likelihood = log_likelihood(pipe, token_ids=token_ids)
+    bits = -likelihood.nats / math.log(2)
+    torch.testing.assert_close(likelihood.bits_per_token, bits / 21)
+    torch.testing.assert_close(likelihood.bits_per_pixel_channel, bits / (3 * SAMPLE_SIZE**2))
     with torch.no_grad():  # a model that knows nothing
         pipe.transformer.proj_out.weight.zero_()
         pipe.transformer.proj_out.bias.zero_()
@@ -104,9 +104,9 @@ def test_images_are_tokenised_over_the_scales_of_the_schedule(scales):
     pictures = pipe.image_processor.numpy_to_pil(arrays)
     expected = log_likelihood(pipe, token_ids=token_ids, class_labels=[0, 3])
     for form in (images, list(images), arrays, list(arrays), pictures):
-        found = log_likelihood(pipe, form, class_labels=[0, 3])
-        assert torch.equal(found.token_ids, token_ids)
-        assert torch.equal(found.nats, expected.nats)
+        likelihood = log_likelihood(pipe, form, class_labels=[0, 3])
+        assert torch.equal(likelihood.token_ids, token_ids)
+        assert torch.equal(likelihood.nats, expected.nats)
     assert torch.equal(log_likelihood(pipe, pictures[0]).token_ids, token_ids[:1])
 
 
@@ -122,8 +122,8 @@ def test_one_pyramid_under_many_classes_and_many_under_one():
 def test_batch_equals_single_pyramids():
     pipe, token_ids = lively_pipeline("causal"), random_tokens(4)
     whole = log_likelihood(pipe, token_ids=token_ids, class_labels=1, guidance_scale=2.0).nats
-    parts = [log_likelihood(pipe, None, part, 1, guidance_scale=2.0).nats for part in token_ids.split(1)]
-    torch.testing.assert_close(whole, torch.cat(parts), atol=1e-3, rtol=0)
+    alone = [log_likelihood(pipe, None, ids, 1, guidance_scale=2.0).nats for ids in token_ids.split(1)]
+    torch.testing.assert_close(whole, torch.cat(alone), atol=1e-3, rtol=0)
 
 
 def test_other_pipelines_dtypes_and_integers():

@@ -58,8 +58,8 @@ def pair_metrics(
     images, references = images.float(), references.to(images.device, torch.float32)
     perceptual_loss = _perceptual_loss().to(images.device)
     metrics = {
-        "psnr": peak_signal_noise_ratio(images, references, data_range=1.0, dim=(1, 2, 3), reduction="none"),
-        "ssim": _similarity(images, references),
+        "psnr": peak_signal_to_noise(images, references),
+        "ssim": structural_similarity(images, references),
         "perceptual_distance": perceptual_loss(images * 2 - 1, references * 2 - 1, reduction="none"),
     }
     if lpips is not None:
@@ -68,8 +68,29 @@ def pair_metrics(
     return metrics
 
 
-def _similarity(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """SSIM as in Wang et al. 2004 and scikit-image: the mean over windows that lie in the image."""
+def peak_signal_to_noise(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of images `(batch, 3, height, width)` in [0, 1], in dB, of shape `(batch,)`."""
+    return peak_signal_noise_ratio(images, references, data_range=1.0, dim=(1, 2, 3), reduction="none")
+
+
+def structural_similarity(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """
+    SSIM of images in [0, 1] as in Wang et al. 2004 and scikit-image: a Gaussian window of 11 pixels (sigma 1.5), the
+    mean over channels and over the windows that lie in the image. It is the one SSIM of this package. torchmetrics'
+    own mean also counts windows over a reflected border.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch, 3, height, width)`): In [0, 1], sides of at least 11 pixels.
+        references (`torch.Tensor` of the same shape): In [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`.
+
+    Raises:
+        ValueError: If a side is shorter.
+    """
+    if min(images.shape[-2:]) < SMALLEST_SIDE:
+        raise ValueError(f"`images` must have sides of at least {SMALLEST_SIDE}, got {tuple(images.shape)}.")
     _, similarity = structural_similarity_index_measure(
         images, references, data_range=1.0, reduction="none", return_full_image=True
     )

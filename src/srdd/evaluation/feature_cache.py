@@ -89,18 +89,18 @@ def collect(
             _save(path_of(extractor, batch), {name: value.float().cpu() for name, value in tensors.items()} | kept)
     accelerator.wait_for_everyone()
 
-    parts = {extractor.name: [load_file(path_of(extractor, batch)) for batch in batches] for extractor in extractors}
-    first = parts[extractors[0].name]
-    digests = torch.cat([part["digests"] for part in first])
+    stored = {extractor.name: [load_file(path_of(extractor, batch)) for batch in batches] for extractor in extractors}
+    first = stored[extractors[0].name]
+    digests = torch.cat([tensors["digests"] for tensors in first])
     return CollectedImages(
-        features={name: torch.cat([part["features"] for part in parts[name]]) for name in parts},
+        features={name: torch.cat([tensors["features"] for tensors in stored[name]]) for name in stored},
         logits={
-            extractor.name: torch.cat([part["logits"] for part in parts[extractor.name]])
+            extractor.name: torch.cat([tensors["logits"] for tensors in stored[extractor.name]])
             for extractor in extractors
             if extractor.has_logits
         },
         image_hash=hashlib.sha256(digests.numpy().data).hexdigest()[:12],
-        pictures=torch.cat([part["pictures"] for part in first]),
+        pictures=torch.cat([tensors["pictures"] for tensors in first]),
     )
 
 

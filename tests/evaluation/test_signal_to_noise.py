@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import SAMPLE_SIZE, tiny_vqvae
 
-from srdd.theory.signal_to_noise import signal_to_noise
+from srdd.evaluation.signal_to_noise import signal_to_noise
 
 
 def make_images(count: int = 5) -> torch.Tensor:
@@ -20,9 +20,9 @@ def plain_ratios(vqvae, images, scale_sizes) -> tuple[list[float], list[float]]:
         for image in images:
             states = vqvae.latent_states(vqvae.tokenize(image[None], scale_sizes), scale_sizes)
             final, state = states[-1], states[k]
-            drawn, so_far = (vqvae.decode(part).sample.clamp(-1, 1) for part in (final, state))
-            parts = (final, final - state, drawn, drawn - so_far)
-            energies += torch.stack([part.double().square().sum() for part in parts])
+            final_pixels, pixels = (vqvae.decode(states).sample.clamp(-1, 1) for states in (final, state))
+            in_batches = (final, final - state, final_pixels, final_pixels - pixels)
+            energies += torch.stack([states.double().square().sum() for states in in_batches])
         latent.append((energies[0] / energies[1]).item())
         pixel.append((energies[2] / energies[3]).item())
     return latent, pixel
@@ -45,9 +45,9 @@ def test_ratios_are_energies_of_the_end_over_what_is_missing(scale_sizes):
 
 def test_how_images_are_batched_changes_nothing():
     vqvae, images = tiny_vqvae(), make_images()
-    whole, parts = (signal_to_noise(vqvae, images.split(size)) for size in (5, 1))
-    assert parts.latent == pytest.approx(whole.latent, rel=1e-4)
-    assert parts.pixel == pytest.approx(whole.pixel, rel=1e-4)
+    whole, in_batches = (signal_to_noise(vqvae, images.split(size)) for size in (5, 1))
+    assert in_batches.latent == pytest.approx(whole.latent, rel=1e-4)
+    assert in_batches.pixel == pytest.approx(whole.pixel, rel=1e-4)
 
 
 def test_pixels_are_clamped_as_pictures_are():

@@ -3,9 +3,9 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage import metrics as skimage_metrics
 
-from srdd.evaluation.pairs import load_lpips, pair_metrics
+from srdd.evaluation.paired_metrics import load_lpips, pair_metrics, structural_similarity
 from srdd.evaluation.perceptual_distance import EfficientNetPerceptualLoss
 
 
@@ -24,8 +24,8 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
     images = noisy(references)
     metrics = pair_metrics(images, references)
     for index, (image, reference) in enumerate(zip(images.double().numpy(), references.double().numpy())):
-        psnr = peak_signal_noise_ratio(reference, image, data_range=1.0)
-        ssim = structural_similarity(
+        psnr = skimage_metrics.peak_signal_noise_ratio(reference, image, data_range=1.0)
+        ssim = skimage_metrics.structural_similarity(
             reference,
             image,
             data_range=1.0,
@@ -36,6 +36,11 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
         )
         assert metrics["psnr"][index].item() == pytest.approx(psnr, rel=1e-5)
         assert metrics["ssim"][index].item() == pytest.approx(ssim, abs=1e-5)
+
+
+def test_images_smaller_than_the_window_have_no_ssim():
+    with pytest.raises(ValueError, match=r"`images` must have sides of at least 11, got \(1, 3, 16, 10\)"):
+        structural_similarity(torch.rand(1, 3, 16, 10), torch.rand(1, 3, 16, 10))
 
 
 def test_an_image_does_not_depend_on_the_others():
