@@ -21,14 +21,26 @@ SOURCES = sorted(
     {path.resolve() for folder in (PACKAGE, *map(ROOT.joinpath, LINKED_FOLDERS)) for path in folder.rglob("*.py")}
 )
 
-# What a part of the package may import of ours; all others sit on top.
-LOWER_PARTS = {
-    "scales.py": (),
-    "schedulers": ("srdd.scales", "srdd.schedulers"),
-    "acceleration": ("srdd.acceleration",),
-    "models": ("srdd.scales", "srdd.acceleration", "srdd.models"),
-    "pipelines": ("srdd.scales", "srdd.models", "srdd.schedulers", "srdd.pipelines"),
-    "data": ("srdd.scales", "srdd.models", "srdd.data"),
+# The floors of the house, from the ground up. A part imports itself and parts of the floors below it.
+FLOORS = (
+    ("scales.py",),
+    ("schedulers", "acceleration"),
+    ("models",),
+    ("pipelines", "data"),
+    ("evaluation",),
+    ("training", "theory", "conversion"),
+    ("diffusers_registration.py",),
+    ("__init__.py",),
+)
+FLOOR_OF = {part: number for number, floor in enumerate(FLOORS) for part in floor}
+
+# What plain drawing does without.
+EDITING = {
+    "known_region",
+    "pixel_regions",
+    "windowed_canvas",
+    "pipeline_srdd_inpaint",
+    "pipeline_srdd_super_resolution",
 }
 
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -83,16 +95,47 @@ def test_imports_of_ours_are_absolute(path):
     assert not [module for module in imported_modules(tree_of(path)) if module.split(".")[0] in parts_and_dots]
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if part_of(path) in LOWER_PARTS], ids=name_of)
-def test_dependencies_point_one_way(path):
-    allowed = LOWER_PARTS[part_of(path)]
-    ours = [module for module in imported_modules(tree_of(path)) if module.split(".")[0] == "srdd"]
-    assert not [module for module in ours if not f"{module}.".startswith(tuple(f"{name}." for name in allowed))]
+def ours(path: Path) -> list[str]:
+    """Modules of ours that a source imports; public names of `srdd` itself stand for where they are from."""
+    modules = [module for module in imported_modules(tree_of(path)) if module.split(".")[0] == "srdd"]
+    names = [module.removeprefix("srdd.") for module in modules if module != "srdd.__version__"]
+    return [getattr(srdd, name).__module__ if name in srdd.__all__ else f"srdd.{name}" for name in names]
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if part_of(path) != "training"], ids=name_of)
-def test_nothing_but_scripts_sits_on_training(path):
-    assert not [module for module in imported_modules(tree_of(path)) if module.startswith("srdd.training")]
+def test_all_parts_have_a_floor():
+    assert {part_of(path) for path in SOURCES} == {*FLOOR_OF}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_downwards(path):
+    part = part_of(path)
+    imported = {module.split(".")[1] for module in ours(path)} - {part}
+    floors = {each: FLOOR_OF.get(each, FLOOR_OF.get(f"{each}.py")) for each in imported}
+    assert not {each: floor for each, floor in floors.items() if floor is None or floor >= FLOOR_OF[part]}
+
+
+def test_plain_drawing_does_without_editing():
+    waiting, reached = ["pipeline_srdd"], set()
+    while waiting:
+        name = waiting.pop()
+        if name not in reached and (ROOT / "pipelines" / f"{name}.py").exists():
+            reached.add(name)
+            imports = [
+                node
+                for node in ast.walk(tree_of(ROOT / "pipelines" / f"{name}.py"))
+                if isinstance(node, ast.ImportFrom)
+            ]
+            modules = [node.module for node in imports if node.module.startswith("srdd.pipelines")]
+            waiting += [module.rpartition(".")[2] for module in modules]
+            waiting += [alias.name for node in imports if node.module == "srdd.pipelines" for alias in node.names]
+    assert {"scale_pipeline", "scale_sampling", "refinement"} <= reached
+    assert not EDITING & reached
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.joinpath("training_scripts").glob("*.py")), ids=name_of)
+def test_scripts_stand_alone(path):
+    scripts = {script.stem for script in path.parent.glob("*.py")}
+    assert not [module for module in imported_modules(tree_of(path)) if module.split(".")[0] in scripts]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
