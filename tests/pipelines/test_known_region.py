@@ -2,21 +2,10 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny_models import SCALE_SIZES, tiny_scheduler, tiny_vqvae
+from tiny_pictures import random_mask, random_pixels
 
 from srdd.pipelines.known_region import KnownRegion, coarse_tokens, extend_known
-
-
-def random_mask(height: int, width: int, seed: int, share: float = 0.5, batch_size: int = 2) -> torch.Tensor:
-    """Blocky random masks, 1 where known."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = (torch.rand(batch_size, 1, 4, 4, generator=generator) < share).float()
-    return F.interpolate(coarse, size=(height, width), mode="nearest")
-
-
-def random_pixels(height: int = 8, width: int = 8, seed: int = 0, batch_size: int = 2) -> torch.Tensor:
-    return torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 12), (1, 9), (5, 5), (64, 3)])

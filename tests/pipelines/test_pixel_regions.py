@@ -1,19 +1,8 @@
 import pytest
 import torch
-import torch.nn.functional as F
+from tiny_pictures import random_mask, random_pixels
 
 from srdd.pipelines.pixel_regions import check_padding, crop_box, paste, project_to_low_resolution, resize
-
-
-def random_mask(height: int, width: int, seed: int, share: float = 0.5, batch_size: int = 2) -> torch.Tensor:
-    """Blocky random masks, 1 where known."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = (torch.rand(batch_size, 1, 4, 4, generator=generator) < share).float()
-    return F.interpolate(coarse, size=(height, width), mode="nearest")
-
-
-def random_pixels(height: int = 8, width: int = 8, seed: int = 0, batch_size: int = 2) -> torch.Tensor:
-    return torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def test_pasted_pixels_are_exact_and_hard_masks_fade_in():

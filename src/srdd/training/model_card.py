@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from srdd import __version__
 from srdd.data.images import LabelledImages
+from srdd.evaluation.tables import markdown_table, readable
 from srdd.training.settings import TrainingSettings
 
 
@@ -113,7 +114,7 @@ def _command(command: list[str]) -> str:
 
 
 def _model_table(models: dict) -> str:
-    rows = ["| part | parameters | configuration |", "|---|---|---|"]
+    rows = []
     for name, model in models.items():
         count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         facts = {
@@ -123,10 +124,9 @@ def _model_table(models: dict) -> str:
         }
         text = ", ".join(f"{key} {value}" for key, value in facts.items())
         if "scale_sizes" in model.config:
-            scales = " ".join(str(h) if h == w else f"{h}x{w}" for h, w in model.config.scale_sizes)
-            text = f"scales {scales}; {text}"
-        rows.append(f"| `{name}` | {count:.1f} M | {text} |")
-    return "\n".join(rows) + "\n"
+            text = f"scales {readable(model.config.scale_sizes)}; {text}"
+        rows.append([f"`{name}`", f"{count:.1f} M", text])
+    return markdown_table(["part", "parameters", "configuration"], rows)
 
 
 def _validation_tables(log: list[dict], models: dict) -> str:
@@ -140,9 +140,7 @@ def _validation_tables(log: list[dict], models: dict) -> str:
     numbers = [f"{name} {value:.4g}" for name, value in last.items() if name not in lists]
     text = f"At step {records[-1]['step']:,}, averaged weights: {', '.join(numbers)}.\n"
     if lists:
-        header = " | ".join(f"{height}x{width}" for height, width in sizes)
-        rows = [f"| scale | {header} |", "|---" * (len(sizes) + 1) + "|"]
-        for name, values in lists.items():
-            rows.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in values) + " |")
-        text += "\n" + "\n".join(rows) + "\n"
+        header = ["scale", *(f"{height}x{width}" for height, width in sizes)]
+        rows = [[name, *(f"{value:.3g}" for value in values)] for name, values in lists.items()]
+        text += "\n" + markdown_table(header, rows)
     return text

@@ -1,0 +1,16 @@
+"""Random pictures and masks for tests."""
+
+import torch
+import torch.nn.functional as F
+
+
+def random_mask(height: int, width: int, seed: int, share: float = 0.5, batch_size: int = 2) -> torch.Tensor:
+    """Blocky random masks, 1 where known."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = (torch.rand(batch_size, 1, 4, 4, generator=generator) < share).float()
+    return F.interpolate(coarse, size=(height, width), mode="nearest")
+
+
+def random_pixels(height: int = 8, width: int = 8, seed: int = 0, batch_size: int = 2) -> torch.Tensor:
+    """Pixels in [-1, 1]."""
+    return torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
