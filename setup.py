@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 # `srdd.schedulers`, through the symlinks in src/srdd.
 setup(
     name="srdd",
-    version="0.1.0",
+    version="0.2.0.dev0",
     description="Scale-wise discrete diffusion (VAR-family) image generators for the diffusers ecosystem",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

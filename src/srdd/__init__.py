@@ -6,7 +6,7 @@ from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline, SRDDPipelineOutput
 from srdd.schedulers import ScaleScheduler, ScaleSchedulerOutput
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "MultiScaleVQModel",
