@@ -3,8 +3,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
+from srdd.pictures import Pictures, read_masks
 from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
 from srdd.pipelines.known_region import KnownRegion, coarse_tokens, extend_known
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
@@ -39,9 +39,7 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
     ```
     """
 
-    def prepare_images(
-        self, image: PipelineImageInput, mask_image: PipelineImageInput
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare_images(self, image: Pictures, mask_image: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Images and masks as tensors of one batch.
 
@@ -54,15 +52,19 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
                 outside [0, 1].
         """
         pixels = self.prepare_pixels(image)
-        scale_pipeline.check_one_size("mask_image", mask_image)
-        reader = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True)
-        mask = reader.preprocess(mask_image).to(self._execution_device, torch.float32)
-        if mask.min() < 0 or mask.max() > 1:
-            raise ValueError(
-                f"`mask_image` must have values in [0, 1], got [{mask.min().item():.3g}, {mask.max().item():.3g}]."
-            )
+        mask = read_masks("mask_image", mask_image).to(self._execution_device)
         if len(mask) not in (1, len(pixels)):
             raise ValueError(f"`mask_image` must hold 1 or {len(pixels)} masks, got {len(mask)}.")
+        (height, width), (mask_height, mask_width) = pixels.shape[-2:], mask.shape[-2:]
+        # Both sides may have been rounded by half a pixel when the mask was scaled.
+        if (
+            abs(mask_height * width - height * mask_width) >= (height + width) / 2
+            and mask.shape[-2:] != pixels.shape[-2:]
+        ):
+            raise ValueError(
+                f"`mask_image` must have the proportions of `image`, {height} to {width} (height to width), got"
+                f" {mask_height} to {mask_width}."
+            )
         if mask.shape[-2:] != pixels.shape[-2:]:
             mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)
         return pixels, mask.expand(len(pixels), -1, -1, -1)
@@ -89,8 +91,8 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: PipelineImageInput,
-        mask_image: PipelineImageInput,
+        image: Pictures,
+        mask_image: Pictures,
         class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
         strength: float = 1.0,
         padding_mask_crop: int | None = None,
@@ -170,7 +172,7 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
     @torch.no_grad()
     def outpaint(
         self,
-        image: PipelineImageInput,
+        image: Pictures,
         padding: int | tuple[int, int, int, int],
         class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
         guidance_scale: float | None = None,

@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from diffusers.image_processor import PipelineImageInput
 
+from srdd.pictures import Pictures
 from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
 from srdd.pipelines.known_region import KnownRegion, coarse_tokens
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
@@ -50,7 +50,7 @@ class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: PipelineImageInput,
+        image: Pictures,
         scale_factor: int = 4,
         class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
         num_known_scales: int | None = None,

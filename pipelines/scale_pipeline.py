@@ -4,12 +4,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import VaeImageProcessor
 
 from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.pictures import Pictures, read_pictures
 from srdd.pipelines.conditions import Conditions, class_conditions, label_ids
 from srdd.pipelines.scale_sampling import KnownTokens, sample_scales
 from srdd.schedulers import ScaleScheduler
@@ -46,14 +46,6 @@ def check_components(
             raise ValueError(f"`vqvae` and `transformer` must have the same {name}, got {ours} and {theirs}.")
 
 
-def check_one_size(name: str, pictures: PipelineImageInput) -> None:
-    """Raise a `ValueError` that names the argument if a list holds pictures of several sizes."""
-    listed = pictures if isinstance(pictures, list) else []
-    sizes = {picture.size for picture in listed if isinstance(picture, PIL.Image.Image)}
-    if len(sizes) > 1:
-        raise ValueError(f"`{name}` must hold pictures of one size, got {sorted(sizes)}.")
-
-
 class CallState(threading.local):
     """What callbacks may read and set of the call that runs in their thread; each thread has its own."""
 
@@ -83,9 +75,7 @@ class ScalePipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
         self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
-        self.image_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, do_resize=False, do_convert_rgb=True
-        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._call = CallState()
 
     @classmethod
@@ -171,18 +161,15 @@ class ScalePipeline(DiffusionPipeline):
         transformer, device = self.transformer, self._execution_device
         return class_conditions(class_labels, transformer.config.num_classes, transformer.id2label, device)
 
-    def prepare_pixels(self, image: PipelineImageInput) -> torch.Tensor:
+    def prepare_pixels(self, image: Pictures) -> torch.Tensor:
         """
         Images as one batch of pixels in [-1, 1], float32 of shape `(batch, 3, height, width)`.
 
         Raises:
-            ValueError: If images differ in size or have other than 3 channels.
+            ValueError: If something cannot be read as a picture, or images differ in size
+                ([`~srdd.pictures.read_pictures`]).
         """
-        check_one_size("image", image)
-        pixels = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
-        if pixels.shape[1] != 3:
-            raise ValueError(f"`image` must have 3 channels, got {pixels.shape[1]}.")
-        return pixels
+        return read_pictures("image", image).to(self._execution_device) * 2 - 1
 
     def prepare_batch(self, class_labels: Any, num_images_per_prompt: int, *images: torch.Tensor) -> tuple[Any, ...]:
         """

@@ -107,9 +107,11 @@ def test_sixteen_bit_greys_keep_their_range(tmp_path, suffix):
 
 
 def test_thirty_two_bit_greys_are_read_as_sixteen_bit():
-    picture = Image.fromarray(np.array([[0, 65535], [32768, 70000]], dtype=np.int32))
+    picture = Image.fromarray(np.array([[0, 65535], [32768, 65535]], dtype=np.int32))
     assert picture.mode == "I"
     assert image_to_tensor(picture, 2)[0].tolist() == [[-1, 1], [pytest.approx(0, abs=0.005), 1]]
+    with pytest.raises(ValueError, match=r"mode I must have values in \[0, 65535\], got \[0, 70000\]"):
+        image_to_tensor(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), 1)
 
 
 def test_transparency_is_laid_on_white():

@@ -107,7 +107,7 @@ def test_bad_inputs_are_refused(changes, message):
 
 def test_images_of_several_sizes_are_refused():
     images = [Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))]
-    with pytest.raises(ValueError, match=r"`image` must hold pictures of one size, got \[\(4, 4\), \(5, 4\)\]"):
+    with pytest.raises(ValueError, match=r"`image` must hold pictures of one size, got .*\[\(4, 4\), \(4, 5\)\]"):
         draw(make_pipeline(), images)
-    with pytest.raises(ValueError, match="`image` must have 3 channels, got 2"):
+    with pytest.raises(ValueError, match=r"`image` cannot be read: its shape .*1, 3 or 4 channels.*\(1, 2, 4, 4\)"):
         draw(make_pipeline(), torch.zeros(1, 2, 4, 4))

@@ -10,6 +10,8 @@ import torch
 from diffusers.utils import logging
 from PIL import Image, ImageOps
 
+from srdd.pictures import to_rgb
+
 
 logger = logging.get_logger(__name__)
 
@@ -141,10 +143,12 @@ def _problem(picture: dict | None, min_image_size: int) -> dict[str, str]:
         return {"problem": "missing"}
     try:
         image = datasets.Image().decode_example(picture)
+        if image.mode[0] in "FI":  # more than 8 bits: values may have no known range
+            to_rgb(image)
+    except ValueError as error:
+        return {"problem": str(error)}
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         return {"problem": f"unreadable, {type(error).__name__}"}
-    if image.mode == "F":
-        return {"problem": "mode F has no fixed range of values"}
     if min(image.size) < min_image_size:
         return {"problem": f"{image.width}x{image.height}, smaller than {min_image_size}"}
     return {"problem": ""}
@@ -190,7 +194,7 @@ def image_to_tensor(
     Scale the shorter side of a picture to `resolution`, crop a square and return pixels in [-1, 1].
 
     Args:
-        image (`PIL.Image.Image`): Any mode but "F"; an EXIF rotation is applied, transparency is laid on white.
+        image (`PIL.Image.Image`): The picture, read as [`~srdd.pictures.to_rgb`] does.
         resolution (`int`): Side of the square.
         random_crop (`bool`, defaults to `False`): Crop at random instead of in the centre.
         random_flip (`bool`, defaults to `False`): Mirror half of the pictures.
@@ -199,14 +203,7 @@ def image_to_tensor(
     Returns:
         `torch.Tensor` of shape `(3, resolution, resolution)`, float32.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16 bits; Pillow's own conversion cuts values off at 255.
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = to_rgb(image)
     if min(image.size) != resolution:
         ratio = resolution / min(image.size)
         size = (max(resolution, round(image.width * ratio)), max(resolution, round(image.height * ratio)))

@@ -3,12 +3,10 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
-import PIL.Image
 import torch
-from diffusers.image_processor import PipelineImageInput
 
 from srdd.models.guidance import guide
+from srdd.pictures import Pictures, read_pictures
 from srdd.pipelines import SRDDPipeline
 from srdd.pipelines.scale_pipeline import check_components
 from srdd.scales import num_tokens_per_scale
@@ -65,7 +63,7 @@ class TokenLikelihood:
 @torch.no_grad()
 def log_likelihood(
     pipe: SRDDPipeline,
-    images: PipelineImageInput | None = None,
+    images: Pictures | None = None,
     token_ids: torch.LongTensor | None = None,
     class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
     guidance_scale: float = 1.0,
@@ -120,20 +118,9 @@ def log_likelihood(
     return TokenLikelihood(token_ids, chosen, scale_sizes, 3 * math.prod(pipe.sample_size))
 
 
-def _tokenize(pipe: SRDDPipeline, images: PipelineImageInput) -> torch.LongTensor:
-    for image in images if isinstance(images, list) else [images]:
-        size = _size_of(image)
-        # Checked before diffusers' image processor makes odd sizes fit.
-        if size is not None and size != pipe.sample_size:
-            raise ValueError(f"`images` must have the model's height and width {pipe.sample_size}, got {size}.")
-    pixels = pipe.prepare_pixels(images)
-    return pipe.vqvae.tokenize(pixels.to(pipe.vqvae.dtype), pipe.scheduler.scales)
-
-
-def _size_of(image: object) -> tuple[int, ...] | None:
-    """Height and width of a picture; `None` for what is none."""
-    if isinstance(image, PIL.Image.Image):
-        return image.height, image.width
-    if isinstance(image, np.ndarray):
-        return image.shape[-3:-1]
-    return tuple(image.shape[-2:]) if isinstance(image, torch.Tensor) else None
+def _tokenize(pipe: SRDDPipeline, images: Pictures) -> torch.LongTensor:
+    pixels = read_pictures("images", images).to(pipe._execution_device, pipe.vqvae.dtype)
+    size = tuple(pixels.shape[-2:])
+    if size != pipe.sample_size:
+        raise ValueError(f"`images` must have the model's height and width {pipe.sample_size}, got {size}.")
+    return pipe.vqvae.tokenize(pixels * 2 - 1, pipe.scheduler.scales)
