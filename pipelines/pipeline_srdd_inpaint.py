@@ -57,10 +57,7 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
             raise ValueError(f"`mask_image` must hold 1 or {len(pixels)} masks, got {len(mask)}.")
         (height, width), (mask_height, mask_width) = pixels.shape[-2:], mask.shape[-2:]
         # Both sides may have been rounded by half a pixel when the mask was scaled.
-        if (
-            abs(mask_height * width - height * mask_width) >= (height + width) / 2
-            and mask.shape[-2:] != pixels.shape[-2:]
-        ):
+        if abs(mask_height * width - height * mask_width) >= (height + width) / 2:
             raise ValueError(
                 f"`mask_image` must have the proportions of `image`, {height} to {width} (height to width), got"
                 f" {mask_height} to {mask_width}."
