@@ -23,6 +23,7 @@ SOURCES = sorted(
 
 # The floors of the house, from the ground up. A part imports itself and parts of the floors below it.
 FLOORS = (
+    ("checks.py",),
     ("scales.py", "pictures.py"),
     ("schedulers", "acceleration"),
     ("models",),
