@@ -1,10 +1,15 @@
 """What the transformer is told of the images to draw: labels become ids, ids become conditions."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
+
+from srdd.checks import shown
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Conditions:
 
 
 def class_conditions(
-    class_labels: Any, num_classes: int, id2label: dict[int, str], device: torch.device | None = None
+    class_labels: Any, num_classes: int, id2label: Mapping[int | str, str], device: torch.device | None = None
 ) -> Conditions:
     """
     Conditions of classes, whose ids a model was trained on; the id `num_classes` says nothing.
@@ -40,7 +45,7 @@ def class_conditions(
         class_labels (`int`, `str`, `torch.Tensor`, a list of `int` and `str`, or `None`): One label for each image.
             `None` is one image without a class.
         num_classes (`int`): Number of classes.
-        id2label (`dict[int, str]`): Names of the classes.
+        id2label (`Mapping`): Names of the classes by their ids, which may be written as text.
         device (`torch.device`, *optional*): Where the tensors lie.
 
     Raises:
@@ -52,15 +57,17 @@ def class_conditions(
     return Conditions(len(told), {"class_labels": told}, {"class_labels": torch.full_like(told, num_classes)})
 
 
-def label_ids(class_labels: Any, num_classes: int, id2label: dict[int, str]) -> list[int]:
+def label_ids(class_labels: Any, num_classes: int, id2label: Mapping[int | str, str]) -> list[int]:
     """
     Class ids of labels given by id or by name.
 
+    A text is the name of a class, whole or one of its comma-separated synonyms; a whole name wins over synonyms. A
+    text of digits that names no class is an id.
+
     Args:
-        class_labels (`int`, `str`, `torch.Tensor` or a list of `int` and `str`): One label or many. A name may be any
-            of the comma-separated synonyms of a class.
+        class_labels (`int`, `str`, `torch.Tensor`, `np.ndarray` or a list of `int` and `str`): One label or many.
         num_classes (`int`): Ids lie in `[0, num_classes - 1]`.
-        id2label (`dict[int, str]`): Names of the classes.
+        id2label (`Mapping`): Names of the classes by their ids, which may be written as text.
 
     Returns:
         `list[int]`
@@ -68,28 +75,38 @@ def label_ids(class_labels: Any, num_classes: int, id2label: dict[int, str]) -> 
     Raises:
         ValueError: If a label is out of range, unknown or names several classes, or there is none.
     """
-    if isinstance(class_labels, torch.Tensor):
+    if isinstance(class_labels, (torch.Tensor, np.ndarray)):
         class_labels = class_labels.flatten().tolist()
-    labels = [class_labels] if isinstance(class_labels, (Integral, str)) else list(class_labels)
+    labels = list(class_labels) if isinstance(class_labels, (list, tuple, range)) else [class_labels]
     if not labels:
         raise ValueError(f"`class_labels` must hold at least one label, got {class_labels!r}.")
-    ids_by_name: dict[str, set[int]] = {}
-    for index, names in id2label.items():
-        for name in {names, *names.split(", ")}:
-            ids_by_name.setdefault(name, set()).add(index)
-    ids = []
-    for label in labels:
-        if isinstance(label, str):
-            named = sorted(ids_by_name.get(label, ()))
-            if not named:
-                names = sorted(set(id2label.values()))
-                shown = ", ".join(names[:10]) + (f" … ({len(names)} in all)" if len(names) > 10 else "")
-                raise ValueError(f"`class_labels` must be names of classes ({shown or 'none'}) or ids, got {label!r}.")
-            if len(named) > 1:
-                raise ValueError(f"`class_labels` must name one class each, but {label!r} names the classes {named}.")
-            label = named[0]
+    ids = _names_to_ids(labels, id2label) if any(isinstance(label, str) for label in labels) else labels
+    for label in ids:
         if isinstance(label, bool) or not isinstance(label, Integral) or not 0 <= label < num_classes:
             allowed = f"lie in [0, {num_classes - 1}]" if num_classes else "be None for an unconditional model"
-            raise ValueError(f"`class_labels` must {allowed}, got {label!r}.")
-        ids.append(int(label))
+            raise ValueError(f"`class_labels` must {allowed}, got {shown(label)}.")
+    return [int(label) for label in ids]
+
+
+def _names_to_ids(labels: list, id2label: Mapping[int | str, str]) -> list:
+    """Labels with ids in the place of names."""
+    whole, synonyms = defaultdict(set), defaultdict(set)
+    for index, name in id2label.items():
+        whole[name].add(int(index))
+        for synonym in name.split(", "):
+            synonyms[synonym].add(int(index))
+    ids = []
+    for label in labels:
+        named = sorted(whole.get(label) or synonyms.get(label) or ()) if isinstance(label, str) else [label]
+        if not named and label.isascii() and label.isdigit():
+            named = [int(label)]
+        if not named:
+            names = sorted(whole)
+            listed = ", ".join(names[:10]) + (f" … ({len(names)} in all)" if len(names) > 10 else "")
+            raise ValueError(
+                f"`class_labels` must be names of classes ({listed or 'none'}) or ids, got {shown(label)}."
+            )
+        if len(named) > 1:
+            raise ValueError(f"`class_labels` must name one class each, but {label!r} names the classes {named}.")
+        ids += named
     return ids

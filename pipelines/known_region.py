@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from srdd.area_means import area_means
 from srdd.models import MultiScaleVQModel
 from srdd.scales import Scale
 from srdd.schedulers.scheduling_scale import MASK_TOKEN_ID
@@ -40,10 +41,10 @@ class KnownRegion:
         """Which cells of a scale are known, `(batch, height, width)`: the one rule for all scales and tasks."""
         grid_size = tuple(self.latents.shape[-2:])
         # Area means of ones may miss a bound by rounding.
-        known_cells = F.interpolate(self.known_pixels, size=grid_size, mode="area") > 0.25 - 1e-4
+        known_cells = area_means(self.known_pixels, grid_size) > 0.25 - 1e-4
         if tuple(scale_size) == grid_size:
             return known_cells.squeeze(1)
-        share = F.interpolate(known_cells.to(self.known_pixels.dtype), size=tuple(scale_size), mode="area").squeeze(1)
+        share = area_means(known_cells.to(self.known_pixels.dtype), scale_size).squeeze(1)
         return share > 0.5 + 1e-4
 
     def token_ids(self, scale: Scale, state: torch.Tensor) -> torch.LongTensor:
@@ -59,9 +60,9 @@ class KnownRegion:
         """
         if self.hint_ids is not None and self.hint_ids.shape[1] >= scale.tokens.stop:
             return self.hint_ids[:, scale.tokens]
-        weights = F.interpolate(self.known_pixels, size=self.latents.shape[-2:], mode="area")
-        rest = F.interpolate((self.latents - state) * weights, size=scale.size, mode="area")
-        total = F.interpolate(weights, size=scale.size, mode="area")
+        weights = area_means(self.known_pixels, self.latents.shape[-2:])
+        rest = area_means((self.latents - state) * weights, scale.size)
+        total = area_means(weights, scale.size)
         token_ids = self.vqvae.quantize_latents(rest / total.clamp(min=1e-6), [scale.size])
         return torch.where(self.known_mask(scale.size).flatten(1), token_ids, MASK_TOKEN_ID)
 

@@ -4,6 +4,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from srdd.area_means import area_means
 from srdd.pictures import Pictures, read_masks
 from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
 from srdd.pipelines.known_region import KnownRegion, coarse_tokens, extend_known
@@ -78,7 +79,7 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
         known_pixels = (mask < 0.5).float()
         filled = resize(extend_known(pixels, known_pixels), self.sample_size)
         # A pixel of the model is known if all pixels that it stands for are.
-        known_pixels = (F.interpolate(known_pixels, size=self.sample_size, mode="area") > 1 - 1e-4).float()
+        known_pixels = (area_means(known_pixels, self.sample_size) > 1 - 1e-4).float()
         latents = self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float()
         hinted = self.scheduler.scales[: round((1 - strength) * len(self.scheduler.scales))]
         return KnownRegion(

@@ -158,8 +158,8 @@ class ScalePipeline(DiffusionPipeline):
 
     def encode_class_labels(self, class_labels: Any) -> Conditions:
         """What the transformer is told of classes, one image each; `None` is one image without a class."""
-        transformer, device = self.transformer, self._execution_device
-        return class_conditions(class_labels, transformer.config.num_classes, transformer.id2label, device)
+        config = self.transformer.config
+        return class_conditions(class_labels, config.num_classes, config.id2label, self._execution_device)
 
     def prepare_pixels(self, image: Pictures) -> torch.Tensor:
         """

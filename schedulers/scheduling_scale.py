@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
+from srdd.area_means import area_means
 from srdd.scales import Scale, ScaleSizes, normalize_scale_sizes, scale_slices
 from srdd.schedulers.token_sampling import Generators, sample_tokens
 
@@ -246,10 +246,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `torch.Tensor` of shape `(batch, num_scale_tokens, channels)`.
         """
-        size = self.visit(timestep).size
-        if tuple(sample.shape[-2:]) != size:
-            sample = F.interpolate(sample, size=size, mode="area")
-        return sample.flatten(2).transpose(1, 2)  # (B, N_k, C)
+        return area_means(sample, self.visit(timestep).size).flatten(2).transpose(1, 2)  # (B, N_k, C)
 
     def guidance_weight(self, timestep: int | torch.Tensor, guidance_scale: float) -> float:
         """

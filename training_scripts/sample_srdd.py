@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     num_classes = pipe.transformer.config.num_classes
     count = min(8, num_classes)
     labels = args.class_labels or [index * num_classes // count for index in range(count)]
-    ids = pipe.get_label_ids([int(label) if str(label).isdigit() else label for label in labels]) if labels else [None]
+    ids = pipe.get_label_ids(labels) if labels else [None]
     count = len(ids) * args.num_images_per_prompt
     images = pipe(
         ids if labels else None,

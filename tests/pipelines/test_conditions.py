@@ -93,3 +93,25 @@ def test_every_image_may_be_told_several_times():
     assert repeated.batch_size == 4
     assert repeated.conditional["size"].tolist() == repeated.unconditional["size"].tolist() == [0, 0, 1, 1]
     assert torch.equal(repeated.conditional["text"], prompts[[0, 0, 1, 1]])
+
+
+def test_a_whole_name_wins_over_synonyms_and_digits_may_be_names():
+    names = {0: "Tomato", 1: "Tomato, red", 2: "7", 3: "plum"}
+    assert label_ids(["Tomato", "red", "Tomato, red"], 4, names) == [0, 1, 1]
+    assert label_ids(["7", 2, "3", "1"], 4, names) == [2, 2, 3, 1]
+    with pytest.raises(ValueError, match=r"`class_labels` must lie in \[0, 3\], got 8"):
+        label_ids("8", 4, names)
+    with pytest.raises(ValueError, match="names of classes .* got '-1'"):
+        label_ids("-1", 4, names)
+
+
+@pytest.mark.parametrize(
+    "labels", [{"apple": 1}, {"apple"}, 1.0, object(), [["apple"]], [None], b"apple", float("nan")]
+)
+def test_labels_of_other_kinds_are_refused(labels):
+    with pytest.raises(ValueError, match="`class_labels` must"):
+        label_ids(labels, 4, ID2LABEL)
+
+
+def test_names_by_ids_in_text_as_a_config_has_them():
+    assert label_ids(["tomato", 0], 4, {str(index): name for index, name in ID2LABEL.items()}) == [3, 0]

@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from srdd.acceleration import accelerate, dequantize_decoder, quantize_decoder, run_decoder
+from srdd.area_means import area_means
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
 from srdd.scales import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
 
@@ -429,7 +430,7 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         scale_sizes = self._own_or(scale_sizes)
         states = self.latent_states(token_ids, scale_sizes, grid_size)
         inputs = [torch.zeros_like(states[0]), *states[:-1]]
-        packed = [self.quantize.downsample(state, size).flatten(2) for state, size in zip(inputs, scale_sizes)]
+        packed = [area_means(state, size).flatten(2) for state, size in zip(inputs, scale_sizes)]
         return torch.cat(packed, dim=2).transpose(1, 2)  # (B, N, C)
 
     def decode_tokens(

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 
+from srdd.area_means import area_means
 from srdd.scales import split_scales
 
 
@@ -116,13 +117,6 @@ class MultiScaleQuantizer(nn.Module):
                 token_ids = torch.addmm(table.square().sum(dim=1), flat, table.T, alpha=-2).argmin(dim=1)
         return token_ids.view(features.shape[0], *features.shape[-2:])
 
-    @staticmethod
-    def downsample(latents: torch.Tensor, scale_size: Sequence[int]) -> torch.Tensor:
-        """`down(latents, s_k)`: area interpolation, nothing at the latent grid itself."""
-        if tuple(latents.shape[-2:]) == tuple(scale_size):
-            return latents
-        return F.interpolate(latents, size=tuple(scale_size), mode="area")
-
     def quantize(self, latents: torch.Tensor, scale_sizes: Sequence[Sequence[int]]) -> torch.LongTensor:
         """Greedy residual quantization of a latent map `(B, C, H, W)` into packed token ids `(B, N)`."""
         return torch.cat([token_map.flatten(1) for _, token_map in self.lookups(latents, scale_sizes)], dim=1)
@@ -133,7 +127,7 @@ class MultiScaleQuantizer(nn.Module):
         """Greedy residual quantization, scale by scale: what is looked up `(B, C, h, w)` and its ids `(B, h, w)`."""
         rest = latents.float()
         for scale_size in scale_sizes:
-            features = self.downsample(rest, scale_size)
+            features = area_means(rest, scale_size)
             token_map = self.nearest_tokens(features)
             rest = rest - self.residual_map(token_map, latents.shape[-2:]).float()
             yield features, token_map

@@ -1,0 +1,53 @@
+"""Means over areas, `down` of the method: the same numbers on every device."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+
+@functools.lru_cache(maxsize=512)
+def windows(size: int, new_size: int, device: torch.device) -> tuple[torch.LongTensor, torch.Tensor]:
+    """
+    What means along an axis are made of: cell `i` of `n` covers `[floor(i size / n), ceil((i + 1) size / n))`.
+
+    Args:
+        size (`int`): Length of the axis.
+        new_size (`int`): Its length afterwards.
+        device (`torch.device`): Where the tensors lie.
+
+    Returns:
+        `tuple[torch.LongTensor, torch.Tensor]`: Places and float32 weights of shape `(new_size, num_places)`; the
+        weights of a cell sum to 1.
+    """
+    cells = torch.arange(new_size).unsqueeze(1)
+    starts, stops = cells * size // new_size, -(-(cells + 1) * size // new_size)
+    places = starts + torch.arange(int((stops - starts).max()))
+    weights = (places < stops) / (stops - starts)
+    return places.clamp(max=size - 1).to(device), weights.float().to(device)
+
+
+def area_means(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """
+    Maps of another size by means over areas, as `interpolate(..., mode="area")` has them.
+
+    That is adaptive pooling, which Apple's GPUs refuse where sizes do not divide. These sums are neither matrix
+    products nor convolutions, so that autocast and TF32 leave them alone.
+
+    Args:
+        maps (`torch.Tensor` of shape `(..., height, width)`): Floats.
+        size (`(int, int)`): New height and width.
+
+    Returns:
+        `torch.Tensor` of shape `(..., *size)`: `maps` itself where it has that size.
+    """
+    height, width = size
+    if maps.shape[-2] != height:
+        places, weights = windows(maps.shape[-2], height, maps.device)
+        gathered = maps.index_select(-2, places.flatten()).unflatten(-2, places.shape)  # (..., height, places, width)
+        maps = (gathered * weights.to(maps.dtype).unsqueeze(-1)).sum(dim=-2)
+    if maps.shape[-1] != width:
+        places, weights = windows(maps.shape[-1], width, maps.device)
+        gathered = maps.index_select(-1, places.flatten()).unflatten(-1, places.shape)  # (..., width, places)
+        maps = (gathered * weights.to(maps.dtype)).sum(dim=-1)
+    return maps
