@@ -63,7 +63,8 @@ class SRDDPipeline(scale_pipeline.ScalePipeline):
             callback_on_step_end (`Callable`, *optional*):
                 Called after every pass as `callback(pipe, step_index, timestep, callback_kwargs)`; tensors in the
                 dictionary that it returns replace those of the run (the latents of a scale's last pass are what later
-                scales build on), and it may set `pipe._guidance_scale` for the scales to come.
+                scales build on). It may set `pipe._guidance_scale` for the scales to come, and `pipe._interrupt` to
+                end the run: tokens of the scales that are left out are -1.
                 `pipe.decode_latents(callback_kwargs["latents"], "pil")` is the picture so far.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*):
                 What `callback_kwargs` holds: "latents" (the default), "token_ids".
@@ -72,9 +73,17 @@ class SRDDPipeline(scale_pipeline.ScalePipeline):
             [`SRDDPipelineOutput`] or `(images, token_ids)`.
 
         Raises:
-            ValueError: If a label, a shape, the number of generators, an output type, or the schedule does not fit.
+            ValueError: If an argument, what a callback returns, or the schedule does not fit.
         """
-        self.check_inputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         conditions = self.encode_class_labels(class_labels)
         if num_images_per_prompt > 1:
             conditions = conditions.repeat_interleave(num_images_per_prompt)

@@ -5,12 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from srdd.area_means import area_means
+from srdd.checks import check_bool, check_int, check_number
 from srdd.pictures import Pictures, read_masks
 from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
 from srdd.pipelines.known_region import KnownRegion, coarse_tokens, extend_known
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 from srdd.pipelines.pixel_regions import check_padding, crop_box, paste, resize
 from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
+
+
+# Widest edge over which results fade in, in pixels.
+MAX_FEATHER = 1024
 
 
 class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
@@ -140,8 +145,20 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
         Raises:
             ValueError: If images, masks, labels or another argument do not fit.
         """
-        self.check_inputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
-        check_region_inputs(strength, padding_mask_crop, feather)
+        self.check_inputs(
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        check_number("strength", strength, 0, 1)
+        check_bool("paste_known", paste_known)
+        feather = check_int("feather", feather, 0, MAX_FEATHER)
+        if padding_mask_crop is not None:
+            padding_mask_crop = check_int("padding_mask_crop", padding_mask_crop, 0, scale_pipeline.MAX_SIDE)
         pixels, mask = self.prepare_images(image, mask_image)
         conditions, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, pixels, mask)
         box = (..., slice(None), slice(None))
@@ -205,12 +222,18 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
             ValueError: If `padding` is not one or four numbers, none negative and not all zero, or another argument
                 does not fit.
         """
-        left, top, right, bottom = check_padding(padding)
-        self.check_inputs(num_images_per_prompt, output_type)
-        check_region_inputs(1.0, None, feather)
+        left, top, right, bottom = check_padding(padding, scale_pipeline.MAX_SIDE)
+        self.check_inputs(guidance_scale, num_images_per_prompt, generator, output_type, return_dict)
+        feather = check_int("feather", feather, 0, MAX_FEATHER)
         if output_type == "latent":
             raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in outpainting, got 'latent'.")
         pixels = self.prepare_pixels(image)
+        height, width = pixels.shape[-2] + top + bottom, pixels.shape[-1] + left + right
+        if max(height, width) > scale_pipeline.MAX_SIDE:
+            raise ValueError(
+                f"`padding` must give a canvas of at most {scale_pipeline.MAX_SIDE} pixels a side, got {padding!r} for"
+                f" {pixels.shape[-2]}x{pixels.shape[-1]} pixels."
+            )
         border = (left, right, top, bottom)
         mask = F.pad(torch.zeros_like(pixels[:, :1]), border, value=1.0)
         conditions, pixels, mask = self.prepare_batch(class_labels, num_images_per_prompt, F.pad(pixels, border), mask)
@@ -222,20 +245,15 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
         def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
             place = (..., *window)
             region = self.prepare_known(canvas.pixels[place], 1 - canvas.known_pixels[place])
-            latents, token_ids = self.draw(conditions, guidance_scale, generator, known_tokens=region.token_ids)
+            latents, token_ids = self.draw(
+                conditions, guidance_scale, generator, known_tokens=region.token_ids, progress_bar=progress_bar
+            )
             return self.decode_pixels(latents), token_ids
 
-        token_ids = canvas.fill(draw_window)
+        with self.progress_bar(total=canvas.num_windows * self.num_timesteps) as progress_bar:
+            token_ids = canvas.fill(draw_window)
+            progress_bar.update(progress_bar.total - progress_bar.n)
         result = paste(pixels, mask, resize(canvas.drawn_pixels, full_size), feather)
         images = self.image_processor.postprocess(result, output_type=output_type)
         self.maybe_free_model_hooks()
         return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
-
-
-def check_region_inputs(strength: float, padding_mask_crop: int | None, feather: int) -> None:
-    """Raise a `ValueError` for a value that inpainting does not know."""
-    if not 0 <= strength <= 1:
-        raise ValueError(f"`strength` must lie in [0, 1], got {strength}.")
-    for name, value in (("padding_mask_crop", padding_mask_crop or 0), ("feather", feather)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"`{name}` must be a non-negative integer, got {value!r}.")

@@ -2,13 +2,19 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging
 
+from srdd.checks import check_bool, check_int
 from srdd.pictures import Pictures
 from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
 from srdd.pipelines.known_region import KnownRegion, coarse_tokens
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 from srdd.pipelines.pixel_regions import project_to_low_resolution, resize
+from srdd.pipelines.scale_pipeline import MAX_SIDE
 from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
+
+
+logger = logging.get_logger(__name__)
 
 
 class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
@@ -78,7 +84,8 @@ class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
             num_known_scales (`int`, *optional*): How many scales the small image determines, coarse to fine; by
                 default those whose tokens cover 2 x 2 of its pixels or more ([`num_determined_scales`]).
             consistent (`bool`, defaults to `True`): Change the result as little as possible so that, made small again
-                (bicubic, antialiased), it is the given image.
+                (bicubic, antialiased), it is the given image. Where contrasts are so high that no image is that, it
+                comes as near as it can, and a warning says how near.
             guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
             num_images_per_prompt (`int`, defaults to 1): Results for each image.
             generator (`torch.Generator` or a list, *optional*): The only source of randomness; one, or one for each
@@ -94,19 +101,30 @@ class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
         Raises:
             ValueError: If images, labels or another argument do not fit.
         """
-        self.check_inputs(num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        self.check_inputs(
+            guidance_scale,
+            num_images_per_prompt,
+            generator,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        check_bool("consistent", consistent)
         if output_type == "latent":
             raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in super-resolution, got 'latent'.")
-        if not isinstance(scale_factor, int) or scale_factor < 2:
-            raise ValueError(f"`scale_factor` must be an integer above 1, got {scale_factor!r}.")
-        num_scales = len(self.scheduler.scales)
+        scale_factor, num_scales = check_int("scale_factor", scale_factor, 2, MAX_SIDE), len(self.scheduler.scales)
         if num_known_scales is None:
             num_known_scales = self.num_determined_scales(scale_factor)
-        if not isinstance(num_known_scales, int) or not 0 <= num_known_scales <= num_scales:
-            raise ValueError(f"`num_known_scales` must lie in [0, {num_scales}], got {num_known_scales!r}.")
+        num_known_scales = check_int("num_known_scales", num_known_scales, 0, num_scales)
         small = self.prepare_pixels(image)
         conditions, small = self.prepare_batch(class_labels, num_images_per_prompt, small)
         size = [side * scale_factor for side in small.shape[-2:]]
+        if max(size) > MAX_SIDE:
+            raise ValueError(
+                f"`scale_factor` must give results of at most {MAX_SIDE} pixels a side, got {scale_factor} for"
+                f" {small.shape[-2]}x{small.shape[-1]} pixels."
+            )
         smooth = resize(small, size)
         missing = [max(0, least - side) for least, side in zip(self.sample_size, size)]
         smooth = F.pad(smooth, (0, missing[1], 0, missing[0]), mode="replicate")
@@ -129,13 +147,22 @@ class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
                 known_tokens=region.token_ids,
                 callback_on_step_end=callback_on_step_end,
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                progress_bar=progress_bar,
             )
             return self.decode_pixels(latents), token_ids
 
-        token_ids = canvas.fill(draw_window)
+        with self.progress_bar(total=canvas.num_windows * self.num_timesteps) as progress_bar:
+            token_ids = canvas.fill(draw_window, lambda: self.interrupt)
+            progress_bar.update(progress_bar.total - progress_bar.n)
         large = canvas.pixels[..., : size[0], : size[1]]
         if consistent:
-            large = project_to_low_resolution(large, small)
+            large, errors = project_to_low_resolution(large, small)
+            left = errors.amax().item() * 127.5
+            if left > 1:
+                logger.warning(
+                    f"Made small again, the result differs from `image` by up to {left:.0f} of 255: no picture gives"
+                    " contrasts as high as these when it is made small. The result comes as near as it can."
+                )
         images = self.image_processor.postprocess(large, output_type=output_type)
         self.maybe_free_model_hooks()
         return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)

@@ -1,11 +1,13 @@
 """Parts of images: resizing, pasting back what is known, crops around masks, keeping to a small image."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 
+from srdd.checks import shown
 from srdd.pipelines.known_region import extend_known
 
 
@@ -61,37 +63,48 @@ def crop_box(mask: torch.Tensor, margin: int, size: Sequence[int]) -> tuple[slic
     return slice(top, bottom), slice(left, right)
 
 
-def check_padding(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom padding of one number or four."""
-    sides = tuple(padding) if isinstance(padding, Sequence) else (padding,) * 4
-    if len(sides) != 4 or any(not isinstance(side, int) or side < 0 for side in sides) or not any(sides):
+def check_padding(padding: int | Sequence[int], most: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom padding of one number or four; none above `most`."""
+    sides = tuple(padding) if isinstance(padding, (list, tuple)) else (padding,) * 4
+    are_sides = all(isinstance(side, Integral) and not isinstance(side, bool) and 0 <= side <= most for side in sides)
+    if len(sides) != 4 or not are_sides or not any(sides):
         raise ValueError(
-            f"`padding` must be one or four numbers of pixels, none negative, not all 0, got {padding!r}."
+            f"`padding` must be one or four numbers of pixels in [0, {most}], not all 0, got {shown(padding)}."
         )
-    return sides
+    return tuple(int(side) for side in sides)
 
 
-def project_to_low_resolution(pixels: torch.Tensor, small: torch.Tensor, num_iterations: int = 10) -> torch.Tensor:
+def project_to_low_resolution(
+    pixels: torch.Tensor, small: torch.Tensor, num_iterations: int = 200
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The images nearest to `pixels` that give `small` when they are made small again (bicubic, antialiased).
 
     Resizing is linear and separable, `A x = D_h x D_w^T`, and the nearest solution of `A x = y` is `x + A^+ (y - A x)`
-    with the pseudo-inverses of both factors. It alternates with the bounds [-1, 1].
+    with the pseudo-inverses of both factors. It alternates with the bounds [-1, 1] until nothing moves any more. Where
+    contrasts are high no image within the bounds may give `small`: then the result comes as near as it can.
 
     Args:
         pixels (`torch.Tensor` of shape `(batch, channels, height, width)`): Images in [-1, 1].
         small (`torch.Tensor` of shape `(batch, channels, small_height, small_width)`): Small images in [-1, 1].
-        num_iterations (`int`, defaults to 10): How often projection and bounds alternate.
+        num_iterations (`int`, defaults to 200): How often projection and bounds alternate at most.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The images, and for each the largest difference that is left, `(batch,)`.
     """
     down_vertically, down_horizontally = (
         _downsampling_matrix(side, small_side).to(pixels)
         for side, small_side in zip(pixels.shape[-2:], small.shape[-2:])
     )
     up_vertically, up_horizontally = torch.linalg.pinv(down_vertically), torch.linalg.pinv(down_horizontally)
+    error = small - down_vertically @ pixels @ down_horizontally.T
     for _ in range(num_iterations):
+        moved = (pixels + up_vertically @ error @ up_horizontally.T).clamp(-1, 1)
+        change, pixels = (moved - pixels).abs().amax(), moved
         error = small - down_vertically @ pixels @ down_horizontally.T
-        pixels = (pixels + up_vertically @ error @ up_horizontally.T).clamp(-1, 1)
-    return pixels
+        if change < 1e-4 or error.abs().amax() < 1e-4:
+            break
+    return pixels, error.abs().amax(dim=(1, 2, 3))
 
 
 def _downsampling_matrix(side: int, small_side: int) -> torch.Tensor:

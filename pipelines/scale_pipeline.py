@@ -1,21 +1,30 @@
 """What all SRDD pipelines are: their components, and a run over the scales."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from tqdm.auto import tqdm
 
+from srdd.checks import shown
 from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
 from srdd.pictures import Pictures, read_pictures
+from srdd.pipelines.callbacks import TENSOR_INPUTS, StepEnd, callback_tensor_inputs
 from srdd.pipelines.conditions import Conditions, class_conditions, label_ids
 from srdd.pipelines.scale_sampling import KnownTokens, sample_scales
 from srdd.schedulers import ScaleScheduler
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# Most images for a label, and the longest side of a canvas: beyond, memory ends before any picture is there.
+MAX_IMAGES, MAX_SIDE = 10_000, 16_384
 
 
 def check_components(
@@ -50,6 +59,7 @@ class CallState(threading.local):
     """What callbacks may read and set of the call that runs in their thread; each thread has its own."""
 
     guidance_scale: float | None = None
+    interrupt: bool = False
 
     def __reduce__(self):
         return type(self), ()  # what a thread does is no part of a copy
@@ -69,7 +79,7 @@ class ScalePipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer"
     _exclude_from_cpu_offload = ["vqvae"]  # it is needed after every scale, so it stays on the device
-    _callback_tensor_inputs = ["latents", "token_ids"]
+    _callback_tensor_inputs = list(TENSOR_INPUTS)
 
     def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
         super().__init__()
@@ -114,6 +124,19 @@ class ScalePipeline(DiffusionPipeline):
         return self._call.guidance_scale
 
     @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, interrupt: bool) -> None:
+        self._call.interrupt = interrupt
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether this thread's call ends after the pass at hand. Callbacks set `_interrupt`."""
+        return self._call.interrupt
+
+    @property
     def default_guidance_scale(self) -> float:
         """The guidance of calls that name none."""
         return 1.0 if self.transformer.config.guidance_distilled else 2.5
@@ -139,22 +162,36 @@ class ScalePipeline(DiffusionPipeline):
 
     def check_inputs(
         self,
+        guidance_scale: float | None,
         num_images_per_prompt: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
         output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> None:
+        """Raise a `ValueError` for components that do not fit, or a value that no pipeline knows."""
         check_components(self.vqvae, self.transformer, self.scheduler)
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be a positive integer, got {num_images_per_prompt!r}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        names = callback_on_step_end_tensor_inputs or ()
-        unknown = [name for name in names if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be a part of {self._callback_tensor_inputs}, got"
-                f" {unknown}."
-            )
+        is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
+        is_count = isinstance(num_images_per_prompt, Integral) and not isinstance(num_images_per_prompt, bool)
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        are_generators = all(isinstance(each, torch.Generator) for each in generators)
+        for name, value, is_allowed, rule in (
+            ("guidance_scale", guidance_scale, is_number and isfinite(guidance_scale), "a finite number or None"),
+            (
+                "num_images_per_prompt",
+                num_images_per_prompt,
+                is_count and 1 <= num_images_per_prompt <= MAX_IMAGES,
+                f"an integer in [1, {MAX_IMAGES}]",
+            ),
+            ("generator", generator, are_generators, "a torch.Generator, a list of them or None"),
+            ("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {OUTPUT_TYPES}"),
+            ("return_dict", return_dict, isinstance(return_dict, bool), "True or False"),
+        ):
+            if not is_allowed and (value is not None or "None" not in rule):
+                raise ValueError(f"`{name}` must be {rule}, got {shown(value)}.")
+        if callback_on_step_end is not None or callback_on_step_end_tensor_inputs is not None:
+            callback_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
     def encode_class_labels(self, class_labels: Any) -> Conditions:
         """What the transformer is told of classes, one image each; `None` is one image without a class."""
@@ -196,8 +233,12 @@ class ScalePipeline(DiffusionPipeline):
         shape = (batch_size, self.vqvae.config.latent_channels, *self.vqvae.config.scale_sizes[-1])
         if latents is None:
             return torch.zeros(shape, device=self._execution_device)
+        if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+            raise ValueError(f"`latents` must be a torch.Tensor of floats, got {shown(latents)}.")
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        if not latents.isfinite().all():
+            raise ValueError("`latents` must be finite, got NaN or infinite values.")
         return latents.to(self._execution_device, torch.float32)
 
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
@@ -214,11 +255,12 @@ class ScalePipeline(DiffusionPipeline):
         self,
         conditions: Conditions,
         guidance_scale: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         known_tokens: KnownTokens | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        progress_bar: tqdm | None = None,
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """
         Draw one pyramid for each condition, with progress bar and callback.
@@ -232,32 +274,32 @@ class ScalePipeline(DiffusionPipeline):
             known_tokens (`KnownTokens`, *optional*): As in [`~srdd.pipelines.scale_sampling.sample_scales`].
             callback_on_step_end (`Callable`, *optional*): As in [`SRDDPipeline`].
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`SRDDPipeline`].
+            progress_bar (`tqdm`, *optional*): Follows the passes; one of the run's own by default.
 
         Returns:
             `tuple[torch.Tensor, torch.LongTensor]`: The last latent state and the pyramids.
 
         Raises:
-            ValueError: If the number of generators is not that of images, or `latents` have another shape.
+            ValueError: If the number of generators is not that of images, or `latents` or a callback do not fit.
         """
-        batch_size = conditions.batch_size
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
+        batch_size, on_step_end = conditions.batch_size, None
+        if isinstance(generator, (list, tuple)):
+            generator = list(generator)
+            if len(generator) != batch_size:
+                raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
+        if callback_on_step_end is not None:
+            names = callback_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+            on_step_end = StepEnd(self, callback_on_step_end, names)
         latents = self.prepare_latents(batch_size, latents)
         if conditions.unconditional is None:
             guidance_scale = 1.0
         elif guidance_scale is None:
             guidance_scale = self.default_guidance_scale
-        self._call.guidance_scale = guidance_scale
-        names = callback_on_step_end_tensor_inputs
-        names = ["latents"] if names is None else names
-
-        def on_step_end(index: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-            changed = callback_on_step_end(self, index, timestep, {name: tensors[name] for name in names})
-            return {**tensors, **changed, "guidance_scale": self._guidance_scale}
-
-        num_passes = len(self.scheduler.timesteps)
-        with self.progress_bar(total=num_passes) as progress_bar:
-            latents, token_ids = sample_scales(
+        self._call.guidance_scale, self._call.interrupt = guidance_scale, False
+        total = len(self.scheduler.timesteps)
+        bar = self.progress_bar(total=total) if progress_bar is None else nullcontext(progress_bar)
+        with bar as progress_bar:
+            return sample_scales(
                 vqvae=self.vqvae,
                 transformer=self.transformer,
                 scheduler=self.scheduler,
@@ -267,7 +309,5 @@ class ScalePipeline(DiffusionPipeline):
                 generator=generator,
                 known_tokens=known_tokens,
                 progress_bar=progress_bar,
-                on_step_end=on_step_end if callback_on_step_end is not None else None,
+                on_step_end=on_step_end,
             )
-            progress_bar.update(num_passes - progress_bar.n)
-        return latents, token_ids

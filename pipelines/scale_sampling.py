@@ -15,8 +15,8 @@ from srdd.schedulers import ScaleScheduler
 from srdd.schedulers.scheduling_scale import MASK_TOKEN_ID
 
 
-# Called after every pass with (index, timestep, {"latents": ..., "token_ids": ...}); what it returns replaces them,
-# and a "guidance_scale" in it holds from the next scale on.
+# Called after every pass with (index, timestep, {"latents": ..., "token_ids": ...}); returns these, "guidance_scale",
+# which holds from the next scale on, and "interrupt", which ends the run.
 StepCallback = Callable[[int, int, dict[str, Any]], dict[str, Any]]
 
 # Called with a scale and the latent state before it; returns the tokens that are known there, `(batch,
@@ -30,10 +30,10 @@ def sample_scales(
     scheduler: ScaleScheduler,
     conditions: Conditions,
     latents: torch.Tensor,
+    progress_bar: tqdm,
     guidance_scale: float = 1.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
     known_tokens: KnownTokens | None = None,
-    progress_bar: tqdm | None = None,
     on_step_end: StepCallback | None = None,
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """
@@ -45,10 +45,10 @@ def sample_scales(
         scheduler ([`ScaleScheduler`]): Says which scales, how tokens are drawn, and which are drawn again.
         conditions ([`Conditions`]): What to draw, one for each image.
         latents (`torch.Tensor` of shape `(batch, channels, height, width)`): The state to start from, float32.
+        progress_bar (`tqdm`): Follows the passes, those that a scale does not need among them.
         guidance_scale (`float`, defaults to 1.0): Classifier-free guidance; 1 and below is off.
         generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.
         known_tokens (`KnownTokens`, *optional*): What is known of the images; such tokens are not drawn.
-        progress_bar (`tqdm`, *optional*): Follows the passes.
         on_step_end (`StepCallback`, *optional*): Called after every pass.
 
     Returns:
@@ -76,12 +76,14 @@ def sample_scales(
             token_ids, resample_mask = output.prev_sample, output.resample_mask
             token_map = token_ids[:, scale.tokens].unflatten(1, scale.size)
             latents = before + vqvae.residual_map(token_map).float()
-            if progress_bar is not None:
-                progress_bar.update(index + 1 - progress_bar.n)
+            progress_bar.update()
             if on_step_end is not None:
                 changed = on_step_end(index, scale.timestep, {"latents": latents, "token_ids": token_ids})
                 latents, token_ids = changed["latents"], changed["token_ids"]
-                guidance_scale = changed.get("guidance_scale", guidance_scale)
+                guidance_scale = changed["guidance_scale"]
+                if changed["interrupt"]:
+                    return latents, token_ids
             if several and not resample_mask.any():
                 break
+        progress_bar.update(first + num_passes - 1 - index)
     return latents, token_ids

@@ -1,3 +1,5 @@
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -29,15 +31,30 @@ class WindowedCanvas:
         self.size = tuple(size)
         ramps = [(torch.arange(side) + 0.5 - side / 2).abs().neg().add(side / 2) for side in self.size]
         self.fade = (ramps[0][:, None] * ramps[1]).to(pixels)  # (height, width), falls to the borders
+        # Where windows may start, along both axes.
+        self._starts = [
+            sorted({*range(0, full - side + 1, max(side // 2, 1)), full - side})
+            for full, side in zip(pixels.shape[-2:], self.size)
+        ]
         self.total = torch.zeros_like(pixels)
         self.weight = torch.zeros_like(pixels[:1, :1])
 
-    def fill(self, draw: Callable[[Window], tuple[torch.Tensor, torch.LongTensor]]) -> torch.LongTensor | None:
+    @property
+    def num_windows(self) -> int:
+        """Most windows that are drawn."""
+        return math.prod(map(len, self._starts))
+
+    def fill(
+        self,
+        draw: Callable[[Window], tuple[torch.Tensor, torch.LongTensor]],
+        is_interrupted: Callable[[], bool] = lambda: False,
+    ) -> torch.LongTensor | None:
         """
         Draw windows until all is known.
 
         Args:
             draw (`Callable`): Draws a window: returns its pixels, `(batch, 3, *size)`, and their tokens.
+            is_interrupted (`Callable`): Whether to stop after a window.
 
         Returns:
             `torch.LongTensor`, *optional*: The tokens of the window drawn last; `None` if all was known.
@@ -46,14 +63,12 @@ class WindowedCanvas:
         for window in self._windows():
             pixels, token_ids = draw(window)
             self._add(window, pixels)
+            if is_interrupted():
+                break
         return token_ids
 
     def _windows(self) -> Iterator[Window]:
-        starts = [
-            sorted({*range(0, full - side + 1, max(side // 2, 1)), full - side})
-            for full, side in zip(self.pixels.shape[-2:], self.size)
-        ]
-        left = {(top, first) for top in starts[0] for first in starts[1]}
+        left = set(itertools.product(*self._starts))
         while left:
             unknown = self.known_pixels.amin(dim=(0, 1)) == 0
             shares = {corner: unknown[self._window(corner)].float().mean().item() for corner in left}

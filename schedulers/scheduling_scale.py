@@ -1,17 +1,21 @@
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 
 from srdd.area_means import area_means
+from srdd.checks import check_choice, check_int, check_number, shown
 from srdd.scales import Scale, ScaleSizes, normalize_scale_sizes, scale_slices
 from srdd.schedulers.token_sampling import Generators, sample_tokens
 
+
+logger = logging.get_logger(__name__)
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
 RESAMPLING_POLICIES = ("none", "simple", "masked", "remasked")
@@ -24,6 +28,9 @@ REMOVED_OPTIONS = {
     ),
     "keep_accepted_tokens": ((True,), 'Where it was False, `resampling_policy="remasked"` judges all tokens anew'),
 }
+
+# Most further passes at a scale.
+MAX_PASSES = 1000
 
 # A token that is not drawn yet: the absorbing state of the discrete diffusion.
 MASK_TOKEN_ID = -1
@@ -112,7 +119,6 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                     "`scales` must be a part of `scale_sizes` that keeps its first and its last, got"
                     f" {_readable(scales)} for {_readable(scale_sizes)}."
                 )
-        self.register_to_config(scale_sizes=scale_sizes, scales=scales)
         self.scales: list[list[int]] = scales or scale_sizes
         # What a run visits, coarse to fine, and the tokens of a pyramid over it.
         self.visits: tuple[Scale, ...] = tuple(
@@ -120,26 +126,29 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             for size, tokens in zip(self.scales, scale_slices(self.scales))
         )
         self.num_tokens: int = self.visits[-1].tokens.stop
-        _check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
-        _check_choice("resampling_policy", resampling_policy, RESAMPLING_POLICIES)
-        passes = [num_resampling_passes] if isinstance(num_resampling_passes, int) else list(num_resampling_passes)
-        if any(not isinstance(count, int) or count < 0 for count in passes) or (
-            not isinstance(num_resampling_passes, int) and len(passes) != len(scale_sizes)
-        ):
-            raise ValueError(
-                "`num_resampling_passes` must be a non-negative integer, or a list of"
-                f" {len(scale_sizes)} of them, got {num_resampling_passes}."
-            )
-        for name, value, allowed, rule in (
-            ("guidance_start", guidance_start, 0 <= guidance_start <= 1, "in [0, 1]"),
-            ("guidance_stop", guidance_stop, guidance_start <= guidance_stop <= 1, "in [guidance_start, 1]"),
-            ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
-            ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "a non-negative integer"),
-            ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-            ("resampling_threshold", resampling_threshold, 0 <= resampling_threshold <= 1, "in [0, 1]"),
-        ):
-            if not allowed:
-                raise ValueError(f"`{name}` must be {rule}, got {value}.")
+        check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
+        check_choice("resampling_policy", resampling_policy, RESAMPLING_POLICIES)
+        if isinstance(num_resampling_passes, (list, tuple)):
+            if len(num_resampling_passes) != len(scale_sizes):
+                raise ValueError(
+                    f"`num_resampling_passes` must be an integer or a list of {len(scale_sizes)} of them, got"
+                    f" {num_resampling_passes}."
+                )
+            passes = [check_int("num_resampling_passes", count, 0, MAX_PASSES) for count in num_resampling_passes]
+        else:
+            passes = check_int("num_resampling_passes", num_resampling_passes, 0, MAX_PASSES)
+        guidance_start = check_number("guidance_start", guidance_start, 0, 1)
+        self.register_to_config(
+            scale_sizes=scale_sizes,
+            scales=scales,
+            guidance_start=guidance_start,
+            guidance_stop=check_number("guidance_stop", guidance_stop, guidance_start, 1),
+            temperature=check_number("temperature", temperature, 0),
+            top_k=check_int("top_k", top_k, 0),
+            top_p=check_number("top_p", top_p, over=0, high=1),
+            resampling_threshold=check_number("resampling_threshold", resampling_threshold, 0, 1),
+            num_resampling_passes=passes,
+        )
         self.set_timesteps()
 
     @property
@@ -164,6 +173,9 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 "`resampling_policy` 'learned' is gone since version 0.2, and its token critic with it: it was no"
                 " better than 'masked' (`benchmarks/ABLATIONS.md`)."
             )
+        unknown = sorted({*kwargs} - {*REMOVED_OPTIONS} - cls._get_init_keys(cls))
+        if unknown:
+            logger.warning(f"{cls.__name__} has no options {unknown}: they are ignored.")
         config_dict, kwargs = (
             {name: value for name, value in given.items() if name not in REMOVED_OPTIONS}
             for given in (config_dict, kwargs)
@@ -191,7 +203,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             if scale.timestep == timestep:
                 return scale
         raise ValueError(
-            f"`timestep` must be one of {[scale.timestep for scale in self.visits]}, got {int(timestep)}."
+            f"`timestep` must be one of {[scale.timestep for scale in self.visits]}, got {shown(timestep)}."
         )
 
     def num_passes(self, timestep: int | torch.Tensor) -> int:
@@ -225,15 +237,21 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is not None and num_inference_steps != len(scale_timesteps):
             raise ValueError(
                 f"`num_inference_steps` must be {len(scale_timesteps)}, the number of scales in"
-                f" {_readable(self.scales)}, got {num_inference_steps}. Other steps are other scales:"
+                f" {_readable(self.scales)}, got {shown(num_inference_steps)}. Other steps are other scales:"
                 " `ScaleScheduler.from_config(scheduler.config, scales=...)`."
             )
         if timesteps is None:
             timesteps = [t for t in scale_timesteps for _ in range(self.num_passes(t))]
-        elif list(dict.fromkeys(timesteps)) != scale_timesteps or sorted(timesteps, reverse=True) != list(timesteps):
-            raise ValueError(f"`timesteps` must be {scale_timesteps}, each once or repeated, got {list(timesteps)}.")
+        else:
+            values = timesteps.tolist() if isinstance(timesteps, (torch.Tensor, np.ndarray)) else timesteps
+            timesteps = list(values) if isinstance(values, (list, tuple, range)) else []
+            are_integers = all(isinstance(t, Integral) and not isinstance(t, bool) for t in timesteps)
+            if not are_integers or timesteps != sorted(timesteps, reverse=True) or {*timesteps} != {*scale_timesteps}:
+                raise ValueError(f"`timesteps` must be {scale_timesteps}, each once or repeated, got {shown(values)}.")
+            if len(timesteps) > (1 + MAX_PASSES) * len(scale_timesteps):
+                raise ValueError(f"`timesteps` must repeat none more than {MAX_PASSES} times, got {len(timesteps)}.")
         self.num_inference_steps = len(scale_timesteps)
-        self.timesteps = torch.tensor(list(timesteps), dtype=torch.long, device=device)
+        self.timesteps = torch.tensor(timesteps, dtype=torch.long, device=device)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
         """
@@ -319,6 +337,12 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
+        for name, mask in (("resample_mask", resample_mask), ("known_mask", known_mask)):
+            if mask is not None and (mask.dtype != torch.bool or mask.shape != token_ids.shape):
+                raise ValueError(
+                    f"`{name}` must be a torch.BoolTensor of shape {tuple(token_ids.shape)}, got {mask.dtype} of shape"
+                    f" {tuple(mask.shape)}."
+                )
         log_normalizer = model_output.float().logsumexp(dim=-1)  # (B, N_k)
         if not log_normalizer.isfinite().all():
             raise ValueError(
@@ -377,8 +401,14 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`original_samples` must have shape (batch, {self.num_tokens}), got {tuple(original_samples.shape)}."
             )
-        device = original_samples.device
-        timesteps = torch.as_tensor(timesteps, device=device).expand(original_samples.shape[0])
+        device, batch_size = original_samples.device, len(original_samples)
+        timesteps = torch.as_tensor(timesteps, device=device)
+        if timesteps.is_floating_point() or timesteps.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(
+                f"`timesteps` must be an integer or {batch_size} of them, one for each image, got {timesteps.dtype} of"
+                f" shape {tuple(timesteps.shape)}."
+            )
+        timesteps = timesteps.expand(batch_size)
         starts = torch.tensor([self.visit(t).tokens.start for t in timesteps.tolist()], device=device)
         forgotten = torch.arange(self.num_tokens, device=device) >= starts.unsqueeze(1)
         return original_samples.masked_fill(forgotten, MASK_TOKEN_ID)
@@ -389,8 +419,3 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
 def _readable(sizes: list[list[int]]) -> list:
     return [height if height == width else (height, width) for height, width in sizes]
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {tuple(allowed)}, got {value!r}.")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from tiny_models import ID2LABEL, LATENT_CHANNELS, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 from torch._dynamo.utils import counters
 
@@ -584,16 +585,39 @@ def test_nan_logits_stop_the_run():
         ({"class_labels": 5}, r"`class_labels` must lie in \[0, 4\], got 5"),
         ({"class_labels": "plum"}, "`class_labels` must be names of classes .*got 'plum'"),
         ({"class_labels": []}, "`class_labels` must hold at least one label"),
+        ({"generator": 0}, "`generator` must be a torch.Generator, a list of them or None, got 0"),
+        ({"generator": [torch.Generator(), 1]}, "`generator` must be a torch.Generator, a list of them or None, got"),
+        ({"generator": []}, "`generator` must be a list of 2 generators, got 0"),
+        ({"guidance_scale": "2.5"}, "`guidance_scale` must be a finite number or None, got '2.5'"),
+        ({"guidance_scale": torch.tensor(2.5)}, "`guidance_scale` must be a finite number or None, got tensor"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number or None, got nan"),
+        ({"guidance_scale": float("inf")}, "`guidance_scale` must be a finite number or None, got inf"),
+        ({"guidance_scale": True}, "`guidance_scale` must be a finite number or None, got True"),
+        ({"return_dict": "no"}, "`return_dict` must be True or False, got 'no'"),
+        ({"return_dict": None}, "`return_dict` must be True or False, got None"),
+        ({"output_type": None}, "`output_type` must be one of .*, got None"),
+        ({"output_type": ["pil"]}, r"`output_type` must be one of .*, got \['pil'\]"),
+        ({"latents": [0.0]}, r"`latents` must be a torch.Tensor of floats, got \[0.0\]"),
+        ({"latents": torch.zeros(2, 8, 4, 4, dtype=torch.long)}, "`latents` must be a torch.Tensor of floats, got"),
+        ({"latents": torch.full((2, 8, 4, 4), float("nan"))}, "`latents` must be finite, got NaN or infinite values"),
+        (
+            {"num_images_per_prompt": 10**9},
+            r"`num_images_per_prompt` must be .* in \[1, 10000\], got 100000000",
+        ),
+        ({"num_images_per_prompt": True}, r"`num_images_per_prompt` must be an integer in \[1, 10000\], got True"),
+        ({"callback_on_step_end": "print"}, "`callback_on_step_end` must be callable as .*, got 'print'"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "inputs` must be a list of .*, got 'latents'"),
+        ({"callback_on_step_end_tensor_inputs": [3]}, r"inputs` must be a list of .*, got \[3\]"),
         ({"generator": generators(0, 1, 2)}, "`generator` must be a list of 2 generators, got 3"),
         ({"generator": generators(0)}, "`generator` must be a list of 2 generators, got 1"),
         ({"latents": torch.zeros(2, 8, 4, 5)}, r"`latents` must have shape \(2, 8, 4, 4\), got \(2, 8, 4, 5\)"),
         ({"latents": torch.zeros(1, 8, 4, 4)}, r"`latents` must have shape \(2, 8, 4, 4\), got \(1, 8, 4, 4\)"),
         ({"output_type": "jpg"}, r"`output_type` must be one of \('pil', 'np', 'pt', 'latent'\), got 'jpg'"),
-        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a positive integer, got 0"),
-        ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be a positive integer, got 1.5"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be an integer in .* got 0"),
+        ({"num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be an integer in .* got 1.5"),
         (
             {"callback_on_step_end_tensor_inputs": ["latents", "logits"]},
-            r"`callback_on_step_end_tensor_inputs` must be a part of \['latents', 'token_ids'\], got \['logits'\]",
+            r"`callback_on_step_end_tensor_inputs` must be a list of .* got \['latents', 'logits'\]",
         ),
     ],
 )
@@ -704,3 +728,99 @@ def test_guidance_of_a_call_can_be_read_after_it():
     pipe(1)
     assert pipe.guidance_scale == pipe.default_guidance_scale == 2.5
     assert copy.deepcopy(pipe).guidance_scale is None
+
+
+def test_arguments_of_numpy_and_tuples_of_generators_are_what_they_say():
+    pipe = tiny_pipeline()
+    plain = latents_of(pipe, [1, 2], guidance_scale=3, num_images_per_prompt=2, generator=generators(0, 1, 2, 3))[1]
+    options = {"guidance_scale": np.float32(3), "num_images_per_prompt": np.int64(2)}
+    again = latents_of(pipe, np.array([1, 2]), generator=tuple(generators(0, 1, 2, 3)), **options)[1]
+    assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_callback_may_end_the_run(pattern):
+    pipe = tiny_pipeline(pattern, scheduler=make_scheduler("masked", resampling_threshold=1.0))
+    seen = []
+
+    def stop(pipe, index, timestep, tensors):
+        seen.append((index, timestep))
+        pipe._interrupt = timestep == 1
+        return tensors
+
+    latents, token_ids = latents_of(pipe, [1, 2], callback_on_step_end=stop)
+    assert seen == [(0, 2), (1, 2), (2, 2), (3, 2), (4, 1)]
+    assert (token_ids[:, :5] >= 0).all()
+    assert (token_ids[:, 5:] == -1).all()
+    torch.testing.assert_close(latents, pipe.vqvae.latent_states(token_ids[:, :5], [1, 2], (4, 4))[-1])
+    # The next call is another.
+    assert (latents_of(pipe, [1, 2])[1] >= 0).all()
+    assert not pipe.interrupt
+
+
+class Watch(PipelineCallback):
+    tensor_inputs = ["token_ids"]
+
+    def callback_fn(self, pipeline, step_index, timesteps, callback_kwargs):
+        self.seen = [*getattr(self, "seen", []), (step_index, list(callback_kwargs))]
+        if step_index == int(pipeline.num_timesteps * self.config.cutoff_step_ratio):
+            pipeline._guidance_scale = 0.0
+        return callback_kwargs
+
+
+def test_callbacks_of_diffusers_get_what_they_ask_for():
+    pipe, watch = tiny_pipeline(), Watch(cutoff_step_ratio=0.5)
+    pipe(1, guidance_scale=4.0, callback_on_step_end=watch)
+    assert watch.seen == [(0, ["token_ids"]), (1, ["token_ids"]), (2, ["token_ids"])]
+    assert pipe.guidance_scale == 0.0
+    both = MultiPipelineCallbacks([Watch(cutoff_step_ratio=1.0), Watch(cutoff_step_ratio=1.0)])
+    pipe(1, callback_on_step_end=both)
+    assert [each.seen for each in both.callbacks] == [watch.seen] * 2
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "must return a dictionary .* got None"),
+        ([], r"must return a dictionary .* got \[\]"),
+        ({"logits": torch.zeros(1)}, r"must return a dictionary with some of .* got \['logits'\]"),
+        ({"latents": None}, "must return 'latents' that are finite floats, .* got None"),
+        ({"latents": torch.zeros(2, 8, 4, 5)}, r"must return 'latents' .* got torch.float32 of shape \(2, 8, 4, 5\)"),
+        ({"latents": torch.full((2, 8, 4, 4), float("nan"))}, "must return 'latents' that are finite floats"),
+        ({"latents": torch.zeros(2, 8, 4, 4, dtype=torch.long)}, "must return 'latents' .* got torch.int64"),
+        (
+            {"token_ids": torch.full((2, 21), 32)},
+            r"must return 'token_ids' that are ids in \[0, 31\]",
+        ),
+        (
+            {"token_ids": torch.full((2, 21), 3)},
+            r"must return 'token_ids' that are ids in \[0, 31\]",
+        ),
+        ({"token_ids": torch.full((2, 21), -1)}, "must return 'token_ids' that are ids"),
+        ({"token_ids": torch.zeros(2, 21)}, "must return 'token_ids' .* got torch.float32"),
+        ({"token_ids": torch.zeros(2, 20, dtype=torch.long)}, r"must return 'token_ids' .* of shape \(2, 20\)"),
+    ],
+)
+def test_what_a_callback_returns_is_checked(returned, message):
+    with pytest.raises(ValueError, match=f"`callback_on_step_end` {message}"):
+        tiny_pipeline()([1, 2], callback_on_step_end=lambda *_: returned)
+
+
+@pytest.mark.parametrize("guidance_scale", ["4", None, float("nan"), torch.tensor(2.0)])
+def test_guidance_that_a_callback_sets_is_checked(guidance_scale):
+    with pytest.raises(ValueError, match="`_guidance_scale`, which a callback set, must be a finite number, got"):
+        tiny_pipeline()(1, callback_on_step_end=turn_guidance(guidance_scale))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_model_in_training_mode_draws_what_it_draws_else(pattern):
+    transformer = tiny_transformer(pattern, drop_path_rate=0.5, class_dropout_prob=0.5)
+    pipe = lively_pipeline(transformer=transformer)
+    expected = latents_of(pipe, [1, 2, 3], guidance_scale=3.0, generator=generators(0, 1, 2))
+    transformer.train()
+    pipe.vqvae.train()
+    for _ in range(3):
+        drawn = latents_of(pipe, [1, 2, 3], guidance_scale=3.0, generator=generators(0, 1, 2))
+        assert torch.equal(drawn[1], expected[1])
+    assert transformer.training
+    assert pipe.vqvae.training

@@ -1,4 +1,5 @@
 import io
+import re
 
 import numpy as np
 import pytest
@@ -299,12 +300,19 @@ def test_swapped_schedules_and_callbacks_work():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strength": 1.5}, r"`strength` must lie in \[0, 1\], got 1.5"),
-        ({"padding_mask_crop": -1}, "`padding_mask_crop` must be a non-negative integer, got -1"),
-        ({"feather": 0.5}, "`feather` must be a non-negative integer, got 0.5"),
+        ({"strength": 1.5}, r"`strength` must be a finite number in \[0, 1\], got 1.5"),
+        ({"padding_mask_crop": -1}, "`padding_mask_crop` must be an integer in .*, got -1"),
+        ({"feather": 0.5}, "`feather` must be an integer in .*, got 0.5"),
+        ({"strength": "1"}, "`strength` must be a finite number in .*, got '1'"),
+        ({"strength": float("nan")}, "`strength` must be a finite number in .*, got nan"),
+        ({"feather": 10**6}, r"`feather` must be an integer in \[0, 1024\], got 1000000"),
+        ({"paste_known": "false"}, "`paste_known` must be True or False, got 'false'"),
+        ({"padding_mask_crop": True}, "`padding_mask_crop` must be an integer in .*, got True"),
+        ({"image": "cat.png"}, "`image` cannot be read: .* got str"),
+        ({"mask_image": []}, "`mask_image` must hold at least one picture"),
         ({"class_labels": 9}, r"`class_labels` must lie in \[0, 4\], got 9"),
         ({"output_type": "jpg"}, "`output_type` must be one of"),
-        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be a positive integer, got 0"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt` must be an integer in .* got 0"),
         (
             {"mask_image": torch.full((1, 1, 8, 8), 2.0)},
             r"`mask_image` cannot be read: floats .*\[0, 1\], got \[2, 2\]",
@@ -336,3 +344,19 @@ def test_outpainting_refuses_images_of_several_sizes():
 def test_outpainting_has_no_latents():
     with pytest.raises(ValueError, match="`output_type` must be 'pil', 'np' or 'pt' in outpainting, got 'latent'"):
         make_pipeline().outpaint(random_image(), 2, output_type="latent")
+
+
+def test_outpainting_refuses_canvases_beyond_memory():
+    with pytest.raises(ValueError, match=r"`padding` must be one or four numbers of pixels in \[0, 16384\]"):
+        make_pipeline().outpaint(random_image(), 10**5)
+    with pytest.raises(ValueError, match="`padding` must give a canvas of at most 16384 pixels .* 8190 for 8x8"):
+        make_pipeline().outpaint(random_image(), 8190)
+
+
+def test_windows_share_one_progress_bar(capsys):
+    pipe = make_pipeline()
+    pipe.set_progress_bar_config(disable=False, mininterval=0, bar_format="<{n}/{total}>")
+    pipe.outpaint(random_image(), 6, class_labels=1, generator=seeded_one())
+    shown = re.findall(r"<(\d+)/(\d+)>", capsys.readouterr().err)
+    assert {total for _, total in shown} == {"48"}
+    assert shown[-1] == ("48", "48")

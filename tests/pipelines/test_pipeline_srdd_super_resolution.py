@@ -1,7 +1,9 @@
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.utils import logging
 from PIL import Image
 from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 
@@ -92,11 +94,14 @@ def test_at_least_one_scale_is_drawn():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scale_factor": 1}, "`scale_factor` must be an integer above 1, got 1"),
-        ({"scale_factor": 2.5}, "`scale_factor` must be an integer above 1, got 2.5"),
-        ({"num_known_scales": 4}, r"`num_known_scales` must lie in \[0, 3\], got 4"),
+        ({"scale_factor": 1}, r"`scale_factor` must be an integer in \[2, 16384\], got 1"),
+        ({"scale_factor": 2.5}, "`scale_factor` must be an integer in .* got 2.5"),
+        ({"num_known_scales": 4}, r"`num_known_scales` must be an integer in \[0, 3\], got 4"),
         ({"output_type": "latent"}, "`output_type` must be 'pil', 'np' or 'pt' in super-resolution, got 'latent'"),
         ({"class_labels": [0, 1]}, "`generator` must be a list of 2 generators, got 1"),
+        ({"scale_factor": 10**6}, "`scale_factor` must be an integer in .* got 1000000"),
+        ({"scale_factor": 8192}, "`scale_factor` must give results of at most 16384 pixels a side, got 8192 for 4x4"),
+        ({"consistent": 1}, "`consistent` must be True or False, got 1"),
         ({"class_labels": "pear"}, "`class_labels` must be names of classes"),
     ],
 )
@@ -111,3 +116,27 @@ def test_images_of_several_sizes_are_refused():
         draw(make_pipeline(), images)
     with pytest.raises(ValueError, match=r"`image` cannot be read: its shape .*1, 3 or 4 channels.*\(1, 2, 4, 4\)"):
         draw(make_pipeline(), torch.zeros(1, 2, 4, 4))
+
+
+def test_contrasts_that_no_picture_gives_are_said(caplog):
+    pipe, logger = make_pipeline(), logging.get_logger("srdd.pipelines.pipeline_srdd_super_resolution")
+    checkerboard = ((torch.arange(4)[:, None] + torch.arange(4)) % 2).float().expand(1, 3, 4, 4)
+    logger.addHandler(caplog.handler)
+    draw(pipe, small_image())
+    assert not caplog.records
+    draw(pipe, checkerboard)
+    logger.removeHandler(caplog.handler)
+    assert re.search(r"differs from `image` by up to \d\d of 255", caplog.records[0].getMessage())
+
+
+def test_a_callback_ends_all_windows():
+    pipe, seen = make_pipeline(), []
+
+    def stop(pipe, index, timestep, tensors):
+        seen.append(timestep)
+        pipe._interrupt = len(seen) == 4
+        return tensors
+
+    pictures = pipe(Image.new("RGB", (12, 12)), 2, 1, callback_on_step_end=stop).images
+    assert seen == [2, 1, 0, 2]
+    assert pictures[0].size == (24, 24)

@@ -42,19 +42,36 @@ def test_projected_images_become_the_small_ones_again(factor):
     large = resize(random_pixels(8, 8), (32, 32)) * 0.8
     small = resize(large, (32 // factor, 32 // factor))
     start = (large + 0.1 * random_pixels(32, 32, seed=5)).clamp(-1, 1)
-    projected = project_to_low_resolution(start, small)
+    projected, errors = project_to_low_resolution(start, small)
+    assert errors.max() < 1e-3
     assert (resize(projected, small.shape[-2:]) - small).abs().max() < 1e-3
     assert (resize(start, small.shape[-2:]) - small).abs().max() > 1e-2
     # Of all images that give the small one, it is nearer to the start than the true one.
     assert (projected - start).norm() < (large - start).norm()
 
 
-@pytest.mark.parametrize("padding", [0, -1, (1, 2, 3), (1, 2, 3, -4), (0, 0, 0, 0), 1.5, (1, 1, 1, 0.5)])
+@pytest.mark.parametrize(
+    "padding", [0, -1, (1, 2, 3), (1, 2, 3, -4), (0, 0, 0, 0), 1.5, (1, 1, 1, 0.5), 101, True, "4"]
+)
 def test_paddings_that_make_no_sense_are_refused(padding):
     with pytest.raises(ValueError, match="`padding` must be one or four"):
-        check_padding(padding)
+        check_padding(padding, 100)
 
 
 def test_paddings_of_one_or_four_numbers():
-    assert check_padding(3) == (3, 3, 3, 3)
-    assert check_padding([1, 0, 2, 0]) == (1, 0, 2, 0)
+    assert check_padding(3, 100) == (3, 3, 3, 3)
+    assert check_padding([1, 0, 2, 0], 100) == (1, 0, 2, 0)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_where_no_picture_gives_the_small_one_it_is_said_how_far_it_is_off(factor):
+    checkerboard = ((torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1).expand(2, 3, 8, 8).clone()
+    checkerboard[1] *= 0.2
+    start = resize(checkerboard, (8 * factor, 8 * factor))
+    projected, errors = project_to_low_resolution(start, checkerboard)
+    assert projected.abs().max() <= 1
+    left = (resize(projected, (8, 8)) - checkerboard).abs().amax(dim=(1, 2, 3))
+    # `resize` cuts off what lies outside of the bounds.
+    assert (left <= errors + 1e-5).all()
+    assert errors[0] > 0.3
+    assert errors[1] < 0.01

@@ -100,7 +100,7 @@ class ScaleTransformerBlock(nn.Module):
         gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
         modulated = torch.addcmul(shift1, self.norm1(hidden_states), 1 + scale1)  # AdaLN
         branch = self.attn(modulated, segments, kv_cache, attention_mask)
-        drops_paths = self.training and self.drop_path_rate > 0
+        drops_paths = self.training and torch.is_grad_enabled() and self.drop_path_rate > 0
         hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch) if drops_paths else branch)
         branch = self.ff(torch.addcmul(shift2, self.norm2(hidden_states), 1 + scale2))
         hidden_states = torch.addcmul(hidden_states, gate2, self.drop_path(branch) if drops_paths else branch)
@@ -398,7 +398,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             raise ValueError(
                 f"`class_labels` must have shape ({hidden_states.shape[0]},), got {tuple(class_labels.shape)}."
             )
-        if self.training and self.config.class_dropout_prob > 0:
+        # A training step wants gradients; drawing with a model in training mode does not depend on that mode.
+        if self.training and torch.is_grad_enabled() and self.config.class_dropout_prob > 0:
             dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout_prob
             class_labels = torch.where(dropped, null_class, class_labels)
 
