@@ -1,7 +1,7 @@
 """What the transformer is told of the images to draw: labels become ids, ids become conditions."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -77,7 +77,8 @@ def label_ids(class_labels: Any, num_classes: int, id2label: Mapping[int | str, 
     """
     if isinstance(class_labels, (torch.Tensor, np.ndarray)):
         class_labels = class_labels.flatten().tolist()
-    labels = list(class_labels) if isinstance(class_labels, (list, tuple, range)) else [class_labels]
+    is_one = isinstance(class_labels, (str, bytes, Mapping, Set)) or not isinstance(class_labels, Iterable)
+    labels = [class_labels] if is_one else list(class_labels)
     if not labels:
         raise ValueError(f"`class_labels` must hold at least one label, got {class_labels!r}.")
     ids = _names_to_ids(labels, id2label) if any(isinstance(label, str) for label in labels) else labels
