@@ -125,7 +125,7 @@ def _as_batch(name: str, pictures: Pictures, read: Callable[[Any], torch.Tensor]
     try:
         batches = [read(picture) for picture in listed]
     except ValueError as error:
-        raise ValueError(f"`{name}` cannot be read: {error}.") from error
+        raise ValueError(f"`{name}` cannot be read: {error}.") from None
     sizes = sorted({tuple(batch.shape[-2:]) for batch in batches})
     if len(sizes) > 1:
         raise ValueError(f"`{name}` must hold pictures of one size, got the heights and widths {sizes}.")
