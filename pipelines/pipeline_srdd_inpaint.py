@@ -114,9 +114,11 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one kind):
-                Images of any one size; arrays and tensors in [0, 1] (tensors also in [-1, 1]).
+                Images of any one size, read by [`~srdd.pictures.read_pictures`]: as one sees them, arrays and tensors
+                being floats in [0, 1] or integers of 8 or 16 bits.
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one kind):
-                Masks of any shape and size, one for all images or one each: white (1) is drawn, black (0) is kept.
+                Masks of any shape, with the proportions of the images, one for all or one each: white (1) is drawn,
+                black (0) is kept.
                 Grey is a soft edge: tokens are drawn from 0.5 on, and the mask blends the result into the image.
             class_labels (`int`, `str`, a list of both, or `torch.LongTensor`, *optional*):
                 Classes of the result, one for all images or one each (or several for one image); another class than

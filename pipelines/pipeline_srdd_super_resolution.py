@@ -77,7 +77,7 @@ class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of one kind):
-                Small images of any one size; arrays and tensors in [0, 1].
+                Small images of any one size, read by [`~srdd.pictures.read_pictures`].
             scale_factor (`int`, defaults to 4): How many times larger the result is.
             class_labels (`int`, `str`, a list of both, or `torch.LongTensor`, *optional*): Classes, one for all images
                 or one each. `None` draws without a class.

@@ -78,7 +78,7 @@ def log_likelihood(
     Args:
         pipe ([`SRDDPipeline`]): The model, or another pipeline with its components.
         images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list, *optional*): Images of the model's size;
-            they are tokenised over the scheduler's scales. Arrays and tensors are in [0, 1], as diffusers has it.
+            they are tokenised over the scheduler's scales. [`~srdd.pictures.read_pictures`] reads them.
         token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`, *optional*): Pyramids over the scheduler's
             scales, in place of `images`.
         class_labels (`int`, `str`, a list of both, or `torch.LongTensor`, *optional*): One class for all pyramids or
