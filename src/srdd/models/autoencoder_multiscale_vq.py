@@ -7,12 +7,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from srdd.acceleration import accelerate, dequantize_decoder, quantize_decoder, run_decoder
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
+from srdd.models.saved_weights import SavedModelMixin
 from srdd.scales import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
 
 
@@ -51,7 +51,7 @@ class MultiScaleVQModelOutput(BaseOutput):
     latents: torch.Tensor | None = None
 
 
-class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
+class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     Image tokenizer that writes an image as a pyramid of token maps and reads it back.
 

@@ -14,7 +14,6 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch.nn.attention.flex_attention import BlockMask
 
 from srdd.acceleration import accelerate, set_fast_linears
@@ -26,6 +25,7 @@ from srdd.models.attention_scale import (
     scale_segments,
 )
 from srdd.models.guidance import guide
+from srdd.models.saved_weights import SavedModelMixin
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
 
@@ -112,7 +112,7 @@ def begin_step(*_) -> None:
     torch.compiler.cudagraph_mark_step_begin()
 
 
-class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     r"""
     Predicts the tokens of a scale from the latent state before it: `p_theta(z_k | x_k, k, y)`.
 
