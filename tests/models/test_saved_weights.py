@@ -365,6 +365,7 @@ def test_a_whole_save_after_shards(tmp_path, variant, safe_serialization):
 
 def test_pipelines_save_whole_after_shards(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.rglob("*.index.json"))) == 2
     pipe = tiny_pipeline(transformer=tiny_transformer(seed=7), vqvae=tiny_vqvae(seed=8))
     pipe.save_pretrained(tmp_path)
     loaded = SRDDPipeline.from_pretrained(tmp_path)

@@ -1,8 +1,9 @@
 """Saved weights: what a file must hold to be loaded, and what a folder may hold after it was saved."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,31 @@ STRUCTURE_ERRORS = (
     UnicodeDecodeError,
     json.JSONDecodeError,
 )
+
+
+@contextlib.contextmanager
+def reading(source: Any, name: str) -> Iterator[None]:
+    """
+    Code that reads a saved model or pipeline and does not expect files of another structure.
+
+    Args:
+        source (`Any`): The file or folder.
+        name (`str`): What it should hold.
+
+    Raises:
+        ValueError: In place of errors that only say what the code stumbled over.
+        OSError: With the name of `source`.
+    """
+    try:
+        yield
+    except STRUCTURE_ERRORS as error:
+        raise ValueError(
+            f"{source} must be a saved {name}, but reading it failed with {type(error).__name__}: {error}"
+        ) from error
+    except OSError as error:
+        if str(source) in str(error):
+            raise
+        raise OSError(f"{source}: {error}") from error
 
 
 def is_finite_as(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -174,6 +200,7 @@ class SavedModelMixin(ModelMixin):
         save_function: Callable | None = None,
         safe_serialization: bool = True,
         variant: str | None = None,
+        max_shard_size: int | str = "10GB",  # by name: pipelines look for it
         **kwargs: Any,
     ) -> None:
         """
@@ -196,7 +223,9 @@ class SavedModelMixin(ModelMixin):
             )
         if is_main_process:
             index.unlink(missing_ok=True)
-        super().save_pretrained(save_directory, is_main_process, save_function, safe_serialization, variant, **kwargs)
+        super().save_pretrained(
+            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, **kwargs
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any):
@@ -212,17 +241,8 @@ class SavedModelMixin(ModelMixin):
         for name in ("ignore_mismatched_sizes", "use_flashpack"):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` must be False for a {cls.__name__}, got {kwargs[name]!r}.")
-        try:
+        with reading(pretrained_model_name_or_path, cls.__name__):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except STRUCTURE_ERRORS as error:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} must be a saved {cls.__name__}, but reading it failed with"
-                f" {type(error).__name__}: {error}"
-            ) from error
-        except OSError as error:
-            if str(pretrained_model_name_or_path) in str(error):
-                raise
-            raise OSError(f"{pretrained_model_name_or_path}: {error}") from error
 
     @classmethod
     def _load_pretrained_model(
