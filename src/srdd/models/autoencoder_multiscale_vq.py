@@ -11,6 +11,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from srdd.acceleration import accelerate, dequantize_decoder, quantize_decoder, run_decoder
+from srdd.checks import check_list
+from srdd.models.configuration import check_configuration, check_groups, check_num_parameters, check_sample_size
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
 from srdd.models.saved_weights import SavedModelMixin
 from srdd.scales import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
@@ -93,8 +95,10 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         decoder_norm_num_groups (`int`, *optional*): Groups of the decoder's group norms.
 
     Raises:
-        ValueError: If `scale_sizes` is no growing list of scales or does not end at the latent grid of `sample_size`,
-            or a size of the decoder is none.
+        ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`],
+            `scale_sizes` is no growing list of scales or does not end at the latent grid of `sample_size`, lists of
+            blocks and channels differ in length, groups do not divide channels, `quant_conv_kernel_size` is even, or
+            the model would have more than 2 * 10^10 parameters.
     """
 
     _supports_gradient_checkpointing = True
@@ -128,20 +132,28 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         decoder_norm_num_groups: int | None = None,
     ):
         super().__init__()
+        checked, sample_size = check_configuration(self.config), check_sample_size(sample_size)
         scale_sizes = normalize_scale_sizes(scale_sizes)
         # JSON turns tuples into lists; the config holds lists from the start.
-        self.register_to_config(
-            scale_sizes=scale_sizes,
-            down_block_types=list(down_block_types),
-            up_block_types=list(up_block_types),
-            block_out_channels=list(block_out_channels),
-            decoder_block_out_channels=decoder_block_out_channels and list(decoder_block_out_channels),
-            sample_size=sample_size if isinstance(sample_size, int) else list(sample_size),
-        )
+        self.register_to_config(**checked, scale_sizes=scale_sizes, sample_size=sample_size)
+        for name in ("down_block_types", "up_block_types"):
+            check_list(name, checked[name], len(block_out_channels))
+        check_groups("norm_num_groups", norm_num_groups, checked["block_out_channels"])
+        if quant_conv_kernel_size % 2 == 0:
+            raise ValueError(f"`quant_conv_kernel_size` must be odd, got {quant_conv_kernel_size}.")
         self.spatial_compression_ratio = patch_size * 2 ** (len(block_out_channels) - 1)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self._check_grid(scale_sizes, self._grid_of(height, width))
         decoder_sizes = self._decoder_sizes()
+        check_num_parameters(
+            18 * layers_per_block * sum(width**2 for width in block_out_channels)
+            + 18 * decoder_sizes["layers_per_block"] * sum(width**2 for width in decoder_sizes["block_out_channels"])
+            + (in_channels + out_channels) * patch_size**2 * 9 * max(block_out_channels)
+            + latent_channels
+            * (codebook_size + latent_channels * (quant_conv_kernel_size**2 + 9 * num_residual_convs)),
+            "`block_out_channels`, `layers_per_block`, `in_channels`, `out_channels`, `patch_size`, `latent_channels`,"
+            " `codebook_size`, `quant_conv_kernel_size` and `num_residual_convs`",
+        )
 
         self.encoder = Encoder(
             in_channels=in_channels * patch_size**2,
@@ -188,27 +200,9 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         if all(value is None for value in own.values()):
             return sizes
 
-        channels, groups = sizes["block_out_channels"], sizes["norm_num_groups"]
-        levels = len(self.config.block_out_channels)
-        if len(channels) != levels or not all(isinstance(width, int) and width > 0 for width in channels):
-            raise ValueError(
-                f"`decoder_block_out_channels` must be {levels} positive integers, as many as"
-                f" `block_out_channels`, got {channels}."
-            )
-        if not isinstance(sizes["layers_per_block"], int) or sizes["layers_per_block"] < 0:
-            raise ValueError(
-                f"`decoder_layers_per_block` must be an integer of at least 0, got {sizes['layers_per_block']!r}."
-            )
-        if not isinstance(sizes["mid_block_add_attention"], bool):
-            raise ValueError(
-                "`decoder_mid_block_add_attention` must be True, False or None, got"
-                f" {sizes['mid_block_add_attention']!r}."
-            )
-        if not isinstance(groups, int) or groups < 1 or any(width % groups for width in channels):
-            raise ValueError(
-                "`decoder_norm_num_groups` (by default `norm_num_groups`) must be a divisor of all of the decoder's"
-                f" channels {channels}, got {groups!r}."
-            )
+        check_list("decoder_block_out_channels", sizes["block_out_channels"], len(self.config.block_out_channels))
+        name = "norm_num_groups" if own["norm_num_groups"] is None else "decoder_norm_num_groups"
+        check_groups(name, sizes["norm_num_groups"], sizes["block_out_channels"])
         return sizes
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:

@@ -5,7 +5,9 @@ channels, V codebook.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from types import NoneType
 
 import torch
 import torch.nn as nn
@@ -17,13 +19,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.nn.attention.flex_attention import BlockMask
 
 from srdd.acceleration import accelerate, set_fast_linears
+from srdd.checks import shown
 from srdd.models.attention_scale import (
-    ATTENTION_PATTERNS,
     MaskedScaleAttnProcessor,
     ScaleAttention,
     ScaleSegment,
     scale_segments,
 )
+from srdd.models.configuration import check_configuration, check_num_parameters
 from srdd.models.guidance import guide
 from srdd.models.saved_weights import SavedModelMixin
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache
@@ -112,6 +115,25 @@ def begin_step(*_) -> None:
     torch.compiler.cudagraph_mark_step_begin()
 
 
+def class_names(id2label: Mapping[int | str, str] | None, num_classes: int) -> dict[str, str]:
+    """
+    Names of classes as JSON has them: it turns integer keys into strings.
+
+    Raises:
+        ValueError: If a class does not exist, or a name is no string.
+    """
+    if not isinstance(id2label, (Mapping, NoneType)):
+        raise ValueError(f"`id2label` must be a dict of names by class id, got {shown(id2label)}.")
+    names = {str(index): name for index, name in (id2label or {}).items()}
+    unknown = sorted(index for index in names if not re.fullmatch(r"[0-9]{1,9}", index) or int(index) >= num_classes)
+    if unknown:
+        raise ValueError(f"`id2label` must name classes in [0, {num_classes - 1}], got {shown(unknown)}.")
+    wrong = [name for name in names.values() if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"`id2label` must hold names that are strings, got {shown(wrong)}.")
+    return names
+
+
 class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     r"""
     Predicts the tokens of a scale from the latent state before it: `p_theta(z_k | x_k, k, y)`.
@@ -143,8 +165,9 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
             then use no guidance unless asked to.
 
     Raises:
-        ValueError: If `attention_pattern` is unknown, `scale_sizes` is no growing list of scales, a dropout rate is
-            out of range, or `id2label` names classes that do not exist.
+        ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`],
+            `scale_sizes` is no growing list of scales, `id2label` names classes that do not exist, or the model would
+            have more than 2 * 10^10 parameters.
     """
 
     _supports_gradient_checkpointing = True
@@ -174,22 +197,18 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         guidance_distilled: bool = False,
     ):
         super().__init__()
-        if attention_pattern not in ATTENTION_PATTERNS:
-            raise ValueError(f"`attention_pattern` must be one of {ATTENTION_PATTERNS}, got {attention_pattern!r}.")
-        if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"`class_dropout_prob` must be in [0, 1], got {class_dropout_prob}.")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"`drop_path_rate` must be in [0, 1), got {drop_path_rate}.")
-        # JSON turns integer keys into strings; the config holds strings from the start.
-        names = {str(index): name for index, name in (id2label or {}).items()}
-        unknown = sorted(index for index in names if not index.isdigit() or int(index) >= num_classes)
-        if unknown:
-            raise ValueError(f"`id2label` must name classes in [0, {num_classes - 1}], got {unknown}.")
+        checked = check_configuration(self.config)
         scale_sizes = normalize_scale_sizes(scale_sizes)
-        self.register_to_config(scale_sizes=scale_sizes, id2label=names)
+        self.register_to_config(**checked, scale_sizes=scale_sizes, id2label=class_names(id2label, num_classes))
 
         self.token_slices = scale_slices(scale_sizes)
         dim = num_attention_heads * attention_head_dim
+        num_embeddings = codebook_size + num_classes + self.token_slices[-1].stop
+        check_num_parameters(
+            num_layers * dim**2 * (4 + 2 * mlp_ratio + 6 * (not shared_adaln)) + num_embeddings * dim,
+            "`num_layers`, `num_attention_heads`, `attention_head_dim`, `mlp_ratio`, `codebook_size`, `num_classes`"
+            " and `scale_sizes`",
+        )
         self.proj_in = nn.Linear(latent_channels, dim)
         self.class_embed = nn.Embedding(num_classes + 1, dim)
         self.scale_embed = nn.Embedding(len(scale_sizes), dim)
