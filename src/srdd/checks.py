@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 
 _short = reprlib.Repr()
@@ -151,6 +152,21 @@ def check_list(name: str, value: Any, length: int | None = None) -> list:
         entries = "at least one entry" if length is None else f"{length} entries"
         raise ValueError(f"`{name}` must be a list of {entries}, got {shown(value)}.")
     return list(value)
+
+
+def described(value: Any) -> str:
+    """
+    What a message says of a value that should have been a certain tensor: dtype and shape of tensors, else the value.
+
+    Args:
+        value (`Any`): What was given.
+
+    Returns:
+        `str`
+    """
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {shown(value)}"
 
 
 def shown(value: Any) -> str:

@@ -11,10 +11,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from srdd.acceleration import accelerate, dequantize_decoder, quantize_decoder, run_decoder
-from srdd.checks import check_list
+from srdd.checks import check_list, described, shown
 from srdd.models.configuration import check_configuration, check_groups, check_num_parameters, check_sample_size
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
-from srdd.models.saved_weights import SavedModelMixin
+from srdd.models.saved_weights import SavedModelMixin, is_finite_as
 from srdd.scales import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
 
 
@@ -222,12 +222,48 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
     def _own_or(self, scale_sizes: ScaleSizes | None) -> list[list[int]]:
         return self.config.scale_sizes if scale_sizes is None else normalize_scale_sizes(scale_sizes)
 
-    def _check_token_ids(self, token_ids: torch.Tensor) -> None:
-        if token_ids.numel() == 0:
-            return
-        low, high = (int(bound) for bound in torch.aminmax(token_ids))
+    def _check_token_ids(self, token_ids: torch.Tensor, scale_sizes: list[list[int]]) -> None:
+        if not isinstance(token_ids, torch.Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`token_ids` must be an int64 or int32 tensor, got {described(token_ids)}.")
+        low, high = (int(bound) for bound in torch.aminmax(token_ids)) if token_ids.numel() else (0, 0)
         if low < 0 or high >= self.config.codebook_size:
             raise ValueError(f"`token_ids` must lie in [0, {self.config.codebook_size - 1}], got [{low}, {high}].")
+        num_tokens = sum(num_tokens_per_scale(scale_sizes))
+        if token_ids.ndim != 2 or token_ids.shape[1] != num_tokens:
+            raise ValueError(
+                f"`token_ids` must have shape (batch, {num_tokens}) for the scales {shown(scale_sizes)}, got"
+                f" {tuple(token_ids.shape)}."
+            )
+
+    def _check_num_scales(self, num_scales: torch.Tensor, batch_size: int) -> None:
+        dtypes, last = (torch.int64, torch.int32), len(self.config.scale_sizes)
+        is_tensor = isinstance(num_scales, torch.Tensor) and num_scales.dtype in dtypes
+        if not is_tensor or tuple(num_scales.shape) != (batch_size,):
+            raise ValueError(
+                f"`num_scales` must be an int64 or int32 tensor of shape ({batch_size},), got {described(num_scales)}."
+            )
+        low, high = (int(bound) for bound in torch.aminmax(num_scales))
+        if low < 1 or high > last:
+            raise ValueError(f"`num_scales` must lie in [1, {last}], got [{low}, {high}].")
+
+    @staticmethod
+    def _grid(grid_size: Sequence[int]) -> list[int]:
+        return normalize_scale_sizes([grid_size], "grid_size")[0]
+
+    @staticmethod
+    def _check_maps(name: str, maps: torch.Tensor, num_channels: int) -> None:
+        is_batch = isinstance(maps, torch.Tensor) and maps.is_floating_point() and maps.ndim == 4 and maps.numel() > 0
+        if not is_batch or maps.shape[1] != num_channels:
+            raise ValueError(
+                f"`{name}` must be a floating-point tensor of shape (batch, {num_channels}, height, width), got"
+                f" {described(maps)}."
+            )
+
+    def _quantize(self, name: str, latents: torch.Tensor, scale_sizes: list[list[int]]) -> torch.LongTensor:
+        # No code is near to NaN: all of an image's tokens would be the first.
+        if not is_finite_as(latents):
+            raise ValueError(f"`{name}` must give finite latents, got NaN or infinity.")
+        return self.quantize.quantize(latents, scale_sizes)
 
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
         if self.use_slicing and len(sample) > 1:
@@ -293,8 +329,9 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
             [`MultiScaleVQEncoderOutput`] or `(latents,)`.
 
         Raises:
-            ValueError: If height or width is not a multiple of the compression ratio.
+            ValueError: If `sample` has another shape, or height or width is not a multiple of the compression ratio.
         """
+        self._check_maps("sample", sample, self.config.in_channels)
         self._grid_of(*sample.shape[-2:])
         latents = self._encode(sample)
         return MultiScaleVQEncoderOutput(latents) if return_dict else (latents,)
@@ -312,7 +349,14 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         Returns:
             `DecoderOutput` or `(sample,)`: Pixels of shape `(batch, out_channels, height, width)`, around [-1, 1], not
             clamped.
+
+        Raises:
+            ValueError: If `latents` have another shape or hold no floating-point numbers.
         """
+        channels = self.config.latent_channels
+        is_batch = isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.ndim == 4
+        if not is_batch or latents.shape[1] != channels or latents.numel() == 0:
+            self._check_maps("latents", latents, channels)
         latents = latents.to(self.dtype)
         fast = self.use_fast_decoding and not self.training
         bytes_per_image = latents.shape[-2:].numel() * self._largest_map * latents.element_size()
@@ -332,8 +376,12 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
 
         Returns:
             `torch.LongTensor` of shape `(batch, num_tokens)`.
+
+        Raises:
+            ValueError: If `latents` have another shape or are not finite, or `scale_sizes` is no growing list.
         """
-        return self.quantize.quantize(latents, self._own_or(scale_sizes))
+        self._check_maps("latents", latents, self.config.latent_channels)
+        return self._quantize("latents", latents, self._own_or(scale_sizes))
 
     @apply_forward_hook
     def tokenize(self, sample: torch.Tensor, scale_sizes: ScaleSizes | None = None) -> torch.LongTensor:
@@ -349,11 +397,13 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
             `torch.LongTensor` of shape `(batch, num_tokens)`.
 
         Raises:
-            ValueError: If the scales do not end at the latent grid.
+            ValueError: If the scales do not end at the latent grid, or `sample` has another shape or its latents are
+                not finite.
         """
         scale_sizes = self._own_or(scale_sizes)
+        self._check_maps("sample", sample, self.config.in_channels)
         self._check_grid(scale_sizes, self._grid_of(*sample.shape[-2:]))
-        return self.quantize.quantize(self._encode(sample), scale_sizes)
+        return self._quantize("sample", self._encode(sample), scale_sizes)
 
     @apply_forward_hook
     def residual_map(
@@ -373,8 +423,28 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`.
+
+        Raises:
+            ValueError: If `token_map` or `mask` is of another kind or shape, `grid_size` is none, or there are ids
+                outside the codebook. Nothing is read back from accelerators for it: on CUDA such ids are a device-side
+                assertion.
         """
-        return self.quantize.residual_map(token_map, grid_size or self.config.scale_sizes[-1], mask)
+        grid_size = self.config.scale_sizes[-1] if grid_size is None else self._grid(grid_size)
+        is_map = isinstance(token_map, torch.Tensor) and token_map.dtype in (torch.int64, torch.int32)
+        if not is_map or token_map.ndim != 3 or token_map.numel() == 0:
+            raise ValueError(
+                "`token_map` must be an int64 or int32 tensor of shape (batch, scale_height, scale_width), got"
+                f" {described(token_map)}."
+            )
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != token_map.shape):
+            raise ValueError(f"`mask` must have shape {tuple(token_map.shape)}, got {described(mask)}.")
+        try:
+            return self.quantize.residual_map(token_map, grid_size, mask)
+        except IndexError as error:
+            raise ValueError(
+                f"`token_map` must lie in [0, {self.config.codebook_size - 1}], got"
+                f" [{token_map.min().item()}, {token_map.max().item()}]."
+            ) from error
 
     @apply_forward_hook
     def latent_states(
@@ -395,11 +465,13 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
             `list[torch.Tensor]`: For every scale, float32 of shape `(batch, latent_channels, *grid_size)`.
 
         Raises:
-            ValueError: If `token_ids` has the wrong length or ids outside the codebook.
+            ValueError: If `token_ids` is of another kind or length or has ids outside the codebook, or `scale_sizes`
+                or `grid_size` is none.
         """
         scale_sizes = self._own_or(scale_sizes)
-        self._check_token_ids(token_ids)
-        return self.quantize.latent_states(token_ids, scale_sizes, grid_size or scale_sizes[-1])
+        grid_size = scale_sizes[-1] if grid_size is None else self._grid(grid_size)
+        self._check_token_ids(token_ids, scale_sizes)
+        return self.quantize.latent_states(token_ids, scale_sizes, grid_size)
 
     @apply_forward_hook
     def teacher_forcing_inputs(
@@ -445,10 +517,16 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         Returns:
             `dict[str, list[float]]`: Per scale, `"usage"`, the share of all codes that occur, in [0, 1], and
             `"perplexity"`, the exponential of the entropy of their distribution, in [1, codebook_size].
+
+        Raises:
+            ValueError: If `token_ids` is of another kind or length, empty, or has ids outside the codebook.
         """
-        self._check_token_ids(token_ids)
+        scale_sizes = self._own_or(scale_sizes)
+        self._check_token_ids(token_ids, scale_sizes)
+        if len(token_ids) == 0:
+            raise ValueError(f"`token_ids` must hold at least one pyramid, got {tuple(token_ids.shape)}.")
         usage, perplexity = [], []
-        for token_map in split_scales(token_ids, self._own_or(scale_sizes)):
+        for token_map in split_scales(token_ids, scale_sizes):
             counts = token_map.flatten().bincount(minlength=self.config.codebook_size).float()
             probabilities = counts / counts.sum()
             usage.append((counts > 0).float().mean().item())
@@ -472,8 +550,12 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
             [`MultiScaleVQModelOutput`] or the tuple of its fields.
 
         Raises:
-            ValueError: If the model's scales do not end at the latent grid of `sample`.
+            ValueError: If `sample` has another shape, the model's scales do not end at its latent grid, or
+                `num_scales` is of another kind or out of range.
         """
+        self._check_maps("sample", sample, self.config.in_channels)
+        if num_scales is not None:
+            self._check_num_scales(num_scales, len(sample))
         self._check_grid(self.config.scale_sizes, self._grid_of(*sample.shape[-2:]))
         latents = self.encode(sample).latents
         quantized = self.quantize(latents, self.config.scale_sizes, num_scales)

@@ -5,6 +5,7 @@ channels, V codebook.
 """
 
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from types import NoneType
@@ -19,7 +20,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.nn.attention.flex_attention import BlockMask
 
 from srdd.acceleration import accelerate, set_fast_linears
-from srdd.checks import shown
+from srdd.checks import described, shown
 from srdd.models.attention_scale import (
     MaskedScaleAttnProcessor,
     ScaleAttention,
@@ -303,12 +304,13 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         last = len(self.token_slices) - 1
         if timestep is None:
             return list(range(last, -1, -1))
-        values = timestep.tolist() if isinstance(timestep, torch.Tensor) else timestep
-        values = [values] if isinstance(values, int) else list(values)
-        falling = all(coarse > fine for coarse, fine in zip(values, values[1:]))
+        values = timestep.tolist() if hasattr(timestep, "tolist") else timestep  # tensors and arrays
+        values = list(values) if isinstance(values, (Sequence, range)) and not isinstance(values, str) else [values]
+        are_integers = all(isinstance(value, numbers.Integral) and not isinstance(value, bool) for value in values)
+        falling = are_integers and all(coarse > fine for coarse, fine in zip(values, values[1:]))
         if not values or not falling or min(values) < 0 or max(values) > last:
-            raise ValueError(f"`timestep` must be falling integers in [0, {last}], got {values}.")
-        return values
+            raise ValueError(f"`timestep` must be falling integers in [0, {last}], got {shown(values)}.")
+        return [int(value) for value in values]
 
     def _check_token_indices(
         self, token_indices: torch.LongTensor, timesteps: list[int], kv_cache: ScaleKVCache | None
@@ -388,8 +390,9 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
 
         Raises:
             ValueError: If `timestep` is not falling or out of range, `hidden_states` does not hold those scales or
-                tokens, there is not one class label for each image, or `token_indices` come without a cache that holds
-                their scale.
+                tokens, there is not one class label for each image, a label is out of range, `guidance_weight` is no
+                finite number, or `token_indices` come without a cache that holds their scale. Labels are not read back
+                from accelerators, which would wait for it: on CUDA one out of range is a device-side assertion.
         """
         timesteps = self._check_timesteps(timestep)
         cached = [t for t in kv_cache.timesteps if t > timesteps[0]] if kv_cache is not None else []
@@ -400,6 +403,8 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
             self._check_token_indices(token_indices, timesteps, kv_cache)
             expected = (token_indices.shape[1], self.config.latent_channels)
             kv_cache = kv_cache.select(kv_cache.image_indices, token_indices)
+        if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
+            raise ValueError(f"`hidden_states` must be a floating-point tensor, got {described(hidden_states)}.")
         if hidden_states.ndim != 3 or tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(
                 f"`hidden_states` must have shape (batch, {expected[0]}, {expected[1]}) for the timesteps {timesteps},"
@@ -408,11 +413,16 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         null_class = self.config.num_classes
         if class_labels is None:
             class_labels = torch.full((hidden_states.shape[0],), null_class, device=hidden_states.device)
+        is_weight = isinstance(guidance_weight, numbers.Real) and math.isfinite(guidance_weight)
+        if guidance_weight is not None and not is_weight:
+            raise ValueError(f"`guidance_weight` must be a finite number, got {shown(guidance_weight)}.")
         if guidance_weight is not None and len(hidden_states) % 2:
             raise ValueError(
                 "`hidden_states` must be two halves with `guidance_weight`, conditional and unconditional, got a batch"
                 f" of {len(hidden_states)}."
             )
+        if not isinstance(class_labels, torch.Tensor) or class_labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`class_labels` must be an int64 or int32 tensor, got {described(class_labels)}.")
         if class_labels.shape != hidden_states.shape[:1]:
             raise ValueError(
                 f"`class_labels` must have shape ({hidden_states.shape[0]},), got {tuple(class_labels.shape)}."
@@ -421,7 +431,11 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
             dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout_prob
             class_labels = torch.where(dropped, null_class, class_labels)
 
-        class_embedding = self.class_embed(class_labels)  # (B, D)
+        try:
+            class_embedding = self.class_embed(class_labels)  # (B, D)
+        except IndexError as error:
+            low, high = (bound.item() for bound in class_labels.aminmax())
+            raise ValueError(f"`class_labels` must lie in [0, {null_class}], got [{low}, {high}].") from error
         hidden_states = self._embed(hidden_states, class_embedding, timesteps, token_indices)  # (B, N, D)
         stored = modulation_cache if modulation_cache is not None else ModulationCache()
         is_stored = stored.out is not None
