@@ -249,6 +249,7 @@ def test_a_pickle_of_tensors_of_other_kinds(tmp_path):
         lambda tensor: tensor.to_sparse_csr(),
         lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
         lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: tensor.to("meta"),
         with_nan,
     ):
         torch.save({**tensors, name: kind(tensors[name])}, tmp_path / PICKLE)

@@ -91,8 +91,8 @@ def tensor_fault(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype | None 
     if tuple(tensor.shape) != tuple(shape):
         return f"must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
     is_quantized = hasattr(tensor, "__tensor_flatten__")
-    if is_quantized or tensor.layout != torch.strided or not tensor.is_floating_point():
-        kind = type(tensor).__name__ if is_quantized else f"{tensor.dtype}, {tensor.layout}"
+    if is_quantized or tensor.is_meta or tensor.layout != torch.strided or not tensor.is_floating_point():
+        kind = type(tensor).__name__ if is_quantized else f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
         return f"must hold plain floating-point numbers, got {kind}"
     if not is_finite_as(tensor, dtype):
         return "is not finite" if dtype in (None, tensor.dtype) else f"is not finite as {dtype}"
