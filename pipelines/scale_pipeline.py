@@ -1,5 +1,6 @@
 """What all SRDD pipelines are: their components, and a run over the scales."""
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from srdd.checks import shown
 from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models.saved_weights import reading
 from srdd.pictures import Pictures, read_pictures
 from srdd.pipelines.callbacks import TENSOR_INPUTS, StepEnd, callback_tensor_inputs
 from srdd.pipelines.conditions import Conditions, class_conditions, label_ids
@@ -104,6 +106,58 @@ class ScalePipeline(DiffusionPipeline):
                 f" `{cls.config_name}`."
             )
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "token_critic"}, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ScalePipeline":
+        """
+        As [`DiffusionPipeline`] has it.
+
+        Raises:
+            ValueError: If a file is none of a saved pipeline, or weights are not whole and sound.
+            OSError: If a file is missing or cut.
+        """
+        with reading(pretrained_model_name_or_path, cls.__name__):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "ScalePipeline":
+        """
+        A pipeline of another one's components. They are shared and keep their dtypes (diffusers casts them all to
+        float32), as the progress bar keeps its settings.
+
+        By name one may give components to take instead; `dtype` (or `torch_dtype`), to which components that are not
+        quantized are cast, for the other pipeline, too; `custom_pipeline` and what belongs to it, as in diffusers.
+
+        Args:
+            pipeline (`DiffusionPipeline`): The other one.
+
+        Returns:
+            [`ScalePipeline`]: Of this class.
+
+        Raises:
+            ValueError: If a component is neither there nor given, an argument is unknown, or `dtype` is none.
+        """
+        if kwargs.get("custom_pipeline") is not None:
+            return super().from_pipe(pipeline, **{"dtype": pipeline.dtype, **kwargs})
+        dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype", "custom_pipeline")]
+        dtype = next((each for each in dtypes if each is not None), None)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`dtype` must be a floating-point torch.dtype, got {dtype!r}.")
+        names, _ = cls._get_signature_keys(cls)
+        components = {**pipeline.components, **kwargs}
+        if kwargs.keys() - names or names - components.keys():
+            raise ValueError(
+                f"`from_pipe` must get the components {sorted(names)} from `pipeline` or by name, got"
+                f" {sorted(pipeline.components)} from {type(pipeline).__name__} and {sorted(kwargs)} by name."
+            )
+        made = cls(**{name: components[name] for name in names})
+        if pipeline.config.get("_name_or_path") is not None:
+            made.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
+        made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        for component in made.components.values() if dtype is not None else ():
+            if isinstance(component, torch.nn.Module) and not getattr(component, "is_quantized", False):
+                component.to(dtype)
+        return made
 
     @property
     def id2label(self) -> dict[int, str]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from srdd.checks import check_bool, check_choice, check_int, check_number, shown
+from srdd.checks import check_bool, check_choice, check_int, check_list, check_number, shown
 
 
 NO_NUMBERS = ["1", b"1", None, [1], (1,), {}, 1j, torch.tensor(1), True, False, np.bool_(True), np.array([1])]
@@ -83,6 +83,15 @@ def test_choices():
     for value in ("FLEX", "", None, 1, ["flex"], {"flex"}):
         with pytest.raises(ValueError, match=r"`mode` must be one of \('flex', 'dense'\), got "):
             check_choice("mode", value, ("flex", "dense"))
+
+
+def test_lists():
+    assert check_list("sides", (1, "a")) == check_list("sides", [1, "a"], 2) == [1, "a"]
+    for value in ([], (), "12", b"12", None, 3, {1: 2}, {1, 2}, torch.ones(2)):
+        with pytest.raises(ValueError, match="`sides` must be a list of at least one entry, got "):
+            check_list("sides", value)
+    with pytest.raises(ValueError, match=r"`sides` must be a list of 3 entries, got \[1\]"):
+        check_list("sides", [1], 3)
 
 
 def test_long_values_are_cut():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, DiffusionPipeline
+from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, DiffusionPipeline, TorchAoConfig
 from diffusers.pipelines import auto_pipeline
 from diffusers.utils import dynamic_modules_utils
 from tiny_models import (
@@ -198,6 +198,66 @@ def test_from_pipe():
     short = SRDDPipeline.from_pipe(pipe, scheduler=tiny_scheduler(scales=[1, 4]))
     assert short.scheduler.num_tokens == 17
     assert pipe.scheduler.num_tokens == 21
+
+
+PIPELINES = (SRDDPipeline, SRDDInpaintPipeline, SRDDSuperResolutionPipeline)
+
+
+def dtypes(pipe):
+    return pipe.vqvae.dtype, pipe.transformer.dtype
+
+
+@pytest.mark.parametrize("source", PIPELINES)
+@pytest.mark.parametrize("target", PIPELINES)
+def test_from_pipe_leaves_components_alone(source, target, caplog):
+    pipe = source(**tiny_pipeline().components)
+    pipe.transformer.to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True, desc="drawing")
+    caplog.clear()
+    other = target.from_pipe(pipe)
+    assert type(other) is target
+    assert dtypes(other) == dtypes(pipe) == (torch.float32, torch.bfloat16)
+    assert other._progress_bar_config == {"disable": True, "desc": "drawing"}
+    assert not caplog.records
+    other.set_progress_bar_config(disable=False)
+    assert pipe._progress_bar_config == {"disable": True, "desc": "drawing"}
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_from_pipe_casts_if_told(name):
+    other = SRDDInpaintPipeline.from_pipe(tiny_pipeline().to(torch.bfloat16), **{name: torch.float16})
+    assert dtypes(other) == (torch.float16, torch.float16)
+    for wrong in ("float16", torch.int8, 16):
+        with pytest.raises(ValueError, match="`dtype` must be a floating-point torch.dtype, got"):
+            SRDDInpaintPipeline.from_pipe(tiny_pipeline(), **{name: wrong})
+
+
+def test_from_pipe_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"`from_pipe` must get the components .*\['guidance_scale'\] by name"):
+        SRDDPipeline.from_pipe(tiny_pipeline(), guidance_scale=2.0)
+
+
+def test_from_pipe_leaves_quantized_components_alone(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    tiny_transformer().save_pretrained(tmp_path)
+    transformer = ScaleTransformer2DModel.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    weight = transformer.proj_out.weight
+    pipe = tiny_pipeline(transformer=transformer)
+    assert SRDDInpaintPipeline.from_pipe(pipe).transformer.proj_out.weight is weight
+    half = SRDDInpaintPipeline.from_pipe(pipe, dtype=torch.bfloat16)
+    assert half.transformer.proj_out.weight is weight
+    assert half.vqvae.dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name or path")
+@pytest.mark.parametrize("text", ["[]", "null", "3", "{}", "{", '{"_class_name": 3}'])
+@pytest.mark.parametrize("file", ["model_index.json", "vqvae/config.json", "transformer/config.json"])
+def test_files_that_are_none_of_a_pipeline(tmp_path, file, text):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises((OSError, ValueError)):
+        SRDDPipeline.from_pretrained(tmp_path)
 
 
 def test_component_passed_to_from_pretrained(tmp_path):
@@ -403,4 +463,6 @@ def test_auto_pipelines_find_ours_once_asked_to(tmp_path, monkeypatch):
     loaded = AutoPipelineForInpainting.from_pretrained(tmp_path)
     assert isinstance(loaded, SRDDInpaintPipeline)
     assert torch.equal(draw(AutoPipelineForText2Image.from_pipe(loaded)), draw(pipe))
-    assert isinstance(AutoPipelineForInpainting.from_pipe(pipe), SRDDInpaintPipeline)
+    inpaint = AutoPipelineForInpainting.from_pipe(pipe.to(torch.bfloat16))
+    assert isinstance(inpaint, SRDDInpaintPipeline)
+    assert dtypes(inpaint) == (torch.bfloat16, torch.bfloat16)

@@ -8,10 +8,11 @@ not), or raises a `ValueError` that names the argument, what is allowed, and wha
 import math
 import numbers
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 
 _short = reprlib.Repr()
@@ -129,6 +130,43 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"`{name}` must be one of {tuple(allowed)}, got {shown(value)}.")
     return value
+
+
+def check_list(name: str, value: Any, length: int | None = None) -> list:
+    """
+    A list or tuple that is not empty.
+
+    Args:
+        name (`str`): The argument, as the message shall name it.
+        value (`Any`): What was given.
+        length (`int`, *optional*): How many entries it must have.
+
+    Returns:
+        `list`
+
+    Raises:
+        ValueError: If it is no list, empty, or of another length.
+    """
+    is_list = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not is_list or len(value) == 0 or (length is not None and len(value) != length):
+        entries = "at least one entry" if length is None else f"{length} entries"
+        raise ValueError(f"`{name}` must be a list of {entries}, got {shown(value)}.")
+    return list(value)
+
+
+def described(value: Any) -> str:
+    """
+    What a message says of a value that should have been a certain tensor: dtype and shape of tensors, else the value.
+
+    Args:
+        value (`Any`): What was given.
+
+    Returns:
+        `str`
+    """
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {shown(value)}"
 
 
 def shown(value: Any) -> str:

@@ -5,14 +5,22 @@ pyramids are packed: one `(batch, num_tokens)` tensor that holds the scales one 
 order.
 """
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
+from srdd.checks import shown
+
 
 ScaleSizes = Sequence[int | Sequence[int]]
+
+# What a list of scales may hold at most. VAR's lists have 10 scales up to a side of 32.
+MAX_SCALES = 100
+MAX_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -48,22 +56,28 @@ def normalize_scale_sizes(scale_sizes: ScaleSizes, name: str = "scale_sizes") ->
         `list[list[int]]`: One `[height, width]` per scale.
 
     Raises:
-        ValueError: If the list is empty, an entry is not one or two positive integers, or a scale does not contain
-            more tokens than the one before it in at least as many rows and columns.
+        ValueError: If the list is empty or has more than 100 scales, an entry is not one or two integers in [1, 4096],
+            or a scale does not contain more tokens than the one before it in at least as many rows and columns.
     """
-    rule = f"`{name}` must list at least one scale, each a positive integer or a (height, width) pair of them"
-    if isinstance(scale_sizes, (str, bytes)) or not isinstance(scale_sizes, Sequence) or len(scale_sizes) == 0:
-        raise ValueError(f"{rule}, got {scale_sizes!r}.")
-    sizes = []
-    for size in scale_sizes:
-        pair = [size, size] if isinstance(size, int) else list(size) if isinstance(size, Sequence) else []
-        if len(pair) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in pair):
-            raise ValueError(f"{rule}, got {scale_sizes!r}.")
-        sizes.append(pair)
+    is_list = isinstance(scale_sizes, Sequence) and not isinstance(scale_sizes, (str, bytes))
+    is_list = is_list and 1 <= len(scale_sizes) <= MAX_SCALES
+    pairs = [size if isinstance(size, Sequence) else (size, size) for size in scale_sizes] if is_list else []
+    if not is_list or not all(len(pair) == 2 and all(map(_is_side, pair)) for pair in pairs):
+        raise ValueError(
+            f"`{name}` must list at least one scale and at most {MAX_SCALES}, each a positive integer of at most"
+            f" {MAX_SIDE} or a (height, width) pair of them, got {shown(scale_sizes)}."
+        )
+    sizes = [[int(side) for side in pair] for pair in pairs]
     for coarse, fine in zip(sizes, sizes[1:]):
         if fine[0] < coarse[0] or fine[1] < coarse[1] or fine == coarse:
-            raise ValueError(f"`{name}` must grow from scale to scale, got {fine} after {coarse} in {scale_sizes!r}.")
+            raise ValueError(
+                f"`{name}` must grow from scale to scale, got {fine} after {coarse} in {shown(scale_sizes)}."
+            )
     return sizes
+
+
+def _is_side(side: Any) -> bool:
+    return isinstance(side, numbers.Integral) and not isinstance(side, bool) and 1 <= side <= MAX_SIDE
 
 
 def default_scale_sizes(grid_size: int | Sequence[int]) -> list[list[int]]:
@@ -79,7 +93,7 @@ def default_scale_sizes(grid_size: int | Sequence[int]) -> list[list[int]]:
         `list[list[int]]`: One `[height, width]` per scale, coarse to fine.
 
     Raises:
-        ValueError: If `grid_size` is not one or two positive integers.
+        ValueError: If `grid_size` is not one or two integers in [1, 4096].
     """
     [grid] = normalize_scale_sizes([grid_size], "grid_size")
     longest = max(grid)

@@ -7,9 +7,10 @@ The fixtures hold keys, shapes and outputs. The weights are drawn here, by [`off
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
+import time
+import zipfile
 import zlib
 from functools import cache
 from pathlib import Path
@@ -317,7 +318,9 @@ class Malicious:
 def test_code_in_a_checkpoint_is_refused(tmp_path, checkpoints):
     state = official_state(SMALL, "transformer")
     torch.save({"trainer": {"var_wo_ddp": state}, "args": Malicious(tmp_path / "attacked")}, tmp_path / "var.pth")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(
+        ValueError, match="var.pth must hold a state dict, .* an archive of something else, or of code"
+    ):
         convert((checkpoints[SMALL][0], tmp_path / "var.pth"))
     assert not (tmp_path / "attacked").exists()
 
@@ -335,9 +338,193 @@ def test_command_writes_a_pipeline(own_process, tmp_path, checkpoints):
     assert_equal_pipelines(loaded, convert((vae, transformer), "markov", dtype=torch.float16))
 
 
-def test_command_reports_faults_and_writes_nothing(tmp_path, broken_checkpoints):
+def test_command_reports_faults_and_writes_nothing(tmp_path, broken_checkpoints, capsys):
     vae, transformer = map(str, broken_checkpoints)
+    message = refused_by_command(vae, transformer, tmp_path / "out", capsys)
+    assert all(fault in message for fault in FAULTS)
+
+
+def refused_by_command(vae: Path, transformer: Path, output: Path, capsys) -> str:
+    """What the command says; it leaves nothing behind."""
     with pytest.raises(SystemExit) as caught:
-        main(["--vae", vae, "--transformer", transformer, "--output", str(tmp_path / "out")])
-    assert all(fault in caught.value.code for fault in FAULTS)
-    assert not (tmp_path / "out").exists()
+        main(["--vae", str(vae), "--transformer", str(transformer), "--output", str(output)])
+    assert caught.value.code == 2
+    assert not output.exists()
+    assert not [path for path in output.parent.iterdir() if output.name in path.name]
+    return capsys.readouterr().err.split("error: ", 1)[1]
+
+
+# Files that are no checkpoints, made of one that is, and what is said of them.
+NO_CHECKPOINTS = {
+    "empty": (lambda content: b"", "is an empty file"),
+    "pointer": (
+        lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "git-lfs pointer",
+    ),
+    "page": (lambda content: b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+    "text": (lambda content: b"Entry not found\n", "is a text"),
+    "cut early": (lambda content: content[:300], "is something else, or cut"),
+    "cut": (lambda content: content[: len(content) // 2], "is something else, or cut"),
+    "cut late": (lambda content: content[:-10], "is something else, or cut"),
+    "zeros": (lambda content: bytes(1000), "is something else, or cut"),
+}
+
+
+@pytest.mark.parametrize("became", NO_CHECKPOINTS)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_files_that_are_no_checkpoints(became, suffix, tmp_path, checkpoints, capsys):
+    change, words = NO_CHECKPOINTS[became]
+    good = checkpoints[SMALL]
+    for place, (argument, model) in enumerate((("vae", "tokenizer"), ("transformer", "transformer"))):
+        whole = good[place] if suffix == ".pth" else tmp_path / f"whole{suffix}"
+        if suffix == ".safetensors":
+            save_file(official_state(SMALL, model), whole)
+        bad = tmp_path / f"bad{suffix}"
+        bad.write_bytes(change(whole.read_bytes()))
+        paths = [bad if index == place else path for index, path in enumerate(good)]
+        with pytest.raises(
+            ValueError, match=f"^`{argument}_path` .*bad{suffix} must hold a state dict, .*{words}"
+        ) as caught:
+            convert(paths)
+        assert len(str(caught.value).splitlines()) == 1
+        message = refused_by_command(*paths, tmp_path / "out", capsys)
+        assert message.startswith(f"`--{argument}` {bad} must hold")
+
+
+@pytest.mark.parametrize("what", ["missing", "folder"])
+def test_paths_that_are_no_files(what, tmp_path, checkpoints, capsys):
+    path = tmp_path / what
+    if what == "folder":
+        path.mkdir()
+    message = refused_by_command(path, checkpoints[SMALL][1], tmp_path / "out", capsys)
+    assert message.startswith(f"`--vae` must be a file, got {str(path)!r}")
+    for wrong in (None, 3, b"x", ["a"]):
+        with pytest.raises(ValueError, match="`transformer_path` must be a file, got"):
+            convert_checkpoints(checkpoints[SMALL][0], wrong)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], 3, {"a": 1}, {1: torch.zeros(2)}, torch.zeros(3), {"trainer": {}}, {"trainer": 1}]
+)
+def test_pickles_of_something_else(content, tmp_path, checkpoints):
+    torch.save(content, tmp_path / "other.pth")
+    for paths in ((tmp_path / "other.pth", checkpoints[SMALL][1]), (checkpoints[SMALL][0], tmp_path / "other.pth")):
+        with pytest.raises(ValueError, match="other.pth must hold a state dict"):
+            convert(paths)
+
+
+def test_archives_without_a_pickle(tmp_path, checkpoints):
+    with zipfile.ZipFile(tmp_path / "var.pth", "w") as archive:
+        archive.writestr("archive/data/0", bytes(64))
+    with pytest.raises(ValueError, match="var.pth must hold a state dict, .* an archive of something else"):
+        convert((checkpoints[SMALL][0], tmp_path / "var.pth"))
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[0] = torch.nan
+    return tensor
+
+
+STRANGE_TENSORS = {
+    "nan": (with_nan, "head.weight is not finite"),
+    "infinity": (lambda tensor: tensor / 0, "head.weight is not finite"),
+    "int8": (
+        lambda tensor: tensor.to(torch.int8),
+        "head.weight must hold plain floating-point numbers, got torch.int8",
+    ),
+    "quantized": (
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        "quantized, sparse or repeated",
+    ),
+    "float8": (lambda tensor: tensor.to(torch.float8_e4m3fn), "quantized, sparse or repeated"),
+    "sparse": (lambda tensor: tensor.to_sparse(), "quantized, sparse or repeated"),
+    "complex": (lambda tensor: tensor.to(torch.complex64), "head.weight must hold plain floating-point numbers"),
+    "repeated": (lambda tensor: torch.zeros(1).expand(10**9, 10**6), "quantized, sparse or repeated"),
+    "meta": (lambda tensor: tensor.to("meta"), "must hold plain floating-point numbers, got .* on meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", STRANGE_TENSORS)
+def test_tensors_of_other_kinds(kind, tmp_path, checkpoints):
+    change, words = STRANGE_TENSORS[kind]
+    state = official_state(SMALL, "transformer")
+    torch.save({**state, "head.weight": change(state["head.weight"])}, tmp_path / "var.pth")
+    with pytest.raises(ValueError, match=f"(?s)transformer_path.*var.pth.*{words}"):
+        convert((checkpoints[SMALL][0], tmp_path / "var.pth"))
+
+
+def test_numbers_beyond_the_dtype_asked_for(tmp_path, checkpoints):
+    state = official_state(SMALL, "transformer")
+    torch.save({**state, "head.bias": state["head.bias"] + 1e6}, tmp_path / "var.pth")
+    paths = checkpoints[SMALL][0], tmp_path / "var.pth"
+    assert convert(paths).transformer.dtype == torch.float32
+    with pytest.raises(ValueError, match="head.bias is not finite as torch.float16"):
+        convert(paths, dtype=torch.float16)
+    for wrong in ("float16", torch.int8, 16):
+        with pytest.raises(ValueError, match="`dtype` must be a floating-point torch.dtype, got"):
+            convert(paths, dtype=wrong)
+    with pytest.raises(ValueError, match="`attention_pattern` must be one of"):
+        convert(paths, "full")
+
+
+HOSTILE = {
+    "blocks": ("transformer", {f"blocks.{index}.x": torch.zeros(1) for index in range(2000)}),
+    "a far block": ("transformer", {"blocks.999999999.attn.proj.bias": torch.zeros(1)}),
+    "levels": ("tokenizer", {f"encoder.down.{index}.x": torch.zeros(1) for index in range(2000)}),
+    "layers": ("tokenizer", {f"encoder.down.0.block.{index}.x": torch.zeros(1) for index in range(2000)}),
+    "convs": ("tokenizer", {f"quantize.quant_resi.qresi_ls.{index}.x": torch.zeros(1) for index in range(2000)}),
+    "unknown": ("transformer", {f"{index}": torch.zeros(1) for index in range(2000)}),
+    "no width": ("transformer", {name: torch.zeros(1, 0, 0) for name in ("pos_1LC", "class_emb.weight")}),
+    "far scales": ("transformer", {"lvl_1L": torch.tensor([[0, 10**12]])}),
+    "negative scales": ("transformer", {"lvl_1L": torch.tensor([[-1, 0]])}),
+    "no scales": ("transformer", {"lvl_1L": torch.zeros(1, 0, dtype=torch.long)}),
+    "scales in float": ("transformer", {"lvl_1L": torch.tensor([[torch.nan, torch.inf]])}),
+    "no heads": (
+        "transformer",
+        {f"blocks.{index}.attn.scale_mul_1H11": torch.zeros(1, 0, 1, 1) for index in range(9)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_sizes_take_no_time(name, tmp_path, checkpoints):
+    model, added = HOSTILE[name]
+    place = ("tokenizer", "transformer").index(model)
+    torch.save({**official_state(SMALL, model), **added}, tmp_path / "hostile.pth")
+    paths = [tmp_path / "hostile.pth" if index == place else path for index, path in enumerate(checkpoints[SMALL])]
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="hostile.pth") as caught:
+        convert(paths)
+    assert time.perf_counter() - started < 10
+    assert len(str(caught.value)) < 20_000
+
+
+def test_output_is_a_new_or_an_empty_folder(tmp_path, checkpoints, capsys):
+    arguments = ["--vae", str(checkpoints[SMALL][0]), "--transformer", str(checkpoints[SMALL][1]), "--output"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("full", "file"):
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, str(tmp_path / name)])
+        assert caught.value.code == 2
+        assert f"`--output` must be a new or an empty folder, got {tmp_path / name}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, str(tmp_path / "file" / "below")])
+    assert "`--output` must be a folder that can be written" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    main([*arguments, str(tmp_path / "a" / "new" / "one")])
+    assert [path.name for path in (tmp_path / "a" / "new").iterdir()] == ["one"]
+    SRDDPipeline.from_pretrained(tmp_path / "a" / "new" / "one")
+
+
+def test_a_command_that_fails_leaves_nothing(tmp_path, checkpoints, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ScaleScheduler, "save_pretrained", fail)
+    message = refused_by_command(*checkpoints[SMALL], tmp_path / "out", capsys)
+    assert "No space left on device" in message
+    assert not list(tmp_path.iterdir())

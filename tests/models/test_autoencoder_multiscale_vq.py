@@ -228,18 +228,22 @@ def test_config_holds_lists_of_pairs():
         ({"scale_sizes": [4, 2]}, r"`scale_sizes` must grow from scale to scale, got \[2, 2\]"),
         ({"sample_size": 9}, r"multiples of 2, got \(9, 9\)"),
         ({"sample_size": (8, 16)}, r"`scale_sizes` must end at the latent grid \(4, 8\)"),
-        ({"decoder_block_out_channels": [8]}, r"`decoder_block_out_channels` must be 2 positive .* got \[8\]"),
-        ({"decoder_block_out_channels": [8] * 3}, r"`decoder_block_out_channels` must be 2 .* got \[8, 8, 8\]"),
-        ({"decoder_block_out_channels": ()}, r"`decoder_block_out_channels` must be 2 .* got \(\)"),
-        ({"decoder_block_out_channels": [8, 0]}, r"`decoder_block_out_channels` must be .* got \[8, 0\]"),
-        ({"decoder_block_out_channels": [8, 16.0]}, r"`decoder_block_out_channels` must be .* got \[8, 16.0\]"),
-        ({"decoder_layers_per_block": -1}, "`decoder_layers_per_block` must be an integer of at least 0, got -1"),
+        ({"decoder_block_out_channels": [8]}, r"`decoder_block_out_channels` must be a list of 2 entries, got \[8\]"),
+        ({"decoder_block_out_channels": [8] * 3}, r"`decoder_block_out_channels` must .* 2 .* got \[8, 8, 8\]"),
+        ({"decoder_block_out_channels": ()}, r"`decoder_block_out_channels` must be a list .* got \(\)"),
+        ({"decoder_block_out_channels": [8, 0]}, r"`decoder_block_out_channels\[1\]` must be an integer .* got 0"),
+        ({"decoder_block_out_channels": [8, 16.0]}, r"`decoder_block_out_channels\[1\]` must be .* got 16.0"),
+        ({"decoder_layers_per_block": -1}, r"`decoder_layers_per_block` must be an integer in \[0, 64\], got -1"),
         ({"decoder_layers_per_block": 1.5}, "`decoder_layers_per_block` must be an integer .* got 1.5"),
-        ({"decoder_mid_block_add_attention": "no"}, "`decoder_mid_block_add_attention` must be True, .* got 'no'"),
+        ({"decoder_mid_block_add_attention": "no"}, "`decoder_mid_block_add_attention` must be True .* got 'no'"),
         ({"decoder_norm_num_groups": 12}, r"`decoder_norm_num_groups` .* divisor .* \[16, 32\], got 12"),
-        ({"decoder_norm_num_groups": 0}, r"`decoder_norm_num_groups` .* divisor .* \[16, 32\], got 0"),
+        ({"decoder_norm_num_groups": 0}, r"`decoder_norm_num_groups` must be an integer in \[1, 8192\], got 0"),
         # The encoder's groups do not fit.
-        ({"decoder_block_out_channels": [8, 12]}, r"`decoder_norm_num_groups` .* \[8, 12\], got 8"),
+        ({"decoder_block_out_channels": [8, 12]}, r"`norm_num_groups` .* \[8, 12\], got 8"),
+        ({"norm_num_groups": 12}, r"`norm_num_groups` .* divisor .* \[16, 32\], got 12"),
+        ({"quant_conv_kernel_size": 2}, "`quant_conv_kernel_size` must be odd, got 2"),
+        ({"up_block_types": ["UpDecoderBlock2D"]}, r"`up_block_types` must be a list of 2 entries, got"),
+        ({"down_block_types": ["DownBlock2D"] * 2}, r"`down_block_types\[0\]` must be one of .*, got 'DownBlock2D'"),
     ],
 )
 def test_constructor_refuses(overrides, message):
@@ -368,3 +372,93 @@ def test_an_output_can_be_rebuilt_in_another_precision():
     assert torch.equal(again.token_ids, output.token_ids)
     assert torch.equal(again.sample, output.sample.float())
     assert torch.equal(again.codebook_loss, output.codebook_loss)
+
+
+WRONG_IDS = [None, [[1]], "1", np.zeros((2, 21), int), torch.zeros(2, 21), torch.zeros(2, 21, dtype=torch.bool)]
+
+
+@pytest.mark.parametrize("method", ["latent_states", "teacher_forcing_inputs", "decode_tokens", "codebook_usage"])
+@pytest.mark.parametrize("wrong", [*WRONG_IDS, torch.full((2, 21), torch.nan), torch.zeros(2, 21, dtype=torch.uint8)])
+def test_token_ids_of_another_kind_are_refused(method, wrong):
+    with pytest.raises(ValueError, match="`token_ids` must be an int64 or int32 tensor, got "):
+        getattr(tiny_vqvae(), method)(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [*WRONG_IDS, *(torch.zeros(shape, dtype=torch.long) for shape in ((2, 4), (0, 2, 2)))]
+)
+def test_token_maps_of_another_kind_are_refused(wrong):
+    with pytest.raises(ValueError, match="`token_map` must be an int64 or int32 tensor of shape .*, got "):
+        tiny_vqvae().residual_map(wrong)
+
+
+@pytest.mark.parametrize("wrong", [[0, CODEBOOK_SIZE], [-1, 0], [10**9, -5]])
+def test_token_maps_out_of_range_are_refused(wrong):
+    token_map = torch.tensor(wrong).view(1, 1, 2).expand(1, 2, 2)
+    with pytest.raises(ValueError, match=rf"`token_map` must lie in \[0, 31\], got \[{min(wrong)}, {max(wrong)}\]"):
+        tiny_vqvae().residual_map(token_map)
+
+
+@pytest.mark.parametrize("wrong", [(4,), (4, 4, 4), "44", (0, 4), (4.0, 4), (10**6, 10**6), -4, (), True])
+def test_grids_that_are_none_are_refused(wrong):
+    model, token_map = tiny_vqvae(), torch.zeros(1, 2, 2, dtype=torch.long)
+    for call in (
+        lambda: model.residual_map(token_map, wrong),
+        lambda: model.latent_states(token_map[:, 0], [1], wrong),
+    ):
+        with pytest.raises(ValueError, match="`(grid_size|token_ids)` must "):
+            call()
+
+
+@pytest.mark.parametrize("wrong", ["x", torch.ones(2, 2), torch.ones(1, 4, 4, dtype=torch.bool), [[True]]])
+def test_masks_of_another_shape_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"`mask` must have shape \(1, 2, 2\), got "):
+        tiny_vqvae().residual_map(torch.zeros(1, 2, 2, dtype=torch.long), mask=wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [[1, 2], 1, "x", torch.tensor([1]), torch.tensor([[1, 2]]), torch.tensor([1.0, 2.0]), torch.tensor([True] * 2)],
+)
+def test_numbers_of_scales_of_another_kind_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"`num_scales` must be an int64 or int32 tensor of shape \(2,\), got "):
+        tiny_vqvae()(torch.zeros(2, 3, 8, 8), num_scales=wrong)
+
+
+@pytest.mark.parametrize("wrong", [[0, 1], [1, 4], [-1, 3]])
+def test_numbers_of_scales_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=rf"`num_scales` must lie in \[1, 3\], got \[{min(wrong)}, {max(wrong)}\]"):
+        tiny_vqvae()(torch.zeros(2, 3, 8, 8), num_scales=torch.tensor(wrong))
+
+
+WRONG_MAPS = [None, [1], np.zeros((2, 3, 8, 8)), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8)]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_MAPS, torch.zeros(2, 4, 8, 8), torch.zeros(0, 3, 8, 8)])
+def test_samples_of_another_kind_are_refused(wrong):
+    model = tiny_vqvae()
+    for call in (model, model.encode, model.tokenize):
+        with pytest.raises(
+            ValueError, match=r"`sample` must be a floating-point tensor of shape \(batch, 3, .*, got "
+        ):
+            call(wrong)
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_MAPS, torch.zeros(2, 7, 4, 4), torch.zeros(0, 8, 4, 4)])
+def test_latents_of_another_kind_are_refused(wrong):
+    model = tiny_vqvae()
+    for call in (model.decode, model.quantize_latents):
+        with pytest.raises(
+            ValueError, match=r"`latents` must be a floating-point tensor of shape \(batch, 8, .*, got "
+        ):
+            call(wrong)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_has_no_tokens(value):
+    model, sample, latents = tiny_vqvae(), torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 4, 4)
+    sample[1, 0, 0, 0] = latents[1, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="`latents` must give finite latents"):
+        model.quantize_latents(latents)
+    with pytest.raises(ValueError, match="`sample` must give finite latents"):
+        model.tokenize(sample)

@@ -7,6 +7,7 @@ Shape legend: B batch, N tokens, D width, H heads.
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -536,7 +537,6 @@ def test_unconditional_model_has_the_null_class_only():
     )
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.35])
 def test_labels_are_dropped_as_often_as_asked(share):
     model = make_transformer(class_dropout_prob=share).train()
@@ -671,9 +671,12 @@ def test_class_names_survive_json():
             r"`attention_pattern` must be one of \('causal', 'markov', 'banded'\).*'full'",
         ),
         ({"scale_sizes": [2, 1]}, r"`scale_sizes` must grow"),
-        ({"class_dropout_prob": 1.5}, r"`class_dropout_prob` must be in \[0, 1\], got 1.5"),
-        ({"drop_path_rate": 1.0}, r"`drop_path_rate` must be in \[0, 1\), got 1.0"),
+        ({"class_dropout_prob": 1.5}, r"`class_dropout_prob` must be a finite number in \[0, 1\], got 1.5"),
+        ({"drop_path_rate": 1.0}, "`drop_path_rate` must be .* of at least 0 and below 1, got 1.0"),
         ({"id2label": {5: "x"}}, r"`id2label` must name classes in \[0, 4\], got \['5'\]"),
+        ({"id2label": ["x"]}, r"`id2label` must be a dict of names by class id, got \['x'\]"),
+        ({"id2label": {1: 2}}, r"`id2label` must hold names that are strings, got \[2\]"),
+        ({"id2label": {"²": "x"}}, r"`id2label` must name classes in \[0, 4\], got \['²'\]"),
         ({"id2label": {-1: "x", "one": "y"}}, r"`id2label` must name classes in \[0, 4\], got \['-1', 'one'\]"),
     ],
 )
@@ -697,3 +700,40 @@ def test_inputs_of_another_shape_are_refused(shape):
 def test_other_than_one_label_for_each_image_is_refused():
     with pytest.raises(ValueError, match=r"`class_labels` must have shape \(2,\), got \(1,\)"):
         make_transformer()(random_inputs(), class_labels=torch.tensor([1]))
+
+
+@pytest.mark.parametrize("wrong", [None, [[1.0]], "x", torch.zeros(2, 25, 8, dtype=torch.long)])
+def test_inputs_that_are_no_tensor_of_numbers_are_refused(wrong):
+    with pytest.raises(ValueError, match="`hidden_states` must be a floating-point tensor, got "):
+        make_transformer()(wrong)
+
+
+@pytest.mark.parametrize("wrong", [[1, 2], "apple", 3, torch.tensor([1.0, 2.0]), torch.tensor([True, False])])
+def test_labels_that_are_no_tensor_of_integers_are_refused(wrong):
+    with pytest.raises(ValueError, match="`class_labels` must be an int64 or int32 tensor, got "):
+        make_transformer()(random_inputs(), class_labels=wrong)
+
+
+@pytest.mark.parametrize("wrong", [[6, 0], [0, -1], [10**12, 0]])
+def test_labels_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=rf"`class_labels` must lie in \[0, 5\], got \[{min(wrong)}, {max(wrong)}\]"):
+        make_transformer()(random_inputs(), class_labels=torch.tensor(wrong))
+
+
+@pytest.mark.parametrize("wrong", ["0", 1.0, True, [0.0], [None], "210", torch.tensor(0.5), torch.tensor([[1, 0]])])
+def test_timesteps_that_are_no_integers_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"`timestep` must be falling integers in \[0, 3\], got \["):
+        make_transformer()(random_inputs(), wrong)
+
+
+@pytest.mark.parametrize("timestep", [np.int64(0), np.array([0]), torch.tensor(0), [np.int32(0)], range(0, -1, -1)])
+def test_timesteps_of_other_libraries(timestep):
+    model, inputs = make_transformer(), random_inputs()[:, -16:]
+    with torch.no_grad():
+        assert torch.equal(model(inputs, timestep).sample, model(inputs, 0).sample)
+
+
+@pytest.mark.parametrize("wrong", ["2", math.nan, math.inf, [1.0]])
+def test_guidance_that_is_no_number_is_refused(wrong):
+    with pytest.raises(ValueError, match="`guidance_weight` must be a finite number, got "):
+        make_transformer()(random_inputs(), guidance_weight=wrong)

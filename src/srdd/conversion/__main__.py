@@ -1,14 +1,28 @@
 import argparse
-import sys
+import os
+import tempfile
+from pathlib import Path
 
 import torch
 
 from srdd.conversion import convert_checkpoints
 from srdd.models import ATTENTION_PATTERNS
+from srdd.pipelines import SRDDPipeline
 
 
 # Bounds what older versions of safetensors copy while they write.
 MAX_SHARD_SIZE = "5GB"
+
+
+def save_whole(pipeline: SRDDPipeline, folder: Path) -> None:
+    """Write a folder whole or not at all; it must not exist yet, or be empty."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
+        unfinished = Path(beside) / folder.name
+        pipeline.save_pretrained(unfinished, max_shard_size=MAX_SHARD_SIZE)
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(unfinished, folder)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         required=True,
         help="The official transformer, var_d16.pth to var_d36.pth, or a checkpoint of the official trainer.",
     )
-    parser.add_argument("--output", required=True, help="Folder to write.")
+    parser.add_argument("--output", required=True, help="Folder to write, which must not exist yet, or be empty.")
     parser.add_argument(
         "--attention-pattern",
         choices=ATTENTION_PATTERNS,
@@ -35,12 +49,18 @@ def main(arguments: list[str] | None = None) -> None:
         help="Dtype of the weights; the checkpoint's by default.",
     )
     args = parser.parse_args(arguments)
-    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    output = Path(args.output).resolve()
     try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            parser.error(f"`--output` must be a new or an empty folder, got {args.output}.")
+        dtype = None if args.dtype is None else getattr(torch, args.dtype)
         pipeline = convert_checkpoints(args.vae, args.transformer, args.attention_pattern, dtype)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    pipeline.save_pretrained(args.output, max_shard_size=MAX_SHARD_SIZE)
+    except (OSError, ValueError) as error:
+        parser.error(str(error).replace("`vae_path`", "`--vae`").replace("`transformer_path`", "`--transformer`"))
+    try:
+        save_whole(pipeline, output)
+    except OSError as error:
+        parser.error(f"`--output` must be a folder that can be written, got {args.output}: {error}")
 
 
 if __name__ == "__main__":

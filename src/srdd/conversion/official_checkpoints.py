@@ -1,17 +1,19 @@
+import contextlib
 import json
 import os
 import re
 import statistics
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from safetensors.torch import load_file
 
+from srdd.checks import check_choice, shown
 from srdd.conversion.official_config import (
     Shapes,
     residual_conv_layout,
@@ -26,7 +28,8 @@ from srdd.conversion.official_layout import (
     tokenizer_origins,
     transformer_origins,
 )
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models import ATTENTION_PATTERNS, MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models.saved_weights import tensor_fault
 from srdd.pipelines import SRDDPipeline
 from srdd.schedulers import ScaleScheduler
 
@@ -34,14 +37,63 @@ from srdd.schedulers import ScaleScheduler
 ModelType = TypeVar("ModelType", bound=ModelMixin)
 StateDict = dict[str, torch.Tensor]
 
+# How many faults of checkpoints a message lists.
+MAX_LINES = 50
+
 # How the official code samples for its published numbers.
 OFFICIAL_SAMPLING = {"top_k": 900, "top_p": 0.96}
+
+
+@contextlib.contextmanager
+def naming(argument: str, path: str | os.PathLike | None = None) -> Iterator[None]:
+    """Errors about a checkpoint start with the argument that it was given as, and name the file."""
+    try:
+        yield
+    except ValueError as error:
+        subject = f"`{argument}`" if path is None else f"`{argument}` must be an official checkpoint, got {path}."
+        raise ValueError(f"{subject} {error}".removesuffix(".") + ".") from error
 
 
 def imagenet_class_names() -> dict[int, str]:
     """Names of the 1000 classes of ImageNet (ILSVRC 2012) by id."""
     names = json.loads(Path(__file__).with_name("imagenet_class_names.json").read_text(encoding="utf-8"))
     return dict(enumerate(names))
+
+
+def _kind(path: Path) -> str:
+    """What a file is that holds no checkpoint, as far as its first bytes tell."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        return f"a file that cannot be read ({error.strerror})"
+    if not start:
+        return "an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, in place of which `git lfs pull` puts the file"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page"
+    if start.isascii() and all(character.isprintable() or character.isspace() for character in start.decode("ascii")):
+        return "a text"
+    return "an archive of something else, or of code" if zipfile.is_zipfile(path) else "something else, or cut"
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    # Files of torch versions before 1.6 are no zip archives and cannot be mapped.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor holds as many numbers as it shows: not sparse, quantized, packed or repeated."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not (tensor.is_floating_point() and tensor.element_size() == 1)
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def read_checkpoint(path: str | os.PathLike, model_name: str) -> StateDict:
@@ -57,17 +109,27 @@ def read_checkpoint(path: str | os.PathLike, model_name: str) -> StateDict:
         `dict[str, torch.Tensor]`: Tensors that are mapped from the file.
 
     Raises:
-        ValueError: If the file holds no state dict.
-        pickle.UnpicklingError: If the file holds anything but plain data.
+        ValueError: If there is no such file, or it holds anything but a state dict of plain tensors.
     """
-    if Path(path).suffix == ".safetensors":
-        return load_file(path)
-    # Files of torch versions before 1.6 are no zip archives and cannot be mapped.
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(path, (str, os.PathLike)) or not Path(path).is_file():
+        raise ValueError(f"must be a file, got {shown(path)}")
+    path = Path(path)
+    rule = f"{path} must hold a state dict, or a training checkpoint with trainer.{model_name}, but it"
+    try:
+        content = _load(path)
+    except Exception as error:  # whatever a pickle, an archive or a header that is none leads torch to
+        raise ValueError(f"{rule} is {_kind(path)}") from error
     if isinstance(content, dict) and isinstance(content.get("trainer"), dict):
         content = content["trainer"].get(model_name)
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
-        raise ValueError(f"{path} must hold a state dict, or a training checkpoint with trainer.{model_name}.")
+        raise ValueError(f"{rule} holds something else")
+    if not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{rule} holds tensors without names")
+    strange = [key for key, tensor in content.items() if not _is_plain(tensor)]
+    if strange:
+        raise ValueError(
+            f"{path} must hold plain tensors, but these are quantized, sparse or repeated: {shown(strange)}"
+        )
     return dict(content)
 
 
@@ -75,22 +137,25 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
-def _discrepancies(shapes: Shapes, origins: Mapping[str, Origin], buffers: re.Pattern) -> list[str]:
-    """What a checkpoint lacks, has too much, or has in another shape than the model that it seems to be."""
+def _discrepancies(
+    state: StateDict, origins: Mapping[str, Origin], buffers: re.Pattern, dtype: torch.dtype | None
+) -> list[str]:
+    """What a checkpoint lacks, has too much, or has otherwise than the model that it seems to be."""
     expected = {origin.key: origin.shape for origin in origins.values() if origin.key is not None}
-    missing = [f"{key} is missing" for key in expected if key not in shapes]
-    unknown = [f"{key} is unknown" for key in shapes if key not in expected and not buffers.fullmatch(key)]
-    misshapen = [
-        f"{key} must have shape {shape}, got {shapes[key]}"
-        for key, shape in expected.items()
-        if shapes.get(key, shape) != shape
-    ]
-    return [*missing, *unknown, *misshapen]
+    missing = [f"{key} is missing" for key in expected if key not in state]
+    unknown = [f"{key} is unknown" for key in state if key not in expected and not buffers.fullmatch(key)]
+    faults = {key: tensor_fault(state[key], shape, dtype) for key, shape in expected.items() if key in state}
+    return [*missing, *unknown, *(f"{key} {fault}" for key, fault in faults.items() if fault)]
 
 
-def _fill(model: ModelType, state: StateDict, origins: Mapping[str, Origin], dtype: torch.dtype | None) -> ModelType:
+def _dtype_of(state: StateDict) -> torch.dtype:
+    """The dtype that most floating-point tensors have."""
+    dtypes = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    return statistics.mode(dtypes) if dtypes else torch.float32
+
+
+def _fill(model: ModelType, state: StateDict, origins: Mapping[str, Origin], dtype: torch.dtype) -> ModelType:
     """Put the official tensors into a model without weights; they are copied only where the dtype changes."""
-    dtype = dtype or statistics.mode(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     shapes = _shapes(model.state_dict())
     model.load_state_dict(
         {key: origin.take(state, shapes[key]).to(dtype) for key, origin in origins.items()}, assign=True
@@ -125,35 +190,48 @@ def convert_checkpoints(
         [`SRDDPipeline`]
 
     Raises:
-        ValueError: If a file has not the official layout. The message names every unknown, missing and misshapen key
-            of both files.
+        ValueError: If a file is no checkpoint or has not the official layout, or an argument is of another kind. The
+            message names unknown and missing keys, and tensors that are misshapen, no floating-point numbers or not
+            finite in `dtype`, of both files, up to 50 of them.
     """
-    vae_state = read_checkpoint(vae_path, "vae_local")
-    transformer_state = read_checkpoint(transformer_path, "var_wo_ddp")
-    vae_shapes, transformer_shapes = _shapes(vae_state), _shapes(transformer_state)
+    check_choice("attention_pattern", attention_pattern, ATTENTION_PATTERNS)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`dtype` must be a floating-point torch.dtype, got {shown(dtype)}.")
+    with naming("vae_path"):
+        vae_state = read_checkpoint(vae_path, "vae_local")
+    with naming("transformer_path"):
+        state = read_checkpoint(transformer_path, "var_wo_ddp")
+    vae_shapes = _shapes(vae_state)
 
-    scale_sizes = transformer_scale_sizes(transformer_state)
-    vae_config = tokenizer_config(vae_shapes, scale_sizes)
-    config = transformer_config(
-        transformer_shapes, scale_sizes, vae_config["codebook_size"], vae_config["latent_channels"]
-    )
-    id2label = imagenet_class_names() if config["num_classes"] == 1000 else None
-    with init_empty_weights():
+    with naming("transformer_path", transformer_path):
+        scale_sizes = transformer_scale_sizes(state)
+    with naming("vae_path", vae_path), init_empty_weights():
+        vae_config = tokenizer_config(vae_shapes, scale_sizes)
         vqvae = MultiScaleVQModel(**vae_config)
+    with naming("transformer_path", transformer_path), init_empty_weights():
+        config = transformer_config(
+            _shapes(state), scale_sizes, vae_config["codebook_size"], vae_config["latent_channels"]
+        )
+        id2label = imagenet_class_names() if config["num_classes"] == 1000 else None
         transformer = ScaleTransformer2DModel(**config, attention_pattern=attention_pattern, id2label=id2label)
 
     conv_name, _ = residual_conv_layout(vae_shapes)
     vae_origins = tokenizer_origins(_shapes(vqvae.state_dict()), conv_name)
     origins = transformer_origins(_shapes(transformer.state_dict()))
-    vae_wrong = _discrepancies(vae_shapes, vae_origins, TOKENIZER_BUFFERS)
-    transformer_wrong = _discrepancies(transformer_shapes, origins, TRANSFORMER_BUFFERS)
+    vae_dtype, transformer_dtype = dtype or _dtype_of(vae_state), dtype or _dtype_of(state)
+    vae_wrong = _discrepancies(vae_state, vae_origins, TOKENIZER_BUFFERS, vae_dtype)
     wrong = [f"  {vae_path}: {line}" for line in vae_wrong]
-    wrong += [f"  {transformer_path}: {line}" for line in transformer_wrong]
+    wrong += [
+        f"  {transformer_path}: {line}"
+        for line in _discrepancies(state, origins, TRANSFORMER_BUFFERS, transformer_dtype)
+    ]
     if wrong:
-        raise ValueError("\n".join(["Checkpoints must have the official layout, but", *wrong]))
+        more = [f"  … and {len(wrong) - MAX_LINES} more"] if len(wrong) > MAX_LINES else []
+        rule = "`vae_path` and `transformer_path` must be checkpoints of the official layout, but"
+        raise ValueError("\n".join([rule, *wrong[:MAX_LINES], *more]))
 
     return SRDDPipeline(
-        vqvae=_fill(vqvae, vae_state, vae_origins, dtype),
-        transformer=_fill(transformer, transformer_state, origins, dtype),
+        vqvae=_fill(vqvae, vae_state, vae_origins, vae_dtype),
+        transformer=_fill(transformer, state, origins, transformer_dtype),
         scheduler=ScaleScheduler(scale_sizes=scale_sizes, **OFFICIAL_SAMPLING),
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from srdd.conversion.official_layout import RESIDUAL_CONV_NAMES, Shape
+from srdd.scales import MAX_SCALES
 
 
 # The lists of the published models, by image size.
@@ -109,9 +110,13 @@ def transformer_scale_sizes(state: Mapping[str, torch.Tensor]) -> list[int]:
         ValueError: If neither tells.
     """
     if "lvl_1L" in state:
-        counts = state["lvl_1L"].flatten().long().bincount().tolist()
+        scale_ids = state["lvl_1L"].flatten().long()
+        low, high = (bound.item() for bound in scale_ids.aminmax()) if scale_ids.numel() else (-1, -1)
+        if low < 0 or high >= MAX_SCALES:
+            raise ValueError(f"`lvl_1L` must number the tokens' scales in [0, {MAX_SCALES - 1}], got [{low}, {high}].")
+        counts = scale_ids.bincount().tolist()
         sides = [math.isqrt(count) for count in counts]
-        if not sides or [side**2 for side in sides] != counts:
+        if [side**2 for side in sides] != counts:
             raise ValueError(f"`lvl_1L` must give every scale a square number of tokens, got {counts}.")
         return sides
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
@@ -154,7 +159,7 @@ def transformer_config(
     )
     hidden = _agreed_size(shapes, 4 * width, *((f"{block}.ffn.fc1.bias", 0) for block in blocks))
     heads = _agreed_size(shapes, depth, *((f"{block}.attn.scale_mul_1H11", 1) for block in blocks))
-    if width % heads:
+    if min(width, heads) < 1 or width % heads:
         raise ValueError(f"The width of the transformer must be a multiple of its {heads} heads, got {width}.")
     return {
         "codebook_size": codebook_size,

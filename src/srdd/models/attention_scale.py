@@ -16,10 +16,11 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from srdd.acceleration import accelerate
+from srdd.models.configuration import CHOICES
 from srdd.models.scale_cache import ScaleKVCache
 
 
-ATTENTION_PATTERNS = ("causal", "markov", "banded")
+ATTENTION_PATTERNS = CHOICES["attention_pattern"]
 
 
 @dataclass(frozen=True)

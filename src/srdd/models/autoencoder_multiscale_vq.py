@@ -7,13 +7,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from srdd.acceleration import accelerate, dequantize_decoder, quantize_decoder, run_decoder
 from srdd.area_means import area_means
+from srdd.checks import check_list, described, shown
+from srdd.models.configuration import check_configuration, check_groups, check_num_parameters, check_sample_size
 from srdd.models.quantizer_multiscale import MultiScaleQuantizer
+from srdd.models.saved_weights import SavedModelMixin, is_finite_as
 from srdd.scales import ScaleSizes, normalize_scale_sizes, num_tokens_per_scale, split_scales
 
 
@@ -52,7 +54,7 @@ class MultiScaleVQModelOutput(BaseOutput):
     latents: torch.Tensor | None = None
 
 
-class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
+class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     Image tokenizer that writes an image as a pyramid of token maps and reads it back.
 
@@ -94,8 +96,10 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         decoder_norm_num_groups (`int`, *optional*): Groups of the decoder's group norms.
 
     Raises:
-        ValueError: If `scale_sizes` is no growing list of scales or does not end at the latent grid of `sample_size`,
-            or a size of the decoder is none.
+        ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`],
+            `scale_sizes` is no growing list of scales or does not end at the latent grid of `sample_size`, lists of
+            blocks and channels differ in length, groups do not divide channels, `quant_conv_kernel_size` is even, or
+            the model would have more than 2 * 10^10 parameters.
     """
 
     _supports_gradient_checkpointing = True
@@ -129,20 +133,28 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         decoder_norm_num_groups: int | None = None,
     ):
         super().__init__()
+        checked, sample_size = check_configuration(self.config), check_sample_size(sample_size)
         scale_sizes = normalize_scale_sizes(scale_sizes)
         # JSON turns tuples into lists; the config holds lists from the start.
-        self.register_to_config(
-            scale_sizes=scale_sizes,
-            down_block_types=list(down_block_types),
-            up_block_types=list(up_block_types),
-            block_out_channels=list(block_out_channels),
-            decoder_block_out_channels=decoder_block_out_channels and list(decoder_block_out_channels),
-            sample_size=sample_size if isinstance(sample_size, int) else list(sample_size),
-        )
+        self.register_to_config(**checked, scale_sizes=scale_sizes, sample_size=sample_size)
+        for name in ("down_block_types", "up_block_types"):
+            check_list(name, checked[name], len(block_out_channels))
+        check_groups("norm_num_groups", norm_num_groups, checked["block_out_channels"])
+        if quant_conv_kernel_size % 2 == 0:
+            raise ValueError(f"`quant_conv_kernel_size` must be odd, got {quant_conv_kernel_size}.")
         self.spatial_compression_ratio = patch_size * 2 ** (len(block_out_channels) - 1)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self._check_grid(scale_sizes, self._grid_of(height, width))
         decoder_sizes = self._decoder_sizes()
+        check_num_parameters(
+            18 * layers_per_block * sum(width**2 for width in block_out_channels)
+            + 18 * decoder_sizes["layers_per_block"] * sum(width**2 for width in decoder_sizes["block_out_channels"])
+            + (in_channels + out_channels) * patch_size**2 * 9 * max(block_out_channels)
+            + latent_channels
+            * (codebook_size + latent_channels * (quant_conv_kernel_size**2 + 9 * num_residual_convs)),
+            "`block_out_channels`, `layers_per_block`, `in_channels`, `out_channels`, `patch_size`, `latent_channels`,"
+            " `codebook_size`, `quant_conv_kernel_size` and `num_residual_convs`",
+        )
 
         self.encoder = Encoder(
             in_channels=in_channels * patch_size**2,
@@ -189,27 +201,9 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if all(value is None for value in own.values()):
             return sizes
 
-        channels, groups = sizes["block_out_channels"], sizes["norm_num_groups"]
-        levels = len(self.config.block_out_channels)
-        if len(channels) != levels or not all(isinstance(width, int) and width > 0 for width in channels):
-            raise ValueError(
-                f"`decoder_block_out_channels` must be {levels} positive integers, as many as"
-                f" `block_out_channels`, got {channels}."
-            )
-        if not isinstance(sizes["layers_per_block"], int) or sizes["layers_per_block"] < 0:
-            raise ValueError(
-                f"`decoder_layers_per_block` must be an integer of at least 0, got {sizes['layers_per_block']!r}."
-            )
-        if not isinstance(sizes["mid_block_add_attention"], bool):
-            raise ValueError(
-                "`decoder_mid_block_add_attention` must be True, False or None, got"
-                f" {sizes['mid_block_add_attention']!r}."
-            )
-        if not isinstance(groups, int) or groups < 1 or any(width % groups for width in channels):
-            raise ValueError(
-                "`decoder_norm_num_groups` (by default `norm_num_groups`) must be a divisor of all of the decoder's"
-                f" channels {channels}, got {groups!r}."
-            )
+        check_list("decoder_block_out_channels", sizes["block_out_channels"], len(self.config.block_out_channels))
+        name = "norm_num_groups" if own["norm_num_groups"] is None else "decoder_norm_num_groups"
+        check_groups(name, sizes["norm_num_groups"], sizes["block_out_channels"])
         return sizes
 
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
@@ -229,12 +223,48 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _own_or(self, scale_sizes: ScaleSizes | None) -> list[list[int]]:
         return self.config.scale_sizes if scale_sizes is None else normalize_scale_sizes(scale_sizes)
 
-    def _check_token_ids(self, token_ids: torch.Tensor) -> None:
-        if token_ids.numel() == 0:
-            return
-        low, high = (int(bound) for bound in torch.aminmax(token_ids))
+    def _check_token_ids(self, token_ids: torch.Tensor, scale_sizes: list[list[int]]) -> None:
+        if not isinstance(token_ids, torch.Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`token_ids` must be an int64 or int32 tensor, got {described(token_ids)}.")
+        low, high = (int(bound) for bound in torch.aminmax(token_ids)) if token_ids.numel() else (0, 0)
         if low < 0 or high >= self.config.codebook_size:
             raise ValueError(f"`token_ids` must lie in [0, {self.config.codebook_size - 1}], got [{low}, {high}].")
+        num_tokens = sum(num_tokens_per_scale(scale_sizes))
+        if token_ids.ndim != 2 or token_ids.shape[1] != num_tokens:
+            raise ValueError(
+                f"`token_ids` must have shape (batch, {num_tokens}) for the scales {shown(scale_sizes)}, got"
+                f" {tuple(token_ids.shape)}."
+            )
+
+    def _check_num_scales(self, num_scales: torch.Tensor, batch_size: int) -> None:
+        dtypes, last = (torch.int64, torch.int32), len(self.config.scale_sizes)
+        is_tensor = isinstance(num_scales, torch.Tensor) and num_scales.dtype in dtypes
+        if not is_tensor or tuple(num_scales.shape) != (batch_size,):
+            raise ValueError(
+                f"`num_scales` must be an int64 or int32 tensor of shape ({batch_size},), got {described(num_scales)}."
+            )
+        low, high = (int(bound) for bound in torch.aminmax(num_scales))
+        if low < 1 or high > last:
+            raise ValueError(f"`num_scales` must lie in [1, {last}], got [{low}, {high}].")
+
+    @staticmethod
+    def _grid(grid_size: Sequence[int]) -> list[int]:
+        return normalize_scale_sizes([grid_size], "grid_size")[0]
+
+    @staticmethod
+    def _check_maps(name: str, maps: torch.Tensor, num_channels: int) -> None:
+        is_batch = isinstance(maps, torch.Tensor) and maps.is_floating_point() and maps.ndim == 4 and maps.numel() > 0
+        if not is_batch or maps.shape[1] != num_channels:
+            raise ValueError(
+                f"`{name}` must be a floating-point tensor of shape (batch, {num_channels}, height, width), got"
+                f" {described(maps)}."
+            )
+
+    def _quantize(self, name: str, latents: torch.Tensor, scale_sizes: list[list[int]]) -> torch.LongTensor:
+        # No code is near to NaN: all of an image's tokens would be the first.
+        if not is_finite_as(latents):
+            raise ValueError(f"`{name}` must give finite latents, got NaN or infinity.")
+        return self.quantize.quantize(latents, scale_sizes)
 
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
         if self.use_slicing and len(sample) > 1:
@@ -300,8 +330,9 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             [`MultiScaleVQEncoderOutput`] or `(latents,)`.
 
         Raises:
-            ValueError: If height or width is not a multiple of the compression ratio.
+            ValueError: If `sample` has another shape, or height or width is not a multiple of the compression ratio.
         """
+        self._check_maps("sample", sample, self.config.in_channels)
         self._grid_of(*sample.shape[-2:])
         latents = self._encode(sample)
         return MultiScaleVQEncoderOutput(latents) if return_dict else (latents,)
@@ -319,7 +350,14 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Returns:
             `DecoderOutput` or `(sample,)`: Pixels of shape `(batch, out_channels, height, width)`, around [-1, 1], not
             clamped.
+
+        Raises:
+            ValueError: If `latents` have another shape or hold no floating-point numbers.
         """
+        channels = self.config.latent_channels
+        is_batch = isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.ndim == 4
+        if not is_batch or latents.shape[1] != channels or latents.numel() == 0:
+            self._check_maps("latents", latents, channels)
         latents = latents.to(self.dtype)
         fast = self.use_fast_decoding and not self.training
         bytes_per_image = latents.shape[-2:].numel() * self._largest_map * latents.element_size()
@@ -339,8 +377,12 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Returns:
             `torch.LongTensor` of shape `(batch, num_tokens)`.
+
+        Raises:
+            ValueError: If `latents` have another shape or are not finite, or `scale_sizes` is no growing list.
         """
-        return self.quantize.quantize(latents, self._own_or(scale_sizes))
+        self._check_maps("latents", latents, self.config.latent_channels)
+        return self._quantize("latents", latents, self._own_or(scale_sizes))
 
     @apply_forward_hook
     def tokenize(self, sample: torch.Tensor, scale_sizes: ScaleSizes | None = None) -> torch.LongTensor:
@@ -356,11 +398,13 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             `torch.LongTensor` of shape `(batch, num_tokens)`.
 
         Raises:
-            ValueError: If the scales do not end at the latent grid.
+            ValueError: If the scales do not end at the latent grid, or `sample` has another shape or its latents are
+                not finite.
         """
         scale_sizes = self._own_or(scale_sizes)
+        self._check_maps("sample", sample, self.config.in_channels)
         self._check_grid(scale_sizes, self._grid_of(*sample.shape[-2:]))
-        return self.quantize.quantize(self._encode(sample), scale_sizes)
+        return self._quantize("sample", self._encode(sample), scale_sizes)
 
     @apply_forward_hook
     def residual_map(
@@ -380,8 +424,28 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`.
+
+        Raises:
+            ValueError: If `token_map` or `mask` is of another kind or shape, `grid_size` is none, or there are ids
+                outside the codebook. Nothing is read back from accelerators for it: on CUDA such ids are a device-side
+                assertion.
         """
-        return self.quantize.residual_map(token_map, grid_size or self.config.scale_sizes[-1], mask)
+        grid_size = self.config.scale_sizes[-1] if grid_size is None else self._grid(grid_size)
+        is_map = isinstance(token_map, torch.Tensor) and token_map.dtype in (torch.int64, torch.int32)
+        if not is_map or token_map.ndim != 3 or token_map.numel() == 0:
+            raise ValueError(
+                "`token_map` must be an int64 or int32 tensor of shape (batch, scale_height, scale_width), got"
+                f" {described(token_map)}."
+            )
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != token_map.shape):
+            raise ValueError(f"`mask` must have shape {tuple(token_map.shape)}, got {described(mask)}.")
+        try:
+            return self.quantize.residual_map(token_map, grid_size, mask)
+        except IndexError as error:
+            raise ValueError(
+                f"`token_map` must lie in [0, {self.config.codebook_size - 1}], got"
+                f" [{token_map.min().item()}, {token_map.max().item()}]."
+            ) from error
 
     @apply_forward_hook
     def latent_states(
@@ -402,11 +466,13 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             `list[torch.Tensor]`: For every scale, float32 of shape `(batch, latent_channels, *grid_size)`.
 
         Raises:
-            ValueError: If `token_ids` has the wrong length or ids outside the codebook.
+            ValueError: If `token_ids` is of another kind or length or has ids outside the codebook, or `scale_sizes`
+                or `grid_size` is none.
         """
         scale_sizes = self._own_or(scale_sizes)
-        self._check_token_ids(token_ids)
-        return self.quantize.latent_states(token_ids, scale_sizes, grid_size or scale_sizes[-1])
+        grid_size = scale_sizes[-1] if grid_size is None else self._grid(grid_size)
+        self._check_token_ids(token_ids, scale_sizes)
+        return self.quantize.latent_states(token_ids, scale_sizes, grid_size)
 
     @apply_forward_hook
     def teacher_forcing_inputs(
@@ -452,10 +518,16 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Returns:
             `dict[str, list[float]]`: Per scale, `"usage"`, the share of all codes that occur, in [0, 1], and
             `"perplexity"`, the exponential of the entropy of their distribution, in [1, codebook_size].
+
+        Raises:
+            ValueError: If `token_ids` is of another kind or length, empty, or has ids outside the codebook.
         """
-        self._check_token_ids(token_ids)
+        scale_sizes = self._own_or(scale_sizes)
+        self._check_token_ids(token_ids, scale_sizes)
+        if len(token_ids) == 0:
+            raise ValueError(f"`token_ids` must hold at least one pyramid, got {tuple(token_ids.shape)}.")
         usage, perplexity = [], []
-        for token_map in split_scales(token_ids, self._own_or(scale_sizes)):
+        for token_map in split_scales(token_ids, scale_sizes):
             counts = token_map.flatten().bincount(minlength=self.config.codebook_size).float()
             probabilities = counts / counts.sum()
             usage.append((counts > 0).float().mean().item())
@@ -479,8 +551,12 @@ class MultiScaleVQModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             [`MultiScaleVQModelOutput`] or the tuple of its fields.
 
         Raises:
-            ValueError: If the model's scales do not end at the latent grid of `sample`.
+            ValueError: If `sample` has another shape, the model's scales do not end at its latent grid, or
+                `num_scales` is of another kind or out of range.
         """
+        self._check_maps("sample", sample, self.config.in_channels)
+        if num_scales is not None:
+            self._check_num_scales(num_scales, len(sample))
         self._check_grid(self.config.scale_sizes, self._grid_of(*sample.shape[-2:]))
         latents = self.encode(sample).latents
         quantized = self.quantize(latents, self.config.scale_sizes, num_scales)

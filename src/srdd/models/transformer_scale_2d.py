@@ -5,7 +5,10 @@ channels, V codebook.
 """
 
 import math
-from collections.abc import Sequence
+import numbers
+import re
+from collections.abc import Mapping, Sequence
+from types import NoneType
 
 import torch
 import torch.nn as nn
@@ -14,18 +17,19 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch.nn.attention.flex_attention import BlockMask
 
 from srdd.acceleration import accelerate, set_fast_linears
+from srdd.checks import described, shown
 from srdd.models.attention_scale import (
-    ATTENTION_PATTERNS,
     MaskedScaleAttnProcessor,
     ScaleAttention,
     ScaleSegment,
     scale_segments,
 )
+from srdd.models.configuration import check_configuration, check_num_parameters
 from srdd.models.guidance import guide
+from srdd.models.saved_weights import SavedModelMixin
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
 
@@ -112,7 +116,26 @@ def begin_step(*_) -> None:
     torch.compiler.cudagraph_mark_step_begin()
 
 
-class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+def class_names(id2label: Mapping[int | str, str] | None, num_classes: int) -> dict[str, str]:
+    """
+    Names of classes as JSON has them: it turns integer keys into strings.
+
+    Raises:
+        ValueError: If a class does not exist, or a name is no string.
+    """
+    if not isinstance(id2label, (Mapping, NoneType)):
+        raise ValueError(f"`id2label` must be a dict of names by class id, got {shown(id2label)}.")
+    names = {str(index): name for index, name in (id2label or {}).items()}
+    unknown = sorted(index for index in names if not re.fullmatch(r"[0-9]{1,9}", index) or int(index) >= num_classes)
+    if unknown:
+        raise ValueError(f"`id2label` must name classes in [0, {num_classes - 1}], got {shown(unknown)}.")
+    wrong = [name for name in names.values() if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"`id2label` must hold names that are strings, got {shown(wrong)}.")
+    return names
+
+
+class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     r"""
     Predicts the tokens of a scale from the latent state before it: `p_theta(z_k | x_k, k, y)`.
 
@@ -143,8 +166,9 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             then use no guidance unless asked to.
 
     Raises:
-        ValueError: If `attention_pattern` is unknown, `scale_sizes` is no growing list of scales, a dropout rate is
-            out of range, or `id2label` names classes that do not exist.
+        ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`],
+            `scale_sizes` is no growing list of scales, `id2label` names classes that do not exist, or the model would
+            have more than 2 * 10^10 parameters.
     """
 
     _supports_gradient_checkpointing = True
@@ -174,22 +198,18 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         guidance_distilled: bool = False,
     ):
         super().__init__()
-        if attention_pattern not in ATTENTION_PATTERNS:
-            raise ValueError(f"`attention_pattern` must be one of {ATTENTION_PATTERNS}, got {attention_pattern!r}.")
-        if not 0 <= class_dropout_prob <= 1:
-            raise ValueError(f"`class_dropout_prob` must be in [0, 1], got {class_dropout_prob}.")
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f"`drop_path_rate` must be in [0, 1), got {drop_path_rate}.")
-        # JSON turns integer keys into strings; the config holds strings from the start.
-        names = {str(index): name for index, name in (id2label or {}).items()}
-        unknown = sorted(index for index in names if not index.isdigit() or int(index) >= num_classes)
-        if unknown:
-            raise ValueError(f"`id2label` must name classes in [0, {num_classes - 1}], got {unknown}.")
+        checked = check_configuration(self.config)
         scale_sizes = normalize_scale_sizes(scale_sizes)
-        self.register_to_config(scale_sizes=scale_sizes, id2label=names)
+        self.register_to_config(**checked, scale_sizes=scale_sizes, id2label=class_names(id2label, num_classes))
 
         self.token_slices = scale_slices(scale_sizes)
         dim = num_attention_heads * attention_head_dim
+        num_embeddings = codebook_size + num_classes + self.token_slices[-1].stop
+        check_num_parameters(
+            num_layers * dim**2 * (4 + 2 * mlp_ratio + 6 * (not shared_adaln)) + num_embeddings * dim,
+            "`num_layers`, `num_attention_heads`, `attention_head_dim`, `mlp_ratio`, `codebook_size`, `num_classes`"
+            " and `scale_sizes`",
+        )
         self.proj_in = nn.Linear(latent_channels, dim)
         self.class_embed = nn.Embedding(num_classes + 1, dim)
         self.scale_embed = nn.Embedding(len(scale_sizes), dim)
@@ -284,12 +304,13 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         last = len(self.token_slices) - 1
         if timestep is None:
             return list(range(last, -1, -1))
-        values = timestep.tolist() if isinstance(timestep, torch.Tensor) else timestep
-        values = [values] if isinstance(values, int) else list(values)
-        falling = all(coarse > fine for coarse, fine in zip(values, values[1:]))
+        values = timestep.tolist() if hasattr(timestep, "tolist") else timestep  # tensors and arrays
+        values = list(values) if isinstance(values, (Sequence, range)) and not isinstance(values, str) else [values]
+        are_integers = all(isinstance(value, numbers.Integral) and not isinstance(value, bool) for value in values)
+        falling = are_integers and all(coarse > fine for coarse, fine in zip(values, values[1:]))
         if not values or not falling or min(values) < 0 or max(values) > last:
-            raise ValueError(f"`timestep` must be falling integers in [0, {last}], got {values}.")
-        return values
+            raise ValueError(f"`timestep` must be falling integers in [0, {last}], got {shown(values)}.")
+        return [int(value) for value in values]
 
     def _check_token_indices(
         self, token_indices: torch.LongTensor, timesteps: list[int], kv_cache: ScaleKVCache | None
@@ -369,8 +390,9 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
 
         Raises:
             ValueError: If `timestep` is not falling or out of range, `hidden_states` does not hold those scales or
-                tokens, there is not one class label for each image, or `token_indices` come without a cache that holds
-                their scale.
+                tokens, there is not one class label for each image, a label is out of range, `guidance_weight` is no
+                finite number, or `token_indices` come without a cache that holds their scale. Labels are not read back
+                from accelerators, which would wait for it: on CUDA one out of range is a device-side assertion.
         """
         timesteps = self._check_timesteps(timestep)
         cached = [t for t in kv_cache.timesteps if t > timesteps[0]] if kv_cache is not None else []
@@ -381,6 +403,8 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             self._check_token_indices(token_indices, timesteps, kv_cache)
             expected = (token_indices.shape[1], self.config.latent_channels)
             kv_cache = kv_cache.select(kv_cache.image_indices, token_indices)
+        if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
+            raise ValueError(f"`hidden_states` must be a floating-point tensor, got {described(hidden_states)}.")
         if hidden_states.ndim != 3 or tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(
                 f"`hidden_states` must have shape (batch, {expected[0]}, {expected[1]}) for the timesteps {timesteps},"
@@ -389,11 +413,16 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         null_class = self.config.num_classes
         if class_labels is None:
             class_labels = torch.full((hidden_states.shape[0],), null_class, device=hidden_states.device)
+        is_weight = isinstance(guidance_weight, numbers.Real) and math.isfinite(guidance_weight)
+        if guidance_weight is not None and not is_weight:
+            raise ValueError(f"`guidance_weight` must be a finite number, got {shown(guidance_weight)}.")
         if guidance_weight is not None and len(hidden_states) % 2:
             raise ValueError(
                 "`hidden_states` must be two halves with `guidance_weight`, conditional and unconditional, got a batch"
                 f" of {len(hidden_states)}."
             )
+        if not isinstance(class_labels, torch.Tensor) or class_labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`class_labels` must be an int64 or int32 tensor, got {described(class_labels)}.")
         if class_labels.shape != hidden_states.shape[:1]:
             raise ValueError(
                 f"`class_labels` must have shape ({hidden_states.shape[0]},), got {tuple(class_labels.shape)}."
@@ -403,7 +432,11 @@ class ScaleTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout_prob
             class_labels = torch.where(dropped, null_class, class_labels)
 
-        class_embedding = self.class_embed(class_labels)  # (B, D)
+        try:
+            class_embedding = self.class_embed(class_labels)  # (B, D)
+        except IndexError as error:
+            low, high = (bound.item() for bound in class_labels.aminmax())
+            raise ValueError(f"`class_labels` must lie in [0, {null_class}], got [{low}, {high}].") from error
         hidden_states = self._embed(hidden_states, class_embedding, timesteps, token_indices)  # (B, N, D)
         stored = modulation_cache if modulation_cache is not None else ModulationCache()
         is_stored = stored.out is not None
