@@ -228,7 +228,7 @@ def test_config_holds_lists_of_pairs():
         ({"scale_sizes": [4, 2]}, r"`scale_sizes` must grow from scale to scale, got \[2, 2\]"),
         ({"sample_size": 9}, r"multiples of 2, got \(9, 9\)"),
         ({"sample_size": (8, 16)}, r"`scale_sizes` must end at the latent grid \(4, 8\)"),
-        ({"decoder_block_out_channels": [8]}, r"`decoder_block_out_channels` must be a list of 2 entries, got \[8\]"),
+        ({"decoder_block_out_channels": [8]}, r"`decoder_block_out_channels` must be 2 positive .* got \[8\]"),
         ({"decoder_block_out_channels": [8] * 3}, r"`decoder_block_out_channels` must .* 2 .* got \[8, 8, 8\]"),
         ({"decoder_block_out_channels": ()}, r"`decoder_block_out_channels` must be a list .* got \(\)"),
         ({"decoder_block_out_channels": [8, 0]}, r"`decoder_block_out_channels\[1\]` must be an integer .* got 0"),

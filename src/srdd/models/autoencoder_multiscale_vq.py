@@ -201,7 +201,12 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         if all(value is None for value in own.values()):
             return sizes
 
-        check_list("decoder_block_out_channels", sizes["block_out_channels"], len(self.config.block_out_channels))
+        levels = len(self.config.block_out_channels)
+        if len(sizes["block_out_channels"]) != levels:
+            raise ValueError(
+                f"`decoder_block_out_channels` must be {levels} positive integers, as many as `block_out_channels`,"
+                f" got {sizes['block_out_channels']}."
+            )
         name = "norm_num_groups" if own["norm_num_groups"] is None else "decoder_norm_num_groups"
         check_groups(name, sizes["norm_num_groups"], sizes["block_out_channels"])
         return sizes
