@@ -23,7 +23,7 @@ SOURCES = sorted(
 
 # The floors of the house, from the ground up. A part imports itself and parts of the floors below it.
 FLOORS = (
-    ("scales.py",),
+    ("scales.py", "console.py"),
     ("schedulers", "acceleration"),
     ("models",),
     ("pipelines", "data"),
