@@ -440,24 +440,40 @@ def test_an_empty_name_is_no_folder():
         load_labelled_images(train_data_dir="")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
-@pytest.mark.parametrize("name", ["", "car", "car/deep"])
-def test_folders_without_permission(root, name):
+@pytest.fixture
+def forbid():
+    """Takes permissions of files and folders away, until the test is over."""
+    paths = []
+
+    def forbid(path: Path, mode: int = 0) -> None:
+        paths.append(path)
+        path.chmod(mode)
+        if os.access(path, os.X_OK if path.is_dir() and mode == 0o400 else os.R_OK):
+            pytest.skip("this user may do all")
+
+    yield forbid
+    for path in paths:
+        path.chmod(0o700)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("", 0), ("", 0o400), ("car", 0), ("car", 0o400), ("car/deep", 0)])
+def test_folders_without_permission(root, forbid, name, mode):
     write(root, *TWO, "car/deep/0.png")
-    (root / name).chmod(0)
-    try:
-        with pytest.raises(
-            ValueError, match=r"`train_data_dir` must be a folder that may be read .*Permission denied"
-        ):
-            load_labelled_images(train_data_dir=str(root))
-    finally:
-        (root / name).chmod(0o700)
+    forbid(root / name, mode)
+    with pytest.raises(ValueError, match=r"`train_data_dir` must be a folder that may be read .*Permission denied"):
+        load_labelled_images(train_data_dir=str(root))
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_files_without_permission_are_named(root, caplog):
+def test_a_folder_behind_one_without_permission(root, forbid):
     write(root, *TWO)
-    (root / "car" / "0.png").chmod(0)
+    forbid(root)
+    with pytest.raises(ValueError, match=r"`train_data_dir` must be a folder with .*bus' \(Permission denied\)"):
+        load_labelled_images(train_data_dir=str(root / "bus"))
+
+
+def test_files_without_permission_are_named(root, forbid, caplog):
+    write(root, *TWO)
+    forbid(root / "car" / "0.png")
     assert classes(root) == {"bus": 2, "car": 1}
     assert "no permission (1): car/0.png." in warnings_of(caplog)
 

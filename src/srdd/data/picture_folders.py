@@ -6,7 +6,8 @@ and which are splits. What is left out is counted and named.
 import functools
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,22 +105,7 @@ class FolderReader:
         Raises:
             ValueError: If the folder may not be read.
         """
-        pictures, folders = [], []
-        for name in self._names(folder):
-            path = folder / name
-            if is_hidden(name):
-                self.leave_out(path, HIDDEN)
-            elif not _is_unicode(name):
-                self.leave_out(path, NOT_UNICODE)
-            elif os.path.isdir(path):
-                folders.append(path)
-            elif os.path.isfile(path) and path.suffix.lower() not in picture_suffixes():
-                self.leave_out(path, NO_PICTURE)
-            elif not os.path.isfile(path) or not os.access(path, os.R_OK):
-                self.leave_out(path, NOT_OPENED)
-            else:
-                pictures.append(path)
-        return pictures, folders
+        return self._sorted_out(folder, self._scan(folder))
 
     def pictures_below(self, folder: Path) -> list[Path]:
         """
@@ -134,17 +120,20 @@ class FolderReader:
         pictures, waiting, linked = [], [folder], []
         while waiting or linked:
             current = waiting.pop() if waiting else linked.pop(0)
-            identity = _identity(current)
+            with self._permission(current):
+                identity = _identity(current)
             if identity in visited:
                 self.leave_out(current, READ_ALREADY)
-            elif current != self.root and self._is_of_a_run(current, identity):
+                continue
+            visited.add(identity)
+            entries = self._scan(current)
+            if current != self.root and (identity in self.run_folders or any(map(_is_of_a_run, entries))):
                 self.leave_out(current, OF_A_RUN)
-            else:
-                visited.add(identity)
-                inside, folders = self.entries(current)
-                pictures += inside
-                waiting += [each for each in reversed(folders) if not each.is_symlink()]
-                linked += [each for each in folders if each.is_symlink()]
+                continue
+            inside, folders = self._sorted_out(current, entries)
+            pictures += inside
+            waiting += [each for each in reversed(folders) if not os.path.islink(each)]
+            linked += [each for each in folders if os.path.islink(each)]
         return sorted(pictures)
 
     def report(self) -> None:
@@ -160,21 +149,40 @@ class FolderReader:
             f" {self.shown!r}{about} ({'; '.join(others) or 'it is empty'})."
         )
 
-    def _names(self, folder: Path) -> list[str]:
+    @contextmanager
+    def _permission(self, folder: Path) -> Iterator[None]:
+        """Say which folder it was that could not be read."""
         try:
-            return sorted(os.listdir(folder))
+            yield
         except OSError as error:
             raise ValueError(
                 f"`{self.argument}` must be a folder that may be read with all its subfolders, got {self.shown!r}, of"
                 f" which {str(folder)!r} may not ({error.strerror})."
             ) from error
 
-    def _is_of_a_run(self, folder: Path, identity: tuple[int, int]) -> bool:
-        return identity in self.run_folders or any(
-            name in RUN_FILES
-            or (name.startswith("checkpoint-") and name[11:].isdecimal() and os.path.isdir(folder / name))
-            for name in self._names(folder)
-        )
+    def _scan(self, folder: Path) -> list[os.DirEntry]:
+        """What lies in a folder, by name."""
+        with self._permission(folder), os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+
+    def _sorted_out(self, folder: Path, entries: list[os.DirEntry]) -> tuple[list[Path], list[Path]]:
+        """The pictures and the folders among the entries of a folder."""
+        pictures, folders = [], []
+        for entry in entries:
+            path, kind = folder / entry.name, _kind(entry)
+            if is_hidden(entry.name):
+                self.leave_out(path, HIDDEN)
+            elif not _is_unicode(entry.name):
+                self.leave_out(path, NOT_UNICODE)
+            elif kind == "folder":
+                folders.append(path)
+            elif kind == "file" and path.suffix.lower() not in picture_suffixes():
+                self.leave_out(path, NO_PICTURE)
+            elif kind != "file" or not os.access(path, os.R_OK):
+                self.leave_out(path, NOT_OPENED)
+            else:
+                pictures.append(path)
+        return pictures, folders
 
 
 @dataclass
@@ -325,6 +333,20 @@ def _leave_out_empty(reader: FolderReader, folder: Path) -> bool:
         return False
     reader.leave_out(folder, WITHOUT_PICTURES)
     return True
+
+
+def _kind(entry: os.DirEntry) -> str | None:
+    """`"folder"`, `"file"`, or `None` for links to nothing and what is neither."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else None
+    except OSError:  # a link to itself
+        return None
+
+
+def _is_of_a_run(entry: os.DirEntry) -> bool:
+    """Whether something is in the folders that runs write, and in no others."""
+    name, _, number = entry.name.rpartition("-")
+    return entry.name in RUN_FILES or (name == "checkpoint" and number.isdecimal() and _kind(entry) == "folder")
 
 
 def _identity(path: str | Path) -> tuple[int, int]:
