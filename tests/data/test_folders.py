@@ -138,7 +138,9 @@ def test_files_that_are_no_pictures_are_counted_and_named(root, caplog):
 def test_pictures_beside_class_folders_are_left_out_and_named(root, caplog):
     write(root, *TWO, "cover.png")
     assert classes(root) == {"bus": 2, "car": 2}
-    assert warnings_of(caplog).endswith("pictures beside class folders, which have no class (1): cover.png.")
+    assert warnings_of(caplog).endswith(
+        "pictures beside class folders or splits, which belong to none (1): cover.png."
+    )
 
 
 def test_pictures_may_lie_deeper_in_a_class_folder(root, caplog):
@@ -146,10 +148,19 @@ def test_pictures_may_lie_deeper_in_a_class_folder(root, caplog):
     folder = read_picture_folder(root)
     assert Counter(folder.train.labels) == {"bus": 3, "car": 4}
     assert folder.notes == [
-        "3 pictures lie in folders of class folders and belong to those classes: bus/test/7.png, car/red/9.png,"
+        "Pictures in folders of class folders, which belong to those classes (3): bus/test/7.png, car/red/9.png,"
         " car/red/train/8.png."
     ]
     assert warnings_of(caplog) == ""
+
+
+def test_a_folder_around_the_classes_is_one_class_and_is_said_to_be(root):
+    write(root, *[f"images/{name}" for name in TWO])
+    folder = read_picture_folder(root)
+    assert Counter(folder.train.labels) == {"images": 4}
+    assert folder.notes[-1].startswith(
+        "'images' is the only class. If its folders are meant as classes, they must lie"
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,7 +264,7 @@ def test_classes_in_one_split_alone_are_refused(root, flat):
 def test_pictures_beside_the_class_folders_of_a_split(root, caplog):
     write(root, *[f"train/{name}" for name in TWO], "train/cover.png", "cover.png")
     assert classes(root) == {"bus": 2, "car": 2}
-    assert "which have no class (2): cover.png, train/cover.png." in warnings_of(caplog)
+    assert "which belong to none (2): cover.png, train/cover.png." in warnings_of(caplog)
 
 
 def test_a_split_without_pictures_is_none(root, caplog):
@@ -386,7 +397,7 @@ def test_training_knows_the_folders_it_writes(root, capsys):
     assert load_images(settings, "auto").id2label == {0: "bus", 1: "car"}
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert f"{root}: 4 pictures to train on, 0 to validate with; 2 classes: bus 2, car 2." in captured.err
+    assert f"{root}: 4 pictures to train on, 0 to validate with; 2 classes: bus (2), car (2)." in captured.err
 
 
 def test_the_summary_compares_what_was_found_with_what_is_used(root, caplog):
@@ -394,7 +405,7 @@ def test_the_summary_compares_what_was_found_with_what_is_used(root, caplog):
     for name in ("tram/0.png", "car/7.png"):
         (root / name).write_bytes(b"no picture")
     images = load_labelled_images(train_data_dir=str(root))
-    assert images.summary == f"{root}: 4 pictures to train on, 0 to validate with; 2 classes: bus 2, car 2 of 3."
+    assert images.summary == f"{root}: 4 pictures to train on, 0 to validate with; 2 classes: bus (2), car (2 of 3)."
     assert "classes without a picture that can be used (1): tram." in warnings_of(caplog, "images")
 
 
@@ -402,8 +413,8 @@ def test_many_classes_are_summarised():
     names = {index: f"class {index}" for index in range(1000)}
     labels = [index for index in names for _ in range(1 + index % 7)]
     text = describe_classes(names, labels, labels)
-    assert text.startswith("1000 classes of 1 to 7 pictures: class 0 1, class 1 2,")
-    assert text.endswith("…, class 997 4, class 998 5, class 999 6")
+    assert text.startswith("1000 classes of 1 to 7 pictures: class 0 (1), class 1 (2),")
+    assert text.endswith("…, class 997 (4), class 998 (5), class 999 (6)")
     assert len(text) < 300
 
 
@@ -548,7 +559,7 @@ def test_declared_classes_without_pictures_keep_their_id_and_are_named(tmp_path,
     images = load_labelled_images(label_table(tmp_path / "data", [0, 2, 2], names=["x", "y", "z"]))
     assert images.id2label == {0: "x", 1: "y", 2: "z"}
     assert "1 of 3 classes have no picture to train on, but keep their id: y." in warnings_of(caplog, "images")
-    assert images.summary.endswith("3 classes: x 1, y 0, z 2.")
+    assert images.summary.endswith("3 classes: x (1), y (0), z (2).")
 
 
 def test_a_random_tree_loses_no_picture(root):

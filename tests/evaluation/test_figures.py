@@ -25,8 +25,8 @@ def test_any_name_is_drawn(name):
 
 def test_names_have_letters_of_their_own():
     column = grid("é", "e", "ö", "ß", "Ω", "犬", "猫")
-    rows = [row.tobytes() for row in np.split(column, 7)]
-    assert len(set(rows)) == 7
+    drawings = {drawing.tobytes() for drawing in np.split(column, 7)}
+    assert len(drawings) == 7
 
 
 def test_letters_without_a_picture_are_drawn_as_codes():

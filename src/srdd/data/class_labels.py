@@ -90,26 +90,27 @@ def _few(names: Sequence[str]) -> str:
     return str(names) if len(names) <= 10 else f"{str(names[:10])[:-1]}, … ({len(names)} in all)]"
 
 
-def describe_classes(id2label: dict[int, str], usable: Iterable[int], found: Iterable[int]) -> str:
+def describe_classes(id2label: dict[int, str], ids_used: Iterable[int], ids_found: Iterable[int]) -> str:
     """
-    How many pictures every class has: `"2 classes: bus 8, car 7 of 8"`. Of many classes the first and last few are
+    How many pictures every class has: `"2 classes: bus (8), car (7 of 8)"`. Of many classes the first and last few are
     named.
 
     Args:
         id2label (`dict[int, str]`): Names of the classes.
-        usable (`Iterable[int]`): Class ids of the pictures that are used.
-        found (`Iterable[int]`): Class ids of all pictures that there are.
+        ids_used (`Iterable[int]`): Class ids of the pictures that are used.
+        ids_found (`Iterable[int]`): Class ids of all pictures that there are.
     """
     if not id2label:
         return "no classes"
-    usable, found = Counter(usable), Counter(found)
+    num_used, num_found = Counter(ids_used), Counter(ids_found)
     texts = [
-        f"{printable(name)} {usable[index]}" + (f" of {found[index]}" if found[index] != usable[index] else "")
+        f"{printable(name)} ({num_used[index]}"
+        + (f" of {num_found[index]})" if num_found[index] != num_used[index] else ")")
         for index, name in id2label.items()
     ]
     title = f"{len(texts)} classes" if len(texts) > 1 else "1 class"
     if len(texts) > 20:
-        counts = [usable[index] for index in id2label]
+        counts = [num_used[index] for index in id2label]
         title += f" of {min(counts)} to {max(counts)} pictures"
         texts = [*texts[:10], "…", *texts[-3:]]
     return f"{title}: {', '.join(texts)}"

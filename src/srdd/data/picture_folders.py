@@ -45,7 +45,7 @@ NOT_UNICODE = "names that are not UTF-8"
 OF_A_RUN = "folders that a training or an evaluation writes"
 READ_ALREADY = "links to folders that are read already"
 WITHOUT_PICTURES = "folders without pictures, which are no classes"
-WITHOUT_CLASS = "pictures beside class folders, which have no class"
+BESIDE = "pictures beside class folders or splits, which belong to none"
 OTHER_SPLIT = "other splits"
 
 
@@ -250,7 +250,7 @@ def read_picture_folder(
     notes, empty_classes, validation = [], [], None
     if is_split:
         for path in loose_pictures:
-            reader.leave_out(path, WITHOUT_CLASS)
+            reader.leave_out(path, BESIDE)
         for path in pictures:
             _leave_out_empty(reader, path)
         train = _read_split(reader, *reader.entries(splits.pop(TRAIN_NAME)), empty_classes, notes)
@@ -315,13 +315,17 @@ def _sorted_by_class(
     if not classes:
         return PictureSplit(loose_pictures, None)
     for path in loose_pictures:
-        reader.leave_out(path, WITHOUT_CLASS)
+        reader.leave_out(path, BESIDE)
     paths = [(folder, path) for folder in classes for path in pictures[folder]]
     deeper = [path.relative_to(reader.root).as_posix() for folder, path in paths if path.parent != folder]
     if deeper:
         notes.append(
-            f"{len(deeper)} pictures lie in folders of class folders and belong to those classes:"
+            f"Pictures in folders of class folders, which belong to those classes ({len(deeper)}):"
             f" {shortened(deeper, 3)}."
+        )
+    if len(classes) == 1 and len(deeper) == len(paths):
+        notes.append(
+            f"{classes[0].name!r} is the only class. If its folders are meant as classes, they must lie where it lies."
         )
     return PictureSplit([path for _, path in paths], [folder.name for folder, _ in paths])
 
