@@ -43,6 +43,7 @@ from official_var import OfficialSampler
 from samplers import GUIDANCE_SCALE, REFERENCE, add_model_arguments, random_pipeline, row_sampler
 from tqdm.auto import tqdm
 
+from srdd.console import write_text
 from srdd.evaluation.figures import draw_curves
 from srdd.evaluation.measurements import Measurements
 from srdd.evaluation.tables import markdown_table, readable, scale_name
@@ -313,7 +314,7 @@ def save_plot(args: argparse.Namespace, measurements: Measurements) -> None:
 
 def main(args: argparse.Namespace) -> None:
     measurements = run(args)
-    sys.stdout.write(report(args, measurements))
+    write_text(report(args, measurements))
     if args.plot:
         save_plot(args, measurements)
 

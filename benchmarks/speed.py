@@ -24,7 +24,6 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
 from srdd import ScaleScheduler, SRDDPipeline
+from srdd.console import write_text
 from srdd.evaluation.ablations import load_pipelines, read_tables
 from srdd.evaluation.tables import markdown_table, speed_ratio
 
@@ -220,7 +220,7 @@ def report(args: argparse.Namespace, results: dict) -> str:
 
 def main(args: argparse.Namespace) -> None:
     results = run(args)
-    sys.stdout.write(report(args, results))
+    write_text(report(args, results))
     if args.output:
         args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

@@ -24,6 +24,7 @@ from measuring import device_name, peak_memory, seconds_of
 from tqdm.auto import tqdm
 
 from srdd import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.console import write_text
 from srdd.evaluation.pipeline_variants import sharing_parameters
 from srdd.evaluation.tables import markdown_table, speed_ratio
 from srdd.models import MaskedScaleAttnProcessor, ScaleAttnProcessor
@@ -206,7 +207,7 @@ def report(results: dict) -> str:
 
 def main(args: argparse.Namespace) -> None:
     results = run(Step(args))
-    sys.stdout.write(report(results))
+    write_text(report(results))
     if args.output:
         Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

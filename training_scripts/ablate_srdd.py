@@ -8,18 +8,18 @@ data.
 
 The configuration names tables, rows and models (`srdd.evaluation.ablations.read_tables`); `--model` says where the
 models lie. What is measured goes to `ablations.json` at once; a second call goes on where the first was stopped and
-measures only what was changed. Fréchet distances and perceptual distances are on EfficientNet-Lite0
+measures only what was changed. Frechet distances and perceptual distances are on EfficientNet-Lite0
 features: neither FID nor LPIPS.
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from srdd.console import write_text
 from srdd.data.images import image_to_tensor, picture_grid, validation_images
 from srdd.evaluation.ablation_cells import AblationCells
 from srdd.evaluation.ablation_report import ablation_markdown, save_sweep
@@ -87,8 +87,8 @@ def main(args: argparse.Namespace) -> None:
             for row in table.rows
         }
         text = ablation_markdown(table, results)
-        (output / f"{table.name}.md").write_text(text)
-        sys.stdout.write(text + "\n")
+        (output / f"{table.name}.md").write_text(text, encoding="utf-8")
+        write_text(text + "\n")
         if table.axis is not None:
             save_sweep(output / f"{table.name}.png", table, results)
         elif table.kind in ("samples", "editing"):

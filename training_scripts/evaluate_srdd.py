@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-Measure what a pipeline draws, or any folder of pictures: Fréchet distance, KID, IS, precision, recall, density and
+Measure what a pipeline draws, or any folder of pictures: Frechet distance, KID, IS, precision, recall, density and
 coverage, and for pairs of pictures PSNR, SSIM, perceptual distance and LPIPS.
 
     python training_scripts/evaluate_srdd.py --pretrained_model_name_or_path model_cards/srdd-fruits64 \
@@ -15,7 +15,6 @@ benchmarks/WHY_YOUR_NUMBER_DIFFERS.md tells what to compare.
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from PIL import Image
 
 import srdd
 from srdd import ScaleScheduler, SRDDPipeline
+from srdd.console import write_text
 from srdd.data.images import picture_grid
 from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import load_features
@@ -125,7 +125,7 @@ def check_args(args: argparse.Namespace) -> None:
 def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageSource, dict[str, Any]]:
     """The images to be measured, and what the report says of them."""
     if args.samples_dir is not None:
-        source = FolderImages(args.samples_dir, args.num_samples)
+        source = FolderImages(args.samples_dir, args.num_samples, argument="samples_dir")
         if source.count < (args.num_samples or 1):
             raise ValueError(
                 f"`num_samples` must be at most {source.count}, the number of pictures, got {args.num_samples}."
@@ -156,7 +156,7 @@ def load_reference(args: argparse.Namespace, resolution: int) -> tuple[ImageSour
     """The images to compare with, and what the report says of them."""
     if args.reference_dir is not None:
         count = None if args.paired else args.num_reference_images
-        source = FolderImages(args.reference_dir, count, resolution)
+        source = FolderImages(args.reference_dir, count, resolution, argument="reference_dir")
         return source, {"folder": args.reference_dir}
     images = load_images(from_args(args, DataSettings), None)
     source = DataSetImages(images, args.split, args.num_reference_images, resolution)
@@ -213,7 +213,7 @@ def main(args: argparse.Namespace) -> None:
     columns = min(8, len(sample_features.pictures))
     lines = sample_features.pictures[: len(sample_features.pictures) // columns * columns].split(columns)
     Image.fromarray(picture_grid([line / 127.5 - 1 for line in lines])).save(output / "samples.png")
-    sys.stdout.write(table)
+    write_text(table)
 
 
 def _json(value: Any) -> Any:

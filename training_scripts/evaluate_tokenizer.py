@@ -5,7 +5,7 @@ Measure a multi-scale tokenizer on images: rFD, PSNR, SSIM, and codebook usage a
     python training_scripts/evaluate_tokenizer.py --pretrained_vqvae_name_or_path model_cards/srdd-fruits64/vqvae \
         --dataset_name fruits64 --split validation --output reconstructions.png
 
-Prints one JSON object. rFD is the Fréchet distance between the images and their reconstructions on EfficientNet-Lite0
+Prints one JSON object. rFD is the Frechet distance between the images and their reconstructions on EfficientNet-Lite0
 features: not an FID, and comparable only at the same number of images. The picture shows originals above
 reconstructions. With `--teacher_vqvae_name_or_path` a light decoder is compared with the one it was distilled from,
 whose pictures come between.
@@ -35,7 +35,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", choices=["train", "validation"], default="validation")
     parser.add_argument("--max_samples", type=int, default=4096)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--no_rfd", action="store_true", help="Leave out the Fréchet distance (no EfficientNet).")
+    parser.add_argument("--no_rfd", action="store_true", help="Leave out the Frechet distance (no EfficientNet).")
     parser.add_argument("--num_pictures", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of images.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -119,13 +119,14 @@ def test_missing_and_bad_pictures_of_a_parquet_file_are_named_by_row(tmp_path, c
     ]
 
 
-def test_a_class_whose_pictures_are_all_bad_keeps_its_place_in_a_folder(tmp_path):
+def test_a_class_whose_pictures_are_all_bad_is_left_out_and_named(tmp_path, caplog):
     save_folder(tmp_path / "pictures")
     (tmp_path / "pictures" / "green").mkdir()
     (tmp_path / "pictures" / "green" / "0.png").write_bytes(b"")
     images = load_labelled_images(train_data_dir=str(tmp_path / "pictures"))
-    assert images.id2label == {0: "blue", 1: "green", 2: "red"}
+    assert images.id2label == {0: "blue", 1: "red"}
     assert colours_and_labels(images) == [("blue", "blue")] * 3 + [("red", "red")] * 3
+    assert warnings_of(caplog)[1:] == ["Left out, classes without a picture that can be used (1): green."]
 
 
 def test_the_validation_split_is_cleaned_too(tmp_path, caplog):

@@ -1,6 +1,9 @@
+import io
 import json
 import os
 import re
+import shutil
+import sys
 
 import pytest
 import torch
@@ -182,6 +185,29 @@ def test_pictures_of_others_are_measured(folders, tmp_path):
     assert report["settings"]["resolution"] == 16
 
 
+def test_reports_count_real_pictures_and_errors_name_the_others(folders, tmp_path):
+    copy = shutil.copytree(folders, tmp_path / "folders")
+    (copy / "blurred" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(copy / "blurred" / "0.png", copy / "blurred" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    (copy / "blurred" / "._0.png").write_text("x")
+    report = compare_folders(copy, tmp_path / "out", "--num_bootstrap", 0)
+    assert report["settings"]["samples"]["count"] == 9
+    (copy / "blurred" / "9.png").write_bytes((copy / "blurred" / "0.png").read_bytes()[:150])
+    with pytest.raises(ValueError, match=r"`samples_dir` must hold readable pictures, got '.*blurred/9\.png'"):
+        compare_folders(copy, tmp_path / "out", "--num_bootstrap", 0)
+    with pytest.raises(ValueError, match=r"`reference_dir` must be a folder with pictures, got '.*nowhere'"):
+        compare_folders(folders, tmp_path / "out", "--reference_dir", tmp_path / "nowhere")
+
+
+def test_tables_are_written_to_any_console(folders, tmp_path, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    compare_folders(folders, tmp_path / "out")
+    console.flush()
+    assert "| +- " in console.buffer.getvalue().decode("ascii")
+    assert "| ± " in (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")
+
+
 def test_pairs_are_compared(folders, tmp_path):
     report = compare_folders(folders, tmp_path / "pairs", "--paired")
     metrics = report["metrics"]
@@ -219,7 +245,7 @@ def test_pairs_need_equal_names(folders, tmp_path):
         (["--num_samples", 5], "`num_samples` must be at least 6, got 5 images"),
         (["--num_reference_images", 4], "`num_reference_images` must be at least 6, got 4 images"),
         (["--split", "validation"], "`split` must be one the data set has, got 'validation'"),
-        (["--top_p", 2], r"`top_p` must be in \(0, 1\], got 2"),
+        (["--top_p", 2], r"`top_p` must be a finite number above 0 and of at most 1, got 2"),
     ],
 )
 def test_arguments_are_checked_before_anything_is_drawn(root, tmp_path, more, message):

@@ -3,7 +3,7 @@ import hashlib
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, features
 from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer
 from training.launching import make_image_folder
 
@@ -11,6 +11,7 @@ from srdd.data.images import load_labelled_images
 from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import EfficientNetLite0Features, FeatureExtractor
 from srdd.evaluation.image_sources import DataSetImages, FolderImages, PipelineImages
+from srdd.evaluation.report import check_pairs
 
 
 class MeanColours(FeatureExtractor):
@@ -203,9 +204,78 @@ def test_folders_give_their_pictures_by_name(tmp_path):
 def test_folders_of_other_pictures_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`folder` must hold pictures \(\.png, .*\), got none in"):
         FolderImages(tmp_path)
+    with pytest.raises(ValueError, match=r"`samples_dir` must be a folder with pictures, got '.*gone' \(No such file"):
+        FolderImages(tmp_path / "gone", argument="samples_dir")
     folder = save_pictures(tmp_path, torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="`folder` must hold pictures of 16x16 pixels, got 8x8 in .*00.png"):
         FolderImages(folder, resolution=16)
     Image.new("RGB", (8, 9)).save(folder / "class 1" / "zz.png")
     with pytest.raises(ValueError, match="`folder` must hold pictures of 8x8 pixels, got 8x9 in .*zz.png"):
         FolderImages(folder).read(range(5))
+
+
+def eight_pictures(folder):
+    return save_pictures(folder, torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 8, 8))
+
+
+def test_what_systems_put_into_folders_is_not_counted(tmp_path, caplog):
+    folder = eight_pictures(tmp_path)
+    for name in (".ipynb_checkpoints/00-checkpoint.png", "class 0/._00.png", "__MACOSX/a.png", "class 1/Thumbs.db"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((folder / "class 0" / "00.png").read_bytes())
+    (folder / "class 0" / "metadata.csv").write_text("x")
+    (folder / "class 0" / "again").symlink_to("..")
+    source = FolderImages(folder)
+    assert (source.count, len(source.names()), source.read(range(8)).shape) == (8, 8, (8, 3, 8, 8))
+    assert [record.getMessage().removeprefix(f"Left out of {folder}, ") for record in caplog.records] == [
+        "hidden or made by the system (4): .ipynb_checkpoints, __MACOSX, class 0/._00.png, ….",
+        "no pictures by the ending of their names (1): class 0/metadata.csv.",
+        "links to folders that are read already (1): class 0/again.",
+    ]
+
+
+def test_results_in_the_folder_of_the_pictures_are_not_measured(tmp_path):
+    folder = eight_pictures(tmp_path)
+    (folder / "out").mkdir()
+    (folder / "out" / "evaluation.json").write_text("{}")
+    Image.new("RGB", (64, 8)).save(folder / "out" / "samples.png")
+    assert FolderImages(folder).count == 8
+
+
+@pytest.mark.parametrize("suffix", ["PNG", "webp", "gif", "bmp", "tif", "avif"])
+def test_folders_may_hold_what_training_reads(tmp_path, suffix):
+    folder = eight_pictures(tmp_path)
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    Image.new("RGB", (8, 8)).save(folder / f"[x].{suffix}")
+    source = FolderImages(folder)
+    assert source.count == 9
+    assert source.names()[0] == "[x]"
+    assert source.read(range(1)).max() == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "cut"])
+@pytest.mark.parametrize("name", ["class 0/00.png", "class 1/zz.png"])
+def test_pictures_that_cannot_be_read_are_named(tmp_path, content, name):
+    folder = eight_pictures(tmp_path)
+    noise = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(folder / name)
+    (folder / name).write_bytes((folder / name).read_bytes()[:150] if content == "cut" else content)
+    with pytest.raises(ValueError, match=rf"`samples_dir` must hold readable pictures, got '.*{name}' \(\w+Error: "):
+        FolderImages(folder, argument="samples_dir").read(range(9))
+
+
+def test_pairs_do_not_depend_on_endings(tmp_path):
+    for folder, suffix in (("one", "png"), ("two", "webp")):
+        (tmp_path / folder).mkdir()
+        for index, name in enumerate(("a", "a.n", "a-b")):
+            Image.new("RGB", (8, 8), (80 * index, 0, 0)).save(tmp_path / folder / f"{name}.{suffix}", lossless=True)
+    one, two = (FolderImages(tmp_path / folder) for folder in ("one", "two"))
+    check_pairs(one, two)
+    assert one.names() == two.names()
+    assert torch.equal(one.read(range(3)), two.read(range(3)))
+    Image.new("RGB", (8, 8)).save(tmp_path / "two" / "a.png")
+    with pytest.raises(
+        ValueError, match=r"`references` must hold one picture of each name, .* got several of \['a'\]"
+    ):
+        check_pairs(one, FolderImages(tmp_path / "two"))

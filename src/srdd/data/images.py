@@ -1,15 +1,22 @@
 """Labelled image data sets, and pixels of their pictures."""
 
+import hashlib
+import json
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL
 import torch
 from diffusers.utils import logging
 from PIL import Image, ImageOps
 
+from srdd.data.class_labels import as_class_labels, class_order, describe_classes, is_missing, shortened
+from srdd.data.picture_folders import PictureFolder, PictureSplit, read_picture_folder
 from srdd.pictures import to_rgb
 
 
@@ -27,6 +34,7 @@ class LabelledImages:
         image_column (`str`): Column of the images.
         label_column (`str`, *optional*): Column of the integer labels; `None` for data without labels.
         id2label (`dict[int, str]`): Names of the classes, empty for data without labels.
+        summary (`str`, defaults to `""`): How many pictures and classes there are, for people; may have several lines.
     """
 
     train: datasets.Dataset
@@ -34,6 +42,7 @@ class LabelledImages:
     image_column: str
     label_column: str | None
     id2label: dict[int, str]
+    summary: str = ""
 
 
 def load_labelled_images(
@@ -48,12 +57,14 @@ def load_labelled_images(
     min_image_size: int = 8,
     strict: bool = False,
     num_proc: int | None = None,
+    run_folders: Sequence[str | Path] = (),
 ) -> LabelledImages:
     """
     Load images and labels from the Hub, a data set folder (parquet) or a folder with one subfolder per class.
 
-    Every picture is opened once (`datasets` remembers the outcome): those that are corrupt, cut off or too small are
-    left out with a warning that counts and names them.
+    Folders of pictures are read by the rule of [`~srdd.data.picture_folders.read_picture_folder`]. Every picture is
+    opened once (the outcome is remembered): those that are corrupt, cut off or too small are left out with a warning
+    that counts and names them, and so are classes of a folder that have no others.
 
     Args:
         dataset_name (`str`, *optional*): Hub id or local folder understood by `datasets.load_dataset`.
@@ -66,24 +77,34 @@ def load_labelled_images(
         max_train_samples (`int`, *optional*): Keep this many training images, drawn with `seed`.
         seed (`int`, *optional*): Seed of that draw.
         min_image_size (`int`, defaults to 8): Pictures whose shorter side has fewer pixels are left out.
-        strict (`bool`, defaults to `False`): Raise instead of leaving pictures out.
+        strict (`bool`, defaults to `False`): Raise instead of leaving pictures or class folders out.
         num_proc (`int`, *optional*): Processes that open the pictures.
+        run_folders (`Sequence[str | Path]`, defaults to `()`): Folders that the run writes: no classes, where they lie
+            in `train_data_dir`.
 
     Returns:
         [`LabelledImages`]
 
     Raises:
-        ValueError: If not exactly one source is given, there is no `train` split, a column does not exist, a picture
-            has no label or several, no picture can be used or, with `strict`, one cannot.
+        ValueError: If not exactly one source is given, it cannot be read or is empty, there is no `train` split, a
+            column does not exist, a picture has no label or several, no picture can be used or, with `strict`, one
+            cannot.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
             f"Give either `dataset_name` or `train_data_dir`, got {dataset_name!r} and {train_data_dir!r}."
         )
+    notes: list[str] = []
     if dataset_name is not None:
-        splits = datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+        splits = _load_data_set(dataset_name, dataset_config_name, cache_dir)
     else:
-        splits = datasets.load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir)
+        folder = read_picture_folder(train_data_dir, "train_data_dir", run_folders)
+        if strict and folder.empty_classes:
+            raise ValueError(
+                f"`train_data_dir` must hold pictures in all class folders, got none in"
+                f" {shortened(folder.empty_classes, 3)}."
+            )
+        splits, notes = _folder_splits(folder, label_column), folder.notes
     if "train" not in splits:
         raise ValueError(f"The data set must have a `train` split, got {sorted(splits)}.")
     train, validation = splits["train"], splits.get("validation")
@@ -96,31 +117,120 @@ def load_labelled_images(
             f"`label_column` must be one of {train.column_names}, or empty for data without labels, got"
             f" {label_column!r}."
         )
-    train = _usable(train, image_column, min_image_size, strict, num_proc)
-    validation = validation and _usable(validation, image_column, min_image_size, strict, num_proc)
+    labels_found = [] if label_column is None else train[label_column][:]
+    check = {"min_image_size": min_image_size, "strict": strict, "num_proc": num_proc, "cache_dir": cache_dir}
+    train = _usable(train, image_column, **check)
+    validation = validation and _usable(validation, image_column, **check)
     id2label: dict[int, str] = {}
+    ids_found: list[int] = []
     if label_column is not None:
-        train, validation = _as_class_labels(train, validation, label_column)
+        train, validation, ids_found = _with_class_ids(train, validation, label_column, labels_found)
         id2label = dict(enumerate(train.features[label_column].names))
     if max_train_samples is not None and max_train_samples < len(train):
         train = train.shuffle(seed=seed).select(range(max_train_samples))
-    return LabelledImages(train, validation, image_column, label_column, id2label)
+        ids_found = []  # not all are meant to be used
+    ids_used = [] if label_column is None else train[label_column][:]
+    used = set(ids_used)
+    unused = [name for index, name in id2label.items() if index not in used]
+    if unused:
+        logger.warning(
+            f"{len(unused)} of {len(id2label)} classes have no picture to train on, but keep their id:"
+            f" {shortened(unused, 3)}."
+        )
+    counts = f"{len(train)} pictures to train on, {0 if validation is None else len(validation)} to validate with"
+    classes = describe_classes(id2label, ids_used, ids_found or ids_used)
+    summary = "\n".join([f"{dataset_name or train_data_dir}: {counts}; {classes}.", *notes])
+    return LabelledImages(train, validation, image_column, label_column, id2label, summary)
+
+
+def _with_class_ids(
+    train: datasets.Dataset, validation: datasets.Dataset | None, label_column: str, labels_found: list
+) -> tuple[datasets.Dataset, datasets.Dataset | None, list[int]]:
+    """Both splits with class ids, and the ids of all labels that were found, those of unusable pictures as well."""
+    feature, labels_used = train.features[label_column], train[label_column][:]
+    train, validation = as_class_labels(train, validation, label_column)
+    ids = dict(zip(labels_used, train[label_column][:]))
+    lost = {label for label in labels_found if label not in ids and not is_missing(label)}
+    if lost and not isinstance(feature, datasets.ClassLabel):
+        names = sorted(map(str, lost), key=class_order)
+        logger.warning(f"Left out, classes without a picture that can be used ({len(names)}): {shortened(names, 3)}.")
+    return train, validation, [ids[label] for label in labels_found if label in ids]
+
+
+def _load_data_set(name: str, config_name: str | None, cache_dir: str | None) -> datasets.DatasetDict:
+    """What `datasets` finds under a name."""
+    try:
+        splits = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            "`dataset_name` must be a data set on the Hub or a folder that `datasets` reads, with a"
+            f" `dataset_config_name` that it has; got {name!r} and {config_name!r} ({reason})."
+        ) from error
+    if any(split.info.builder_name == "imagefolder" for split in splits.values()):
+        # Its rules take names for splits and leave classes out.
+        if os.path.isdir(name) and not any(
+            each.name.startswith("metadata.") for each in Path(name).rglob("metadata.*")
+        ):
+            raise ValueError(f"`dataset_name` must not be a folder of pictures: give {name!r} as `train_data_dir`.")
+        logger.warning(
+            f"{name} is a folder of pictures, in which `datasets` guesses splits and classes from names: compare the"
+            " number of pictures. A local copy may be given as `train_data_dir`."
+        )
+    return splits
+
+
+def _folder_splits(folder: PictureFolder, label_column: str | None) -> dict[str, datasets.Dataset]:
+    """The splits of a folder of pictures as data sets."""
+    splits = {"train": folder.train} | ({"validation": folder.validation} if folder.validation else {})
+    without = [name for name, split in splits.items() if split.labels is None]
+    if without and len(without) < len(splits) and label_column is not None:
+        raise ValueError(
+            "`train_data_dir` must have class folders in both splits or in none, got none in that of"
+            f" {without[0]} ({len(splits[without[0]].paths)} pictures, such as {str(splits[without[0]].paths[0])!r}):"
+            " sort them into class folders, take them elsewhere, or train without labels (`label_column` empty)."
+        )
+    return {name: _as_data_set(split, with_labels=not without) for name, split in splits.items()}
+
+
+def _as_data_set(split: PictureSplit, with_labels: bool) -> datasets.Dataset:
+    """Pictures of a folder, known to `datasets` by what they are and where they lie."""
+    columns = {"image": [str(path) for path in split.paths]}
+    features = {"image": datasets.Image()}
+    if with_labels:
+        columns["label"] = split.labels
+        features["label"] = datasets.Value("string")
+    files = [(path, status.st_size, status.st_mtime_ns) for path in columns["image"] for status in [os.stat(path)]]
+    digest = hashlib.sha256(json.dumps([files, columns.get("label")]).encode())
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return datasets.Dataset(data.data, info=data.info, fingerprint=digest.hexdigest()[:16])
 
 
 def _usable(
-    split: datasets.Dataset, image_column: str, min_image_size: int, strict: bool, num_proc: int | None
+    split: datasets.Dataset,
+    image_column: str,
+    min_image_size: int,
+    strict: bool,
+    num_proc: int | None,
+    cache_dir: str | None,
 ) -> datasets.Dataset:
     """The split without the pictures that cannot be used, the others decoded where they are read."""
     feature = split.features[image_column]
     if not isinstance(feature, datasets.Image) or not feature.decode:  # paths, bytes
         split = split.cast_column(image_column, datasets.Image())
     undecoded = split.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+    cache_file = None
+    if not split.cache_files:  # a folder of pictures: `datasets` keeps results for files of its own only
+        key = json.dumps([split._fingerprint, min_image_size, PIL.__version__, datasets.__version__])
+        name = f"cache-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
+        cache_file = str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "picture_folders", name))
     problems = undecoded.map(
         _problem,
         fn_kwargs={"min_image_size": min_image_size},
         input_columns=image_column,
         remove_columns=image_column,
         num_proc=num_proc,
+        cache_file_name=cache_file,
         desc="Checking images",
     )["problem"][:]
     bad = [index for index, problem in enumerate(problems) if problem]
@@ -152,35 +262,6 @@ def _problem(picture: dict | None, min_image_size: int) -> dict[str, str]:
     if min(image.size) < min_image_size:
         return {"problem": f"{image.width}x{image.height}, smaller than {min_image_size}"}
     return {"problem": ""}
-
-
-def _as_class_labels(
-    train: datasets.Dataset, validation: datasets.Dataset | None, label_column: str
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Both splits with class ids in the label column: numbers keep their order, names are sorted."""
-    feature = train.features[label_column]
-    dtype = getattr(feature, "dtype", "list")
-    if dtype == "list":
-        raise ValueError(f"`label_column` must hold one number or name for each picture, got {feature}.")
-    splits = [train] if validation is None else [train, validation]
-    labels = [label for split in splits for label in split[label_column][:]]
-    is_class_label = isinstance(feature, datasets.ClassLabel)
-    missing = sum(label is None or (is_class_label and label < 0) for label in labels)
-    if missing:
-        raise ValueError(f"`label_column` must label every picture, but {missing} of {len(labels)} have no label.")
-    if is_class_label:
-        return train, validation
-    order = int if "int" in dtype else float if "float" in dtype else str
-    # By way of strings: as a number, the label 2 of the classes (0, 2, 5) would be taken for an id.
-    splits = [split.cast_column(label_column, datasets.Value("string")) for split in splits]
-    names = sorted(splits[0].unique(label_column), key=order)
-    unknown = sorted(set(splits[-1].unique(label_column)).difference(names))
-    if unknown:
-        raise ValueError(
-            f"`label_column` must hold the same labels in the validation split as in `train`, {names}, got {unknown}."
-        )
-    splits = [split.cast_column(label_column, datasets.ClassLabel(names=names)) for split in splits]
-    return splits[0], splits[1] if validation is not None else None
 
 
 def image_to_tensor(

@@ -105,7 +105,7 @@ def read_tables(path: str | Path, names: Sequence[str] | None = None) -> list[Ab
     Raises:
         ValueError: If a field, a kind, a task, a variant or a table is unknown.
     """
-    content = json.loads(Path(path).read_text())
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
     unknown = sorted(set(content) - {"defaults", "tables"})
     if unknown or "tables" not in content:
         raise ValueError(f"`{path}` must hold 'tables' and perhaps 'defaults', got {sorted(content)}.")

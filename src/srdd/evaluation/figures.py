@@ -12,10 +12,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+# A character that no font has.
+NO_CHARACTER = "\uffff"
+
+
 def labelled_grid(images: list[Image.Image], names: list[str], columns: int) -> Image.Image:
-    """Rows of `columns` pictures, with the name of each row on its left."""
+    """
+    Rows of `columns` pictures, with the name of each row on its left.
+
+    Args:
+        images (`list[PIL.Image.Image]`): Pictures of one size, row by row.
+        names (`list[str]`): A name for each row; characters that no font at hand has are drawn as their codes.
+        columns (`int`): Pictures in a row.
+
+    Returns:
+        `PIL.Image.Image`: The grid, RGB.
+    """
     grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-    font = ImageFont.load_default(size=14)
+    names, font = drawable(names)
     margin = 12 + max(round(font.getlength(name)) for name in names)
     canvas = Image.new("RGB", (margin + grid.width, grid.height), "white")
     canvas.paste(grid, (margin, 0))
@@ -23,6 +37,41 @@ def labelled_grid(images: list[Image.Image], names: list[str], columns: int) -> 
     for row, name in enumerate(names):
         draw.text((6, round((row + 0.5) * images[0].height)), name, fill="black", font=font, anchor="lm")
     return canvas
+
+
+def drawable(names: list[str]) -> tuple[list[str], ImageFont.FreeTypeFont]:
+    """
+    Names as a font can draw them: Pillow's own, or, where that lacks letters, one that matplotlib has.
+
+    Args:
+        names (`list[str]`): Any names.
+
+    Returns:
+        `tuple[list[str], PIL.ImageFont.FreeTypeFont]`: The names, with codes for characters that the font lacks, and
+        the font.
+    """
+    fonts = [ImageFont.load_default(size=14)]
+    try:
+        from matplotlib import get_data_path
+    except ImportError:  # it comes with training
+        pass
+    else:
+        fonts.append(ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size=14))
+    letters = set("".join(names))
+    for font in fonts:
+        lacking = {letter for letter in letters if not _has_letter(font, letter)}
+        if not lacking:
+            break
+    codes = {ord(letter): letter.encode("unicode_escape").decode() for letter in lacking}
+    return [name.translate(codes) for name in names], font
+
+
+def _has_letter(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    """Whether a font has a picture of its own for a letter."""
+    if not letter.isprintable():
+        return False
+    mask, nothing = font.getmask(letter), font.getmask(NO_CHARACTER)
+    return letter.isspace() or (mask.size, bytes(mask)) != (nothing.size, bytes(nothing))
 
 
 def save_curves(

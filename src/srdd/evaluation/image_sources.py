@@ -11,10 +11,9 @@ from PIL import Image
 
 from srdd import SRDDPipeline
 from srdd.data.images import LabelledImages, image_to_tensor
+from srdd.data.picture_folders import FolderReader
 from srdd.evaluation.features import weights_hash
 
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 # Random numbers of two seeds of an evaluation have nothing in common below so many images.
 SEED_STRIDE = 1_000_000
@@ -107,28 +106,38 @@ class DataSetImages:
 
 class FolderImages:
     """
-    Square pictures of one size in a folder and its subfolders, by name.
+    Square pictures of one size in a folder and its subfolders, by name. What is a picture is decided as in training
+    ([`~srdd.data.picture_folders.FolderReader`]); what is left out is warned of.
 
     Args:
         folder (`str` or `Path`): The folder.
         count (`int`, *optional*): At most so many pictures, a choice that is always the same; all by default.
         resolution (`int`, *optional*): Side that they must have; that of the first one by default.
+        argument (`str`, defaults to `"folder"`): What errors call the folder.
 
     Raises:
-        ValueError: If there are no pictures, or one does not have the side, here or when it is read.
+        ValueError: If there are no pictures, or one cannot be read or does not have the side, here or when it is read.
     """
 
-    def __init__(self, folder: str | Path, count: int | None = None, resolution: int | None = None):
-        self.folder = Path(folder)
-        self.paths = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    def __init__(
+        self,
+        folder: str | Path,
+        count: int | None = None,
+        resolution: int | None = None,
+        argument: str = "folder",
+    ):
+        self.folder, self.argument = Path(folder), argument
+        reader = FolderReader(folder, argument)
+        self.paths = sorted(reader.pictures_below(reader.root), key=lambda path: path.with_suffix("").parts)
         if not self.paths:
-            raise ValueError(f"`folder` must hold pictures ({', '.join(SUFFIXES)}), got none in {folder}.")
+            raise reader.no_pictures()
+        reader.report()
         if count is not None and count < len(self.paths):
-            self.paths = sorted(random.Random(0).sample(self.paths, count))
+            kept = sorted(random.Random(0).sample(range(len(self.paths)), count))
+            self.paths = [self.paths[index] for index in kept]
         self.count = len(self.paths)
-        with Image.open(self.paths[0]) as image:
-            self.resolution = resolution or image.height
-        self._read(self.paths[0])
+        self.resolution = resolution
+        self.resolution = self._read(self.paths[0]).shape[-1]
 
     @property
     def key(self) -> dict[str, Any]:
@@ -137,20 +146,29 @@ class FolderImages:
 
     def names(self) -> list[str]:
         """Names of the pictures, without their ending."""
-        return [path.relative_to(self.folder).with_suffix("").as_posix() for path in self.paths]
+        root = self.folder.absolute()
+        return [path.relative_to(root).with_suffix("").as_posix() for path in self.paths]
 
     def read(self, indices: range) -> torch.Tensor:
         """uint8 images of shape `(len(indices), 3, resolution, resolution)`."""
         return torch.stack([self._read(self.paths[index]) for index in indices])
 
     def _read(self, path: Path) -> torch.Tensor:
-        with Image.open(path) as image:
-            if image.size != (self.resolution, self.resolution):
-                raise ValueError(
-                    f"`folder` must hold pictures of {self.resolution}x{self.resolution} pixels, got"
-                    f" {image.width}x{image.height} in {path}."
-                )
-            return _to_bytes(image, self.resolution)
+        try:
+            with Image.open(path) as image:
+                size = image.size
+                resolution = self.resolution or image.height
+                pixels = _to_bytes(image, resolution) if size == (resolution, resolution) else None
+        except Exception as error:  # Pillow's decoders raise errors of many kinds
+            raise ValueError(
+                f"`{self.argument}` must hold readable pictures, got {str(path)!r} ({type(error).__name__}: {error})."
+            ) from error
+        if pixels is None:
+            raise ValueError(
+                f"`{self.argument}` must hold pictures of {resolution}x{resolution} pixels, got {size[0]}x{size[1]} in"
+                f" {path}."
+            )
+        return pixels
 
 
 ImageSource = PipelineImages | DataSetImages | FolderImages

@@ -1,5 +1,6 @@
 """Numbers of an evaluation, with all that one must know to compare them with others."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,8 +84,14 @@ def compare(
 def check_pairs(images: FolderImages, references: FolderImages) -> None:
     """
     Raises:
-        ValueError: If two folders do not hold pictures of the same names.
+        ValueError: If two folders do not hold pictures of the same names, or one of them two of a name.
     """
+    for name, folder in (("images", images), ("references", references)):
+        twice = sorted(each for each, count in Counter(folder.names()).items() if count > 1)
+        if twice:
+            raise ValueError(
+                f"`{name}` must hold one picture of each name, whatever its ending, got several of {twice[:3]}."
+            )
     unpaired = sorted(set(images.names()) ^ set(references.names()))
     if unpaired:
         raise ValueError(f"`references` must hold pictures of the same names, got {unpaired[:3]} in one folder only.")

@@ -1,8 +1,8 @@
 import argparse
-import sys
 
 import torch
 
+from srdd.console import write_text
 from srdd.evaluation.tables import markdown_table
 from srdd.models import ATTENTION_PATTERNS
 from srdd.theory.discrete_diffusion import verify_proposition_1
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             lines.append((pattern, states, meeting, *texts))
     introduction = INTRODUCTION.format(num_pyramids=check.num_pyramids, num_models=args.num_models)
-    sys.stdout.write(introduction + "\n" + markdown_table(COLUMNS.split(", "), lines))
+    write_text(introduction + "\n" + markdown_table(COLUMNS.split(", "), lines))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The `Accelerator` of a training run."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
             accelerator.init_trackers(output_dir.name or "srdd", config=config)
     if not accelerator.is_local_main_process:
         diffusers.utils.logging.set_verbosity_error()
+        logging.getLogger("srdd").setLevel(logging.ERROR)
         datasets.disable_progress_bars()
     return accelerator
 

@@ -1,9 +1,12 @@
 """What a run reads: images, or their tokens, in shuffled batches."""
 
+import sys
+
 import datasets
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from srdd import MultiScaleVQModel
 from srdd.data.images import (
@@ -21,7 +24,7 @@ def load_images(
     settings: DataSettings, label_column: str | None, max_train_samples: int | None = None, seed: int | None = None
 ) -> LabelledImages:
     """
-    The data set that the settings name.
+    The data set that the settings name. What it holds is written to the console.
 
     Args:
         settings ([`DataSettings`]): Where it comes from.
@@ -29,7 +32,9 @@ def load_images(
         max_train_samples (`int`, *optional*): Keep this many training images, drawn with `seed`.
         seed (`int`, *optional*): Seed of that draw.
     """
-    return load_labelled_images(
+    # A run may write into a folder within the data: its own pictures are not to be trained on.
+    written = [getattr(settings, name, None) for name in ("output_dir", "token_cache_dir", "cache_dir")]
+    images = load_labelled_images(
         dataset_name=settings.dataset_name,
         train_data_dir=settings.train_data_dir,
         dataset_config_name=settings.dataset_config_name,
@@ -41,7 +46,11 @@ def load_images(
         min_image_size=settings.min_image_size,
         strict=settings.strict_data,
         num_proc=settings.preprocessing_num_workers,
+        run_folders=[folder for folder in written if folder is not None],
     )
+    if PartialState().is_local_main_process:
+        tqdm.write(images.summary, file=sys.stderr)  # what scripts write to the other stream is their result
+    return images
 
 
 def load_pixels(
