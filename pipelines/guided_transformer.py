@@ -28,7 +28,7 @@ class GuidedTransformer:
         guidance_scale: float,
     ):
         self.transformer = transformer
-        self.dtype, self.batch_size = transformer.dtype, conditions.batch_size
+        self.batch_size = conditions.batch_size
         looks_back = transformer.config.attention_pattern != "markov"
         self.kv_cache = ScaleKVCache(scheduler.num_tokens) if looks_back else None
         guided = [s.timestep for s in scheduler.visits if scheduler.guidance_weight(s.timestep, guidance_scale) > 0]
@@ -79,7 +79,6 @@ class GuidedTransformer:
         two_halves = True in self.told and (guidance_weight != 0 or looked_back_at)
         told, modulation_cache = self.told[two_halves], self.modulation_caches[two_halves]
         kv_cache = self.kv_cache if kv_cache is None else kv_cache
-        hidden_states = hidden_states.to(self.dtype)
         if image_indices is not None:
             hidden_states = hidden_states[image_indices]
             if two_halves:

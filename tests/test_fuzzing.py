@@ -3,48 +3,26 @@ Arguments of all kinds against everything a user calls: either a call does what 
 before any work is done. The examples are the same in every run.
 """
 
+import inspect
 import json
 import math
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, settings
+from arguments import ODD, seeded, usually
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_models import ID2LABEL, tiny_scheduler, tiny_transformer, tiny_vqvae
+from tiny_models import ID2LABEL, VQVAE_CONFIG, tiny_scheduler, tiny_transformer, tiny_vqvae
 
-from srdd import ScaleScheduler, SRDDInpaintPipeline, SRDDPipeline, SRDDSuperResolutionPipeline
-
-
-def seeded(max_examples: int) -> settings:
-    return settings(
-        derandomize=True,
-        deadline=None,
-        database=None,
-        max_examples=max_examples,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-# What a careless caller may give for anything.
-ODD = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 40),
-    st.sampled_from([10**6, 10**9, -(10**9), 10**30]),
-    st.floats(allow_nan=True, allow_infinity=True),
-    st.sampled_from(["", "1", "apple", "true", "none", "pil", "latents", "犬", b"apple"]),
-    st.sampled_from([[], {}, (), set(), [None], [[]], object(), Exception, print]),
-    st.sampled_from([np.int64(2), np.float32(0.5), np.bool_(True), np.array([]), np.array([1, 2]), np.zeros((3, 3))]),
-    st.sampled_from(
-        [torch.tensor(1), torch.tensor(0.5), torch.tensor([]), torch.zeros(2, 3), torch.zeros(1, 3, 8, 8)]
-    ),
+from srdd import (
+    MultiScaleVQModel,
+    ScaleScheduler,
+    ScaleTransformer2DModel,
+    SRDDInpaintPipeline,
+    SRDDPipeline,
+    SRDDSuperResolutionPipeline,
 )
-
-
-def usually(strategy: st.SearchStrategy, share: int = 3) -> st.SearchStrategy:
-    """Values that are mostly right."""
-    return st.one_of(*[strategy] * share, ODD)
 
 
 def generators() -> st.SearchStrategy:
@@ -193,7 +171,7 @@ def test_outpainting(image, padding, arguments):
     draw_or_refuse(pipe.outpaint, image=image, padding=padding, **arguments)
 
 
-@seeded(250)
+@seeded(150)
 @given(
     st.sampled_from(["markov", "causal"]),
     usually(PICTURES),
@@ -286,3 +264,115 @@ def test_methods_of_the_scheduler(scheduler, method, timestep, first, second, ar
         calls[method]()
     except ValueError as error:
         assert "`" in str(error)  # noqa: PT017
+
+
+def arguments_of(model_class: type) -> dict[str, st.SearchStrategy]:
+    """Values for all arguments of a model, near those that it has by default and in the tests."""
+    near = {"scale_sizes": [1, 2, 4], "id2label": {0: "apple"}, **VQVAE_CONFIG}
+    small = st.one_of(st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32]), st.floats(0, 1), st.booleans())
+    defaults = {name: each.default for name, each in inspect.signature(model_class).parameters.items()}
+    return {name: usually(st.one_of(st.just(near.get(name, value)), small)) for name, value in defaults.items()}
+
+
+TOKENIZER, TRANSFORMER = arguments_of(MultiScaleVQModel), arguments_of(ScaleTransformer2DModel)
+
+
+def make_or_refuse(model_class: type, arguments: dict) -> None:
+    try:
+        with torch.device("meta"):
+            model = model_class(**arguments)
+    except ValueError as error:
+        assert "`" in str(error)  # noqa: PT017
+        return
+    assert json.loads(model.to_json_string())["_class_name"] == model_class.__name__
+
+
+@seeded(1000)
+@given(options(TOKENIZER))
+def test_tokenizers(arguments):
+    make_or_refuse(MultiScaleVQModel, {**VQVAE_CONFIG, **arguments})
+
+
+@seeded(1000)
+@given(options(TRANSFORMER))
+def test_transformers(arguments):
+    make_or_refuse(ScaleTransformer2DModel, {"codebook_size": 32, "latent_channels": 8, **arguments})
+
+
+VQVAE, TRANSFORMERS = tiny_vqvae(), {pattern: tiny_transformer(pattern) for pattern in ("markov", "causal")}
+MAPS = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    st.sampled_from([(2, 3, 8, 8), (2, 8, 4, 4), (2, 3, 9, 8), (1, 8, 2, 3), (0, 8, 4, 4), (2, 4, 4), (3, 8, 8)]),
+    st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8]),
+    st.sampled_from([0.0, 0.5, -1.0, 200.0, math.nan, math.inf]),
+)
+IDS = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    st.sampled_from([(2, 21), (2, 5), (1, 21), (2, 20), (2, 4, 4), (2, 2, 2), (2, 3), (2,), (0, 21), ()]),
+    st.sampled_from([torch.long, torch.long, torch.int32, torch.uint8, torch.bool, torch.float32]),
+    st.sampled_from([0, 1, 31, 32, -1, 10**6]),
+)
+GRIDS = st.one_of(SCALE_LISTS, st.tuples(st.integers(1, 9), st.integers(1, 9)))
+
+
+def call_or_refuse(call) -> None:
+    try:
+        call()
+    except ValueError as error:
+        assert "`" in str(error)  # noqa: PT017
+
+
+@seeded(1500)
+@given(
+    st.sampled_from(["encode", "decode", "quantize_latents", "tokenize", "forward"]),
+    usually(MAPS, 5),
+    options({"scale_sizes": SCALE_LISTS, "num_scales": usually(IDS)}),
+)
+@torch.no_grad()
+def test_maps_of_the_tokenizer(method, maps, arguments):
+    taken = inspect.signature(getattr(VQVAE, method)).parameters
+    call_or_refuse(
+        lambda: getattr(VQVAE, method)(maps, **{name: each for name, each in arguments.items() if name in taken})
+    )
+
+
+@seeded(1500)
+@given(
+    st.sampled_from(["residual_map", "latent_states", "teacher_forcing_inputs", "decode_tokens", "codebook_usage"]),
+    usually(IDS, 5),
+    options({"scale_sizes": SCALE_LISTS, "grid_size": GRIDS, "mask": usually(IDS)}),
+)
+@torch.no_grad()
+def test_ids_of_the_tokenizer(method, token_ids, arguments):
+    taken = inspect.signature(getattr(VQVAE, method)).parameters
+    call_or_refuse(
+        lambda: getattr(VQVAE, method)(token_ids, **{name: each for name, each in arguments.items() if name in taken})
+    )
+
+
+@seeded(1500)
+@given(
+    st.sampled_from(["markov", "causal"]),
+    usually(
+        st.builds(
+            lambda shape, dtype: torch.zeros(shape, dtype=dtype),
+            st.sampled_from(
+                [(2, 21, 8), (2, 16, 8), (2, 4, 8), (2, 1, 8), (1, 21, 8), (2, 21, 9), (0, 21, 8), (2, 21)]
+            ),
+            st.sampled_from([torch.float32, torch.float32, torch.float64, torch.float16, torch.long]),
+        ),
+        5,
+    ),
+    options(
+        {
+            "timestep": usually(st.one_of(st.integers(0, 2), st.sampled_from([[2, 1, 0], [1, 0], [0, 1], [2, 2]]))),
+            "class_labels": usually(IDS),
+            "guidance_weight": usually(st.floats(-1, 10)),
+            "token_indices": usually(IDS),
+            "return_dict": st.booleans(),
+        }
+    ),
+)
+@torch.no_grad()
+def test_forward_of_the_transformer(pattern, hidden_states, arguments):
+    call_or_refuse(lambda: TRANSFORMERS[pattern](hidden_states, **arguments))

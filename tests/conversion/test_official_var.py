@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from arguments import seeded
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from srdd import ScaleScheduler, SRDDPipeline
@@ -528,3 +531,70 @@ def test_a_command_that_fails_leaves_nothing(tmp_path, checkpoints, capsys, monk
     message = refused_by_command(*checkpoints[SMALL], tmp_path / "out", capsys)
     assert "No space left on device" in message
     assert not list(tmp_path.iterdir())
+
+
+# What may have happened to a tensor.
+CHANGES = {
+    "gone": lambda tensor: None,
+    "renamed": lambda tensor: tensor,
+    "flat": lambda tensor: tensor.flatten(),
+    "one less": lambda tensor: tensor[:-1] if tensor.ndim else tensor.new_zeros(2),
+    "empty": lambda tensor: tensor[:0] if tensor.ndim else tensor.new_zeros(0),
+    "half": lambda tensor: tensor.half(),
+    "integers": lambda tensor: tensor.long(),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "NaN": lambda tensor: tensor.float().index_fill(0, torch.tensor(0), math.nan) if tensor.ndim else tensor,
+    "infinite": lambda tensor: tensor.float() / 0,
+    "an expanded number": lambda tensor: torch.zeros(()).expand(tensor.shape),
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "text": str,
+    "a list": lambda tensor: tensor.tolist(),
+    "a pair": lambda tensor: (tensor, tensor),
+}
+KEYS = {model: sorted(case_facts(SMALL)[f"{model}_shapes"]) for model in ("tokenizer", "transformer")}
+EDITS = st.sampled_from(["tokenizer", "transformer"]).flatmap(
+    lambda model: st.tuples(
+        st.just(model),
+        st.dictionaries(st.sampled_from(KEYS[model]), st.sampled_from(sorted(CHANGES)), min_size=1, max_size=3),
+    )
+)
+
+
+@seeded(200)
+@given(EDITS)
+def test_edited_checkpoints_convert_or_are_refused(tmp_path_factory, checkpoints, edits):
+    model, changes = edits
+    state = official_state(SMALL, model)
+    for key, change in changes.items():
+        changed = CHANGES[change](state.pop(key))
+        if changed is not None:
+            state[f"{key}.old" if change == "renamed" else key] = changed
+    path = tmp_path_factory.getbasetemp() / "edited.pth"
+    torch.save(state, path)
+    vae, transformer = checkpoints[SMALL]
+    try:
+        pipe = convert((path, transformer) if model == "tokenizer" else (vae, path))
+    except ValueError as error:
+        assert str(path) in str(error)  # noqa: PT017
+        return
+    for part in (pipe.vqvae, pipe.transformer):
+        assert all(tensor.isfinite().all() for tensor in part.state_dict().values())
+
+
+@seeded(150)
+@given(st.sampled_from([0, 1]), st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=4))
+def test_flipped_checkpoints_convert_or_are_refused(tmp_path_factory, checkpoints, place, flips):
+    content = bytearray(checkpoints[SMALL][place].read_bytes())
+    for where, bits in flips:
+        content[min(int(where * len(content)), len(content) - 1)] ^= bits
+    path = tmp_path_factory.getbasetemp() / "flipped.pth"
+    path.write_bytes(content)
+    paths = list(checkpoints[SMALL])
+    paths[place] = path
+    try:
+        pipe = convert(paths)
+    except ValueError as error:
+        assert "`" in str(error)  # noqa: PT017
+        return
+    for part in (pipe.vqvae, pipe.transformer):
+        assert all(tensor.isfinite().all() for tensor in part.state_dict().values())

@@ -313,7 +313,7 @@ def test_a_light_decoder_survives_json(tmp_path):
 
 @pytest.mark.parametrize("method", ["encode", "tokenize", "forward"])
 def test_images_that_the_encoder_cannot_halve_are_refused(method):
-    with pytest.raises(ValueError, match=r"must be multiples of 2, got \(8, 9\)"):
+    with pytest.raises(ValueError, match=r"`sample` must have sides that are multiples of 2, got \(8, 9\)"):
         getattr(tiny_vqvae(), method)(random_images(8, 9))
 
 

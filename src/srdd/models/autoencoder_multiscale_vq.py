@@ -214,7 +214,9 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         ratio = self.spatial_compression_ratio
         if height % ratio or width % ratio:
-            raise ValueError(f"Image height and width must be multiples of {ratio}, got ({height}, {width}).")
+            raise ValueError(
+                f"`sample` must have a height and width that are multiples of {ratio}, got ({height}, {width})."
+            )
         return height // ratio, width // ratio
 
     @staticmethod
@@ -274,7 +276,7 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
     def _encode(self, sample: torch.Tensor) -> torch.Tensor:
         if self.use_slicing and len(sample) > 1:
             return torch.cat([self._encode(image) for image in sample.split(1)])
-        return self.quant_conv(self.encoder(F.pixel_unshuffle(sample, self.config.patch_size)))
+        return self.quant_conv(self.encoder(F.pixel_unshuffle(sample.to(self.dtype), self.config.patch_size)))
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(latents)), self.config.patch_size)

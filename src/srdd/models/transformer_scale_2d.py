@@ -339,7 +339,7 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         token_indices: torch.LongTensor | None,
     ) -> torch.Tensor:
         """Input, position and scale embeddings; the coarsest scale starts from the class embedding (SOS)."""
-        embedded = self.proj_in(hidden_states)  # (B, N, D)
+        embedded = self.proj_in(hidden_states.to(self.pos_embed.dtype))  # (B, N, D)
         if timesteps[0] == len(self.token_slices) - 1:
             start_pos_embed = self.start_pos_embed if token_indices is None else self.start_pos_embed[0, token_indices]
             start = class_embedding.unsqueeze(1) + start_pos_embed
@@ -364,8 +364,8 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, num_tokens, latent_channels)`):
-                The inputs `x_k` of one scale, or of several packed coarse to fine. Those of the coarsest scale are not
-                read: the class embedding stands there.
+                The inputs `x_k` of one scale, or of several packed coarse to fine, of any floating-point dtype. Those
+                of the coarsest scale are not read: the class embedding stands there.
             timestep (`int`, `Sequence[int]` or `torch.Tensor`, *optional*):
                 The scales in `hidden_states`, as falling timesteps `K - 1 ... 0`; all of them by default (training).
             class_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
