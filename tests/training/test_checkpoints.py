@@ -1,5 +1,9 @@
 """Which checkpoint a run starts from, and that what carries a checkpoint's name is whole."""
 
+import errno
+import fcntl
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -160,3 +164,63 @@ class Unwritable:
 
     def load_state_dict(self, state_dict: dict) -> None:
         pass
+
+
+def imitate_fsync(monkeypatch, refuses) -> list[str]:
+    """Let `os.fsync` fail as another system's would: `refuses(is_folder, is_readable_only)` gives an error or none."""
+    fsync, flushed = os.fsync, []
+
+    def imitation(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        is_readable_only = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        error = refuses(is_folder, is_readable_only)
+        if error:
+            raise OSError(error, os.strerror(error))
+        flushed.append("folder" if is_folder else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", imitation)
+    return flushed
+
+
+def test_windows_flushes_files_that_are_open_for_writing(tmp_path, run, monkeypatch):
+    flushed = imitate_fsync(
+        monkeypatch, lambda is_folder, is_readable_only: errno.EBADF if is_readable_only or is_folder else None
+    )
+    save_checkpoint(run[0], tmp_path, 1, total_limit=None)
+    assert flushed == ["file"] * len(names_of(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("name", ["EBADF", "EINVAL", "EPERM", "ENOTSUP", "EACCES", "ENOSYS"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_where_nothing_can_be_flushed_checkpoints_are_written_all_the_same(
+    tmp_path, run, monkeypatch, name, everything
+):
+    imitate_fsync(monkeypatch, lambda is_folder, _: getattr(errno, name) if is_folder or everything else None)
+    save_checkpoint(run[0], tmp_path, 1, total_limit=None)
+    assert names_of(tmp_path) == ["checkpoint-1"]
+    assert resume(run[0], tmp_path, "latest") == 1
+
+
+def test_folders_that_cannot_be_opened_are_not_flushed(tmp_path, run, monkeypatch):
+    open_, attempts = os.open, []
+
+    def imitation(path, *arguments, **options):
+        if Path(path) == tmp_path:
+            attempts.append(path)
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", imitation)
+    save_checkpoint(run[0], tmp_path, 1, total_limit=None)
+    assert attempts
+    assert names_of(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EIO", "EDQUOT"])
+def test_a_disk_that_is_full_or_broken_when_it_is_flushed_is_an_error(tmp_path, run, monkeypatch, name):
+    save_checkpoint(run[0], tmp_path, 1, total_limit=None)
+    imitate_fsync(monkeypatch, lambda *_: getattr(errno, name))
+    with pytest.raises(OSError, match="Could not write .*checkpoint-2.* the last good one is 'checkpoint-1'"):
+        save_checkpoint(run[0], tmp_path, 2, total_limit=None)
+    assert names_of(tmp_path) == ["checkpoint-1"]

@@ -4,6 +4,7 @@ A checkpoint is written under another name and renamed when it is whole, and ren
 folder called `checkpoint-N` is complete, whenever the process was killed.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -16,6 +17,9 @@ from diffusers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+# What file systems answer that cannot flush a file or a folder.
+NOT_OFFERED = {errno.EBADF, errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -127,11 +131,26 @@ def _clear_error(final: Path, partial: Path) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk, so that a renamed checkpoint is whole after a power cut too."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    """
+    Wait until a file or folder is on the disk, so that a renamed checkpoint is whole after a power cut too.
+
+    Where the system has no way to do that, it is left out: Windows flushes no folders, and files only if they are open
+    for writing; some network drives flush neither.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    with _ignore_unsupported():
+        descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _ignore_unsupported() -> Iterator[None]:
+    """Leave out what the file system does not offer; a full or broken disk is still an error."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
