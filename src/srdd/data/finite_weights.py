@@ -9,7 +9,7 @@ def check_finite_weights(model: torch.nn.Module, argument: str, source: str | No
 
     Args:
         model (`torch.nn.Module`): The model.
-        argument (`str`): Where it came from, for the message.
+        argument (`str`): The argument that it came from, or what else it is, for the message.
         source (`str`, *optional*): The value of that argument.
 
     Raises:
@@ -18,8 +18,9 @@ def check_finite_weights(model: torch.nn.Module, argument: str, source: str | No
     tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
+        what = argument if " " in argument else f"`{argument}`"
         named = f" {source!r}," if source else ""
         raise ValueError(
-            f"`{argument}` must have finite weights, got{named} NaN or infinity in {len(broken)} of {len(tensors)}"
-            f" tensors: {', '.join(broken[:5])}{', …' * (len(broken) > 5)}."
+            f"{what} must have finite weights, got{named} NaN or infinity in {len(broken)} of {len(tensors)} tensors:"
+            f" {', '.join(broken[:5])}{', …' * (len(broken) > 5)}."
         )

@@ -9,15 +9,17 @@ from diffusers import ModelMixin
 from huggingface_hub import HfApi
 
 from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd.data.finite_weights import check_finite_weights
 from srdd.data.images import LabelledImages
 from srdd.training.model_card import draw_curve, model_card
+from srdd.training.output_lock import LOCK_FILE
 from srdd.training.settings import TrainingSettings
 from srdd.training.training_run import LOSS_LOG
 
 
 CARD = "README.md"
 # Of the folder of a run, what does not belong to the finished model.
-NOT_PUBLISHED = ["checkpoint-*", "partial-*", "stage-*", "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"]
+NOT_PUBLISHED = [LOCK_FILE, "checkpoint-*", "partial-*", "stage-*", "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"]
 SAVED_CONFIGS = [
     "model_index.json",
     "config.json",
@@ -49,8 +51,12 @@ def finish_tokenizer(
         model ([`MultiScaleVQModel`]): The tokenizer.
         images ([`LabelledImages`]): What it was trained on.
         trained_part (`str`, *optional*): What alone was trained, if not all of it.
+
+    Raises:
+        ValueError: If weights are not finite, before anything is saved.
     """
     _cast(model, settings.save_dtype)
+    check_finite_weights(model, f"the trained tokenizer as {settings.save_dtype}")
     model.save_pretrained(settings.output_dir)
     _publish(settings, images, {"tokenizer": model}, TOKENIZER_SNIPPET, "reconstruction", trained_part)
 
@@ -71,10 +77,14 @@ def finish_pipeline(
         images ([`LabelledImages`]): What it was trained on.
         guidance_scale (`float`): Of the card's example, where classes are guided to.
         trained_part (`str`, *optional*): What alone was trained, "decoder" if not the transformer.
+
+    Raises:
+        ValueError: If weights are not finite, before anything is saved.
     """
     models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}
-    for model in models.values():
+    for name, model in models.items():
         _cast(model, settings.save_dtype)
+        check_finite_weights(model, f"the trained {name} as {settings.save_dtype}")
     pipe.save_pretrained(settings.output_dir)
     snippet = PIPELINE_SNIPPET.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
     is_guided = pipe.id2label and not pipe.transformer.config.guidance_distilled
