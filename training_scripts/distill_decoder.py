@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd.data.finite_weights import check_finite_weights
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.training.accelerator import make_accelerator
 from srdd.training.light_decoder import light_tokenizer
@@ -71,6 +72,8 @@ def load_teacher(name: str) -> tuple[SRDDPipeline | None, MultiScaleVQModel]:
 def main(args: DecoderSettings) -> None:
     accelerator = make_accelerator(args)
     teacher_pipe, teacher = load_teacher(args.teacher)
+    for part in [teacher] if teacher_pipe is None else [teacher, teacher_pipe.transformer]:
+        check_finite_weights(part, "teacher", args.teacher)
     teacher.requires_grad_(False).eval().to(accelerator.device)
     set_seed(args.seed)  # the new weights must be the same in every process
     model = light_tokenizer(
@@ -109,6 +112,7 @@ def main(args: DecoderSettings) -> None:
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
+            run.add_batch(losses)
             continue
         run.finish_step(losses)
         if run.is_due(args.validation_steps):

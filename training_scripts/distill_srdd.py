@@ -23,6 +23,7 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd.data.finite_weights import check_finite_weights
 from srdd.training.accelerator import make_accelerator
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
@@ -87,6 +88,8 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
         images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
     teacher_pipe = SRDDPipeline.from_pretrained(args.teacher).to(accelerator.device)
     vqvae, teacher = teacher_pipe.vqvae.requires_grad_(False), teacher_pipe.transformer.requires_grad_(False).eval()
+    for part in (vqvae, teacher):
+        check_finite_weights(part, "teacher", args.teacher)
     check_classes(images.id2label, teacher.id2label)
     guided = args.guidance_scale > 1
     null_class = teacher.config.num_classes
@@ -128,6 +131,7 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
+            run.add_batch(losses)
             continue
         run.finish_step(losses)
         if run.is_due(args.validation_steps):

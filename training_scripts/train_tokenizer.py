@@ -17,6 +17,7 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
+from srdd.data.finite_weights import check_finite_weights
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
 from srdd.training.accelerator import make_accelerator
@@ -114,7 +115,9 @@ def parse_args(arguments: list[str] | None = None) -> TokenizerSettings:
 
 def build_model(args: ModelSettings) -> MultiScaleVQModel:
     if args.pretrained_model_name_or_path:
-        return MultiScaleVQModel.from_pretrained(args.pretrained_model_name_or_path)
+        model = MultiScaleVQModel.from_pretrained(args.pretrained_model_name_or_path)
+        check_finite_weights(model, "pretrained_model_name_or_path", args.pretrained_model_name_or_path)
+        return model
     levels = len(args.block_out_channels)
     attention = args.preset == "256px"  # in the coarsest blocks, as VAR's
     return MultiScaleVQModel(
@@ -326,6 +329,7 @@ def main(args: TokenizerSettings) -> None:
         else:
             tracker.update(accelerator.gather(output.token_ids))
         if not accelerator.sync_gradients:
+            run.add_batch(losses)
             continue
         if revives_after(args, run.step + 1):
             losses["revived_codes"] = revive(tokenizer, tracker, run.ema, latents, args.seed + run.step + 1)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, load_script, read_log, train_transformer, weights
 
-from srdd import ScaleTransformer2DModel, SRDDPipeline
+from srdd import MultiScaleVQModel, ScaleTransformer2DModel, SRDDPipeline
 from srdd.models import MaskedScaleAttnProcessor
 
 
@@ -272,6 +272,8 @@ def test_small_batches_add_up_to_a_large_one(run):
     small = run("small", *options, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
     assert_same_weights(load(small), load(large), atol=1e-5)
     assert (load(large).proj_out.weight.abs() > 1e-3).any()
+    for mine, others in zip(losses(small), losses(large), strict=True):
+        assert mine == pytest.approx(others, rel=1e-5, abs=1e-6)
 
 
 def test_scale_weights_change_the_loss_but_not_its_parts(run, plain):
@@ -356,6 +358,24 @@ def test_the_finished_weights_are_averages(run):
         torch.testing.assert_close(tensor, state[name], atol=1e-6, rtol=0)
     slow = run("ema 0.9", "--ema_decay", 0.9)
     assert not torch.equal(load(slow).proj_out.weight, load(fast).proj_out.weight)
+
+
+def test_weights_that_are_not_finite_are_refused_at_the_start(image_folder, trained, run, plain, tmp_path):
+    vqvae = MultiScaleVQModel.from_pretrained(trained / "tokenizer")
+    with torch.no_grad():
+        vqvae.encoder.conv_in.weight[0] = math.nan
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    with pytest.raises(
+        ValueError, match="`pretrained_vqvae_name_or_path` must have finite weights, got '.*vqvae', NaN"
+    ):
+        train_transformer(image_folder, tmp_path / "vqvae", tmp_path / "run", *QUIET)
+    assert not (tmp_path / "run" / "README.md").exists()
+    model = load(plain)
+    with torch.no_grad():
+        model.proj_in.bias[0] = math.inf
+    model.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` must have finite weights"):
+        run("infinite", "--pretrained_model_name_or_path", tmp_path / "transformer")
 
 
 # LoRA

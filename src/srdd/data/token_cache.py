@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import random
 import uuid
 from collections.abc import Iterator

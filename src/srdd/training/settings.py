@@ -32,6 +32,14 @@ def positive_int(text: str) -> int:
     return number
 
 
+def non_negative_float(text: str) -> float:
+    """A number that is not below zero."""
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
+    return number
+
+
 def flag(default: Any = None, help: str | None = None, **options: Any) -> Any:
     """
     A field of a dataclass that the command line may set.
@@ -126,7 +134,7 @@ class OptimizationSettings:
     adam_beta2: float = flag(0.95)
     adam_weight_decay: float = flag(0.05)
     adam_epsilon: float = flag(1e-8)
-    max_grad_norm: float = flag(1.0)
+    max_grad_norm: float = flag(1.0, "0: no clipping.", type=non_negative_float)
     ema_decay: float = flag(0.999)
     mixed_precision: str | None = flag(help="Default: accelerate's own.", choices=["no", "fp16", "bf16"])
     gradient_checkpointing: bool = flag(False, "Less memory, more time.")

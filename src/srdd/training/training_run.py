@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,6 +65,7 @@ class TrainingRun:
         self.progress = tqdm(
             total=settings.max_train_steps, initial=self.step, disable=not accelerator.is_local_main_process
         )
+        self._earlier_batches: list[dict[str, torch.Tensor]] = []
         self.unit = unit
         self.units_per_step = units_per_image * settings.images_per_step(accelerator.num_processes)
         self._timed_step, self._time = self.step, time.perf_counter()
@@ -100,33 +102,44 @@ class TrainingRun:
 
     def clip_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """
-        Clip the norm of all gradients to `max_grad_norm`, where a step is due.
+        Clip the norm of all gradients to `max_grad_norm`, where a step is due; 0 clips nothing.
 
         Raises:
             FloatingPointError: If the norm is not finite; float16 skips such steps by itself.
         """
         if not self.accelerator.sync_gradients:
             return
-        norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
         if self.accelerator.scaler is None and not torch.isfinite(norm):
             raise FloatingPointError(f"The norm of the gradients is {norm.item()} at step {self.step + 1}.")
+
+    def add_batch(self, values: dict[str, torch.Tensor]) -> None:
+        """
+        Remember the scalars of a batch that does not end a step, if the step will be logged. Nothing waits for them.
+
+        Args:
+            values (`dict[str, torch.Tensor]`): Scalars of the batch.
+        """
+        if self.is_due(self.settings.logging_steps, self.step + 1):
+            self._earlier_batches.append({name: value.detach().float() for name, value in values.items()})
 
     def finish_step(self, values: dict[str, torch.Tensor]) -> None:
         """
         Count one optimizer step and log it, where logging is due.
 
         Args:
-            values (`dict[str, torch.Tensor]`): Scalars of this step; logged are their means over all processes.
+            values (`dict[str, torch.Tensor]`): Scalars of the last batch of this step; logged are the means over all
+                its batches, those that [`~TrainingRun.add_batch`] has seen among them, and over all processes.
         """
+        batches, self._earlier_batches = [*self._earlier_batches, values], []
         self.schedule.step()
         self.step += 1
         self.ema.step(self.accelerator.unwrap_model(self.model).parameters())
         self.progress.update()
         if not self.is_due(self.settings.logging_steps):
             return
-        values = {name: value.detach().float() for name, value in values.items()}
-        means = self.accelerator.reduce(torch.stack(list(values.values())), reduction="mean").tolist()
-        record = dict(zip(values, means))
+        means = [_mean([batch[name] for batch in batches if name in batch]) for name in values]
+        record = dict(zip(values, self.accelerator.reduce(torch.stack(means), reduction="mean").tolist()))
         self.record({**record, "lr": self.schedule.get_last_lr()[0]})
         now = time.perf_counter()
         speed = (self.step - self._timed_step) * self.units_per_step / (now - self._time)
@@ -134,9 +147,10 @@ class TrainingRun:
         self.accelerator.log({f"{self.unit}/s": speed}, step=self.step)
         self.progress.set_postfix({"loss": f"{record['loss']:.4f}", f"{self.unit}/s": f"{speed:.0f}"})
 
-    def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and after the last, is due now."""
-        return self.step % every == 0 or self.step == self.settings.max_train_steps
+    def is_due(self, every: int, step: int | None = None) -> bool:
+        """Whether what happens every so many steps, and after the last, is due now, or will be after `step` steps."""
+        step = self.step if step is None else step
+        return step % every == 0 or step == self.settings.max_train_steps
 
     def record(self, values: dict) -> None:
         """Add a line to the loss log, and its numbers to the tracker."""
@@ -198,6 +212,11 @@ class TrainingRun:
         self.progress.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def _mean(values: list[torch.Tensor]) -> torch.Tensor:
+    """Mean of scalars, float32."""
+    return torch.stack([value.detach().float() for value in values]).mean()
 
 
 def evaluation_copy(model: torch.nn.Module, accelerator: Accelerator) -> torch.nn.Module:
