@@ -92,7 +92,7 @@ def main(args: DecoderSettings) -> None:
     optimizer, schedule = make_optimizer(args, model.decoder.parameters(), accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     pixel_losses = PixelLosses(args, accelerator.device)
-    run = TrainingRun(args, accelerator, model, schedule)
+    run = TrainingRun(args, accelerator, model, schedule, images=images, frozen={"teacher": teacher})
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
             sample = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
@@ -128,10 +128,12 @@ def main(args: DecoderSettings) -> None:
     run.close()
     if accelerator.is_main_process:
         if teacher_pipe is None:
-            finish_tokenizer(args, averaged, images, trained_part="decoder")
+            finish_tokenizer(args, averaged, images, trained_part="decoder", resumed=run.resumed)
         else:
             pipe = SRDDPipeline(averaged, teacher_pipe.transformer, teacher_pipe.scheduler)
-            finish_pipeline(args, pipe, images, teacher_pipe.default_guidance_scale, trained_part="decoder")
+            finish_pipeline(
+                args, pipe, images, teacher_pipe.default_guidance_scale, trained_part="decoder", resumed=run.resumed
+            )
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

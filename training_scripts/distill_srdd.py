@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.data.finite_weights import check_finite_weights
 from srdd.training.accelerator import make_accelerator
+from srdd.training.checkpoints import checkpoint_step, list_checkpoints
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import CARD, finish_pipeline
@@ -112,7 +113,10 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     parameters = parameter_groups(model, args.adam_weight_decay)
     optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    run = TrainingRun(args, accelerator, model, schedule, unit="tok", units_per_image=scheduler.num_tokens)
+    run = TrainingRun(
+        args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae, "teacher": teacher},
+        unit="tok", units_per_image=scheduler.num_tokens,
+    )  # fmt: skip
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
             token_ids, labels = batch["token_ids"], batch["labels"]
@@ -146,8 +150,14 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     run.close()
     if accelerator.is_main_process:
         averaged.register_to_config(class_dropout_prob=teacher.config.class_dropout_prob)
-        finish_pipeline(args, pipe, images, args.validation_guidance_scale)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed)
     accelerator.wait_for_everyone()
+
+
+def is_finished(folder: Path, max_train_steps: int) -> bool:
+    """Whether a stage is done, with as many steps as are asked for as far as its checkpoints tell."""
+    steps = [checkpoint_step(checkpoint) for checkpoint in list_checkpoints(folder)[-1:]]
+    return all((folder / name).is_file() for name in ("model_index.json", CARD)) and steps in ([], [max_train_steps])
 
 
 def main(args: DistillationSettings) -> None:
@@ -155,7 +165,7 @@ def main(args: DistillationSettings) -> None:
     config = ScaleScheduler.load_config(args.teacher, subfolder="scheduler")
     plan = stages(args, config)
     for index, (folder, scheduler) in enumerate(plan, start=1):
-        if args.resume_from_checkpoint and all((folder / name).is_file() for name in ("model_index.json", CARD)):
+        if args.resume_from_checkpoint and is_finished(folder, args.max_train_steps):
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
             push_to_hub = args.push_to_hub and index == len(plan)

@@ -160,7 +160,10 @@ def main(args: SRDDSettings) -> None:
     parameters = parameter_groups(model, args.adam_weight_decay)
     optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    run = TrainingRun(args, accelerator, model, schedule, unit="tok", units_per_image=scheduler.num_tokens)
+    run = TrainingRun(
+        args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae}, unit="tok",
+        units_per_image=scheduler.num_tokens,
+    )  # fmt: skip
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
             token_ids = batch["token_ids"]
@@ -192,7 +195,7 @@ def main(args: SRDDSettings) -> None:
             averaged.save_lora_adapter(Path(args.output_dir) / "lora")
             averaged.fuse_lora()
             averaged.unload_lora()
-        finish_pipeline(args, pipe, images, args.validation_guidance_scale)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

@@ -301,7 +301,7 @@ def main(args: TokenizerSettings) -> None:
     tokenizer = accelerator.unwrap_model(model)
     tracker = track_codebook(args, tokenizer)
     compute_losses = TokenizerLosses(args, accelerator, tokenizer.decoder.conv_out.weight)
-    run = TrainingRun(args, accelerator, model, schedule, [tracker])
+    run = TrainingRun(args, accelerator, model, schedule, [tracker], images=images)
     needs_codes = run.step == 0 and not args.pretrained_model_name_or_path
     for batch in run.batches(loader):
         with accelerator.accumulate(*modules):
@@ -345,7 +345,7 @@ def main(args: TokenizerSettings) -> None:
     run.copy_averages_to(averaged)
     run.close()
     if accelerator.is_main_process:
-        finish_tokenizer(args, averaged, images)
+        finish_tokenizer(args, averaged, images, resumed=run.resumed)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -224,3 +225,88 @@ def test_a_disk_that_is_full_or_broken_when_it_is_flushed_is_an_error(tmp_path, 
     with pytest.raises(OSError, match="Could not write .*checkpoint-2.* the last good one is 'checkpoint-1'"):
         save_checkpoint(run[0], tmp_path, 2, total_limit=None)
     assert names_of(tmp_path) == ["checkpoint-1"]
+
+
+FILES = [
+    "SHA256SUMS", "custom_checkpoint_0.pkl", "model.safetensors", "optimizer.bin", "random_states_0.pkl", "run.json",
+]  # fmt: skip
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A whole checkpoint with all kinds of files, and the accelerator that wrote it."""
+    accelerator = Accelerator()
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    accelerator.register_for_checkpointing(torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer))
+    save_checkpoint(accelerator, tmp_path, 2, total_limit=None)
+    save_checkpoint(accelerator, tmp_path, 4, total_limit=None)
+    return accelerator, tmp_path / "checkpoint-4"
+
+
+def test_a_checkpoint_has_a_digest_of_every_file(saved):
+    checkpoint = saved[1]
+    assert names_of(checkpoint) == FILES
+    lines = [line.split("  ") for line in (checkpoint / "SHA256SUMS").read_text().splitlines()]
+    digests = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in FILES[1:]}
+    assert {name: digest for digest, name in lines} == digests
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "damage", ["missing", "empty", "cut off", "flipped at the start", "in the middle", "at the end"]
+)
+def test_a_damaged_checkpoint_is_refused_and_the_file_named(saved, name, damage):
+    accelerator, checkpoint = saved
+    path = checkpoint / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage in ("empty", "cut off"):
+        os.truncate(path, 0 if damage == "empty" else len(content) // 2)
+    else:
+        place = {"flipped at the start": 0, "in the middle": len(content) // 2, "at the end": len(content) - 1}[damage]
+        content[place] ^= 1
+        path.write_bytes(content)
+    # A flipped letter in the list of digests is one of a digest, or of the name of a file that is then missing.
+    pattern = rf"must be a whole checkpoint, got '.*checkpoint-4', of which the file '({name})' is (missing|damaged)"
+    pattern = pattern.replace(f"({name})", ".*") if name == "SHA256SUMS" else pattern
+    for resume_from_checkpoint in ("latest", "checkpoint-4"):
+        with pytest.raises(ValueError, match=pattern) as e:
+            resume(accelerator, checkpoint.parent, resume_from_checkpoint)
+        assert "Delete that checkpoint to go on from an earlier one" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["custom_checkpoint_0.pkl", "model.safetensors", "optimizer.bin", "random_states_0.pkl"]
+)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off"])
+def test_a_damaged_checkpoint_without_digests_is_refused_in_a_sentence(saved, name, damage):
+    accelerator, checkpoint = saved
+    for unknown in ("SHA256SUMS", "run.json"):
+        (checkpoint / unknown).unlink()
+    assert resume(accelerator, checkpoint.parent, "latest") == 4
+    path = checkpoint / name
+    path.unlink() if damage == "missing" else os.truncate(path, path.stat().st_size // 2 * (damage == "cut off"))
+    with pytest.raises(ValueError, match="a checkpoint of this model, got '.*checkpoint-4', which cannot be loaded"):
+        resume(accelerator, checkpoint.parent, "latest")
+
+
+def test_files_of_others_in_a_checkpoint_do_no_harm(saved):
+    (saved[1] / "notes.txt").write_text("mine")
+    assert resume(saved[0], saved[1].parent, "latest") == 4
+
+
+def test_optimizers_keep_the_options_that_they_were_made_with(saved):
+    accelerator, checkpoint = saved
+    [optimizer] = accelerator._optimizers
+    optimizer.param_groups[0].update(lr=0.5, weight_decay=0.25, betas=(0.1, 0.2))
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+    resume(accelerator, checkpoint.parent, "latest")
+    options = optimizer.param_groups[0]
+    assert (options["lr"], options["weight_decay"], options["betas"]) == (0.5, 0.25, (0.1, 0.2))
+    assert all(torch.equal(state["exp_avg"], old) for state, old in zip(optimizer.state.values(), moments))

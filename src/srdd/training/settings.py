@@ -13,6 +13,23 @@ from typing import Any, TypeVar, get_args
 
 Settings = TypeVar("Settings")
 
+# A resumed run must have the settings of its checkpoint, but for these. They hold from then on, and are said.
+MAY_CHANGE = {
+    *("train_data_dir", "dataset_name", "strict_data", "preprocessing_num_workers", "dataloader_num_workers"),
+    *("pretrained_vqvae_name_or_path", "pretrained_model_name_or_path", "teacher"),  # what is there, is compared
+    *("max_train_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2"),
+    *("adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_decay", "discriminator_learning_rate"),
+    *("gradient_checkpointing", "attention_backend", "usage_warning"),
+    *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps", "num_validation_images"),
+    *("validation_guidance_scale", "report_to", "save_dtype", "data_description", "license", "push_to_hub"),
+    "hub_model_id",
+}
+
+# Where things lie on this machine, and what is nobody's business. Checkpoints do not hold these.
+UNRECORDED = {
+    *("output_dir", "logging_dir", "cache_dir", "token_cache_dir", "resume_from_checkpoint", "hub_token", "command"),
+}
+
 
 def int_list(text: str) -> list[int]:
     """Whole numbers separated by commas."""

@@ -10,17 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers.utils import logging
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from srdd.data.images import picture_grid
+from srdd.data.images import LabelledImages, picture_grid
+from srdd.training.accelerator import on_main_process
 from srdd.training.averaged_weights import AveragedWeights
-from srdd.training.checkpoints import remove_partial_checkpoints, resume, save_checkpoint
+from srdd.training.checkpoints import checkpoint_step, remove_partial_checkpoints, resume, save_checkpoint
+from srdd.training.run_identity import check_same_run, describe_changes, read_identity, run_identity
 from srdd.training.settings import TrainingSettings
 
 
+logger = logging.get_logger(__name__)
+
 LOSS_LOG = "train_log.jsonl"
+CARD = "README.md"
 
 
 class TrainingRun:
@@ -37,8 +43,14 @@ class TrainingRun:
         schedule (`LRScheduler`): Learning rate schedule, not prepared.
         stateful (`Iterable`, defaults to `()`): Further objects with `state_dict` and `load_state_dict` that
             checkpoints hold.
+        images (`LabelledImages`, *optional*): The data; checkpoints of other data are refused.
+        frozen (`dict[str, torch.nn.Module]`, *optional*): Models that training uses as they are, by name; checkpoints
+            that were made with others are refused.
         unit (`str`, defaults to `"img"`): What the speed is counted in.
         units_per_image (`int`, defaults to 1): How many of them an image is.
+
+    Raises:
+        ValueError: If the checkpoint to start from is damaged or not of this run, or the run is finished.
     """
 
     def __init__(
@@ -48,6 +60,8 @@ class TrainingRun:
         model: torch.nn.Module,
         schedule: torch.optim.lr_scheduler.LRScheduler,
         stateful: Iterable = (),
+        images: LabelledImages | None = None,
+        frozen: dict[str, torch.nn.Module] | None = None,
         unit: str = "img",
         units_per_image: int = 1,
     ):
@@ -58,18 +72,55 @@ class TrainingRun:
         self.ema = AveragedWeights(accelerator.unwrap_model(model).parameters(), decay=settings.ema_decay)
         accelerator.register_for_checkpointing(schedule, self.ema, *stateful)
         self.log_path = Path(settings.output_dir) / LOSS_LOG
-        self.step = resume(accelerator, settings.output_dir, settings.resume_from_checkpoint)
+        config = getattr(accelerator.unwrap_model(model), "config", {})
+        self._identity = on_main_process(
+            accelerator,
+            lambda: run_identity(settings, accelerator.num_processes, images, {"model": config}, frozen),
+        )
+        self.resumed: list[dict] = []
+        base_rates = list(schedule.base_lrs)
+        self.step = resume(accelerator, settings.output_dir, settings.resume_from_checkpoint, self._check_checkpoint)
+        self.resumed = on_main_process(accelerator, lambda: self.resumed)
+        if self.step > 0:  # what the settings say holds, not what the checkpoint was made with
+            self.ema.decay = settings.ema_decay
+            set_learning_rates(schedule, base_rates)
         if accelerator.is_main_process:
+            if self.step < settings.max_train_steps:  # a folder with a card is finished
+                (Path(settings.output_dir) / CARD).unlink(missing_ok=True)
             remove_partial_checkpoints(settings.output_dir)
             truncate_log(self.log_path, self.step)
         self.progress = tqdm(
             total=settings.max_train_steps, initial=self.step, disable=not accelerator.is_local_main_process
         )
+        if self.resumed and self.resumed[-1]["step"] == self.step:
+            self.progress.write(describe_changes(self.resumed[-1]))
         self._earlier_batches: list[dict[str, torch.Tensor]] = []
         self.unit = unit
         self.units_per_step = units_per_image * settings.images_per_step(accelerator.num_processes)
         self._timed_step, self._time = self.step, time.perf_counter()
         model.train()
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that this run cannot go on from, and note what was changed since."""
+        settings, step = self.settings, checkpoint_step(checkpoint)
+        saved = read_identity(checkpoint)
+        is_finished = (Path(settings.output_dir) / CARD).is_file() and not settings.push_to_hub
+        if settings.max_train_steps < step or settings.max_train_steps == step and is_finished:
+            state = "and is finished" if settings.max_train_steps == step else "already"
+            raise ValueError(
+                f"`max_train_steps` must be more than {step}, the steps that {str(checkpoint)!r} has {state}, got"
+                f" {settings.max_train_steps}. Ask for more steps to go on; `--push_to_hub` publishes a finished run."
+            )
+        if saved is None:
+            logger.warning(
+                f"{str(checkpoint)!r} does not say which data, classes and settings it was made with, as those of"
+                " version 0.1: nothing is compared. Make sure that they are the same."
+            )
+            return
+        identity, self.resumed = saved
+        changes = check_same_run(settings, checkpoint, identity, self._identity)
+        if changes:
+            self.resumed = [*self.resumed, {"step": step, "changes": changes}]
 
     def batches(self, loader: DataLoader) -> Iterator[dict]:
         """Batches of as many epochs as `max_train_steps` needs, going on where the checkpoint left off."""
@@ -195,7 +246,7 @@ class TrainingRun:
         """Write a checkpoint where one is due. Last in a step: its log lines must be older than the checkpoint."""
         if self.is_due(self.settings.checkpointing_steps):
             limit = self.settings.checkpoints_total_limit
-            save_checkpoint(self.accelerator, self.settings.output_dir, self.step, limit)
+            save_checkpoint(self.accelerator, self.settings.output_dir, self.step, limit, self._identity, self.resumed)
 
     def copy_averages_to(self, model: torch.nn.Module) -> None:
         """
@@ -212,6 +263,21 @@ class TrainingRun:
         self.progress.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def set_learning_rates(schedule: torch.optim.lr_scheduler.LRScheduler, base_rates: list[float]) -> None:
+    """
+    Let a schedule that was loaded go on with other learning rates, and with its own course.
+
+    Args:
+        schedule (`LRScheduler`): A `LambdaLR`, as all of `diffusers.optimization` are.
+        base_rates (`list[float]`): What its course is multiplied with, for every group of parameters.
+    """
+    schedule.base_lrs = base_rates
+    rates = [rate * course(schedule.last_epoch) for rate, course in zip(base_rates, schedule.lr_lambdas)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:
