@@ -20,6 +20,7 @@ from srdd import MultiScaleVQModel, SRDDPipeline
 from srdd.data.finite_weights import check_finite_weights
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.training.accelerator import make_accelerator
+from srdd.training.graceful_end import ends_gracefully
 from srdd.training.light_decoder import light_tokenizer
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
@@ -69,6 +70,7 @@ def load_teacher(name: str) -> tuple[SRDDPipeline | None, MultiScaleVQModel]:
     raise ValueError(f"`teacher` must be a folder or Hub id of a pipeline or of a `MultiScaleVQModel`, got {name!r}.")
 
 
+@ends_gracefully
 def main(args: DecoderSettings) -> None:
     accelerator = make_accelerator(args)
     teacher_pipe, teacher = load_teacher(args.teacher)

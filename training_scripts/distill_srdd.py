@@ -24,10 +24,12 @@ from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.data.finite_weights import check_finite_weights
-from srdd.training.accelerator import make_accelerator
+from srdd.training.accelerator import make_accelerator, on_main_process
 from srdd.training.checkpoints import checkpoint_step, list_checkpoints
+from srdd.training.graceful_end import ends_gracefully
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
+from srdd.training.output_lock import lock_output_dir
 from srdd.training.publishing import CARD, finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
 from srdd.training.token_loss import token_loss
@@ -81,9 +83,10 @@ def check_classes(id2label: dict[int, str], teacher: dict[int, str]) -> None:
         )
 
 
-def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler) -> None:
-    """Train one student, from the weights in `source`, into `args.output_dir`."""
+def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler, root: str) -> None:
+    """Train one student, from the weights in `source`, into `args.output_dir`, in or below `root`."""
     accelerator = make_accelerator(args)
+    on_main_process(accelerator, lambda: lock_output_dir(root))
     set_seed(args.seed, device_specific=True)
     with accelerator.main_process_first():
         images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
@@ -160,6 +163,7 @@ def is_finished(folder: Path, max_train_steps: int) -> bool:
     return all((folder / name).is_file() for name in ("model_index.json", CARD)) and steps in ([], [max_train_steps])
 
 
+@ends_gracefully
 def main(args: DistillationSettings) -> None:
     source = args.teacher
     config = ScaleScheduler.load_config(args.teacher, subfolder="scheduler")
@@ -169,7 +173,9 @@ def main(args: DistillationSettings) -> None:
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
             push_to_hub = args.push_to_hub and index == len(plan)
-            run_stage(replace(args, output_dir=str(folder), push_to_hub=push_to_hub), str(source), scheduler)
+            run_stage(
+                replace(args, output_dir=str(folder), push_to_hub=push_to_hub), str(source), scheduler, args.output_dir
+            )
         source = folder
     PartialState().destroy_process_group()
 

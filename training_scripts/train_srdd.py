@@ -20,6 +20,7 @@ from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRD
 from srdd.data.finite_weights import check_finite_weights
 from srdd.models import ATTENTION_PATTERNS, MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.training.accelerator import make_accelerator
+from srdd.training.graceful_end import ends_gracefully
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings
@@ -132,6 +133,7 @@ def select_attention(model: ScaleTransformer2DModel, backend: str, device: torch
         model.set_attention_backend(backend)
 
 
+@ends_gracefully
 def main(args: SRDDSettings) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed)  # FSDP takes a part of the new weights from every process: they must be the same

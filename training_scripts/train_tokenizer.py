@@ -24,6 +24,7 @@ from srdd.training.accelerator import make_accelerator
 from srdd.training.adversarial_loss import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from srdd.training.averaged_weights import AveragedWeights
 from srdd.training.codebook_upkeep import CodebookTracker, low_usage
+from srdd.training.graceful_end import ends_gracefully
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_tokenizer
@@ -276,6 +277,7 @@ def report_usage(args: TokenizerSettings, run: TrainingRun, model: MultiScaleVQM
         )
 
 
+@ends_gracefully
 def main(args: TokenizerSettings) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)

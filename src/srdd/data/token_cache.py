@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from srdd.data.file_locks import hold_lock, release_lock
 from srdd.data.finite_weights import check_finite_weights
 from srdd.data.images import LabelledImages, image_to_tensor
+from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.models import MultiScaleVQModel
 from srdd.scales import num_tokens_per_scale
 
@@ -196,6 +197,7 @@ def _tokenise(
         views,
         batch_sampler=[batch.tolist() for batch in batches],
         num_workers=num_workers,
+        worker_init_fn=leave_signals_to_main_process,
         generator=torch.Generator(),  # training draws the same numbers whether or not there is a cache already
     )
     is_main = accelerator is None or accelerator.is_main_process

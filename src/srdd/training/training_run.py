@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from srdd.data.images import LabelledImages, picture_grid
 from srdd.training.accelerator import on_main_process
 from srdd.training.averaged_weights import AveragedWeights
 from srdd.training.checkpoints import checkpoint_step, remove_partial_checkpoints, resume, save_checkpoint
+from srdd.training.graceful_end import StopAgreement
 from srdd.training.run_identity import check_same_run, describe_changes, read_identity, run_identity
 from srdd.training.settings import TrainingSettings
 
@@ -92,12 +94,13 @@ class TrainingRun:
         self.progress = tqdm(
             total=settings.max_train_steps, initial=self.step, disable=not accelerator.is_local_main_process
         )
-        if self.resumed and self.resumed[-1]["step"] == self.step:
+        if accelerator.is_main_process and self.resumed and self.resumed[-1]["step"] == self.step:
             self.progress.write(describe_changes(self.resumed[-1]))
         self._earlier_batches: list[dict[str, torch.Tensor]] = []
         self.unit = unit
         self.units_per_step = units_per_image * settings.images_per_step(accelerator.num_processes)
         self._timed_step, self._time = self.step, time.perf_counter()
+        self._stop = StopAgreement(accelerator)
         model.train()
 
     def _check_checkpoint(self, checkpoint: Path) -> None:
@@ -243,10 +246,31 @@ class TrainingRun:
         return path
 
     def checkpoint(self) -> None:
-        """Write a checkpoint where one is due. Last in a step: its log lines must be older than the checkpoint."""
-        if self.is_due(self.settings.checkpointing_steps):
+        """
+        Write a checkpoint where one is due. Last in a step: its log lines must be older than the checkpoint.
+
+        Raises:
+            SystemExit: If SIGTERM or Ctrl-C asked for an end, when the checkpoint is written.
+        """
+        stopped_by = self._stop.agreed_signal()
+        if stopped_by or self.is_due(self.settings.checkpointing_steps):
             limit = self.settings.checkpoints_total_limit
             save_checkpoint(self.accelerator, self.settings.output_dir, self.step, limit, self._identity, self.resumed)
+        if stopped_by:
+            self._stop.close()
+            self._end_early(stopped_by)
+
+    def _end_early(self, stopped_by: int) -> None:
+        """End all processes after a checkpoint, and say how to go on."""
+        self._close_trackers()
+        if self.accelerator.is_main_process:
+            self.progress.write(
+                f"Stopped by {signal.Signals(stopped_by).name} after step {self.step}, with a checkpoint: go on with"
+                " the same command and `--resume_from_checkpoint latest`."
+            )
+        self.accelerator.wait_for_everyone()
+        self.accelerator.state.destroy_process_group()
+        raise SystemExit(128 + stopped_by)
 
     def copy_averages_to(self, model: torch.nn.Module) -> None:
         """
@@ -259,7 +283,18 @@ class TrainingRun:
         model.eval()
 
     def close(self) -> None:
-        """End the progress bar and the trackers. The processes stay connected: there is the model to finish."""
+        """
+        End the progress bar and the trackers. The processes stay connected: there is the model to finish.
+
+        Raises:
+            SystemExit: If SIGTERM or Ctrl-C asked for an end in the last step. Going on finishes the model.
+        """
+        stopped_by = self._stop.close()
+        if stopped_by:
+            self._end_early(stopped_by)
+        self._close_trackers()
+
+    def _close_trackers(self) -> None:
         self.progress.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
