@@ -21,6 +21,7 @@ from srdd.data.finite_weights import check_finite_weights
 from srdd.models import ATTENTION_PATTERNS, MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.training.accelerator import make_accelerator
 from srdd.training.graceful_end import ends_gracefully
+from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings
@@ -194,7 +195,7 @@ def main(args: SRDDSettings) -> None:
     run.close()
     if accelerator.is_main_process:
         if args.lora_rank:
-            averaged.save_lora_adapter(Path(args.output_dir) / "lora")
+            save_lora(averaged, Path(args.output_dir) / "lora")
             averaged.fuse_lora()
             averaged.unload_lora()
         finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed)

@@ -200,6 +200,13 @@ def test_changed_options_hold_are_said_and_stand_in_the_card(image_folder, train
     card = (again / "README.md").read_text()
     assert card.count("Resumed at step") == 2
     assert "Resumed at step 8 with `max_train_steps` 9 (before: 8)." in card
+    capsys.readouterr()
+    options = ["--learning_rate", 1e-5, "--adam_weight_decay", 0.5, "--ema_decay", 0.5, "--adam_epsilon", 1e-7]
+    options += ["--adam_beta2", 0.9, "--max_train_steps", 10, "--validation_steps", 7, "--license", "cc0-1.0"]
+    third = resume(image_folder, trained, again, tmp_path / "third", *options)
+    assert "`validation_steps` 7 (before: 4)" in capsys.readouterr().out
+    card = (third / "README.md").read_text()
+    assert "Resumed at step 9 with `max_train_steps` 10 (before: 9)." in card
 
 
 def test_a_longer_schedule_is_gone_on_with(image_folder, trained, tmp_path):

@@ -24,6 +24,7 @@ SAVED_CONFIGS = [
     "config.json",
     "vqvae/config.json",
     "transformer/config.json",
+    "lora/config.json",
     "scheduler/scheduler_config.json",
 ]
 

@@ -14,11 +14,15 @@ from typing import Any, TypeVar, get_args
 Settings = TypeVar("Settings")
 
 # A resumed run must have the settings of its checkpoint, but for these. They hold from then on, and are said.
-MAY_CHANGE = {
-    *("train_data_dir", "dataset_name", "strict_data", "preprocessing_num_workers", "dataloader_num_workers"),
-    *("pretrained_vqvae_name_or_path", "pretrained_model_name_or_path", "teacher"),  # what is there, is compared
+# The first of them shape what is learned, and stand in the model card.
+OPTIMIZATION_MAY_CHANGE = {
     *("max_train_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2"),
     *("adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_decay", "discriminator_learning_rate"),
+}
+MAY_CHANGE = {
+    *OPTIMIZATION_MAY_CHANGE,
+    *("train_data_dir", "dataset_name", "strict_data", "preprocessing_num_workers", "dataloader_num_workers"),
+    *("pretrained_vqvae_name_or_path", "pretrained_model_name_or_path", "teacher"),  # what is there, is compared
     *("gradient_checkpointing", "attention_backend", "usage_warning"),
     *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps", "num_validation_images"),
     *("validation_guidance_scale", "report_to", "save_dtype", "data_description", "license", "push_to_hub"),

@@ -22,7 +22,7 @@ from srdd.training.averaged_weights import AveragedWeights
 from srdd.training.checkpoints import checkpoint_step, remove_partial_checkpoints, resume, save_checkpoint
 from srdd.training.graceful_end import StopAgreement
 from srdd.training.run_identity import check_same_run, describe_changes, read_identity, run_identity
-from srdd.training.settings import TrainingSettings
+from srdd.training.settings import OPTIMIZATION_MAY_CHANGE, TrainingSettings
 
 
 logger = logging.get_logger(__name__)
@@ -94,8 +94,6 @@ class TrainingRun:
         self.progress = tqdm(
             total=settings.max_train_steps, initial=self.step, disable=not accelerator.is_local_main_process
         )
-        if accelerator.is_main_process and self.resumed and self.resumed[-1]["step"] == self.step:
-            self.progress.write(describe_changes(self.resumed[-1]))
         self._earlier_batches: list[dict[str, torch.Tensor]] = []
         self.unit = unit
         self.units_per_step = units_per_image * settings.images_per_step(accelerator.num_processes)
@@ -122,6 +120,9 @@ class TrainingRun:
             return
         identity, self.resumed = saved
         changes = check_same_run(settings, checkpoint, identity, self._identity)
+        if changes:
+            tqdm.write(describe_changes({"step": step, "changes": changes}))
+        changes = {name: change for name, change in changes.items() if name in OPTIMIZATION_MAY_CHANGE}
         if changes:
             self.resumed = [*self.resumed, {"step": step, "changes": changes}]
 
