@@ -306,7 +306,7 @@ def test_a_run_that_is_asked_to_stop_while_it_tokenises_ends_cleanly(root, token
     os.kill(run.processes[0].pid, signal.SIGTERM)
     run.processes[0].join(30)
     assert run.processes[0].exitcode == 143, run.output.read_text()
-    assert "Stopped by SIGTERM. The same command starts again." in run.output.read_text()
+    assert "Stopped by SIGTERM. Go on with the same command" in run.output.read_text()
     assert "Traceback" not in run.output.read_text()
     assert list(tokens.iterdir()) == []
 

@@ -37,7 +37,10 @@ class ReceivedSignal:
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if not self.is_awaited:
-            logger.warning(f"Stopped by {signal.Signals(number).name}. The same command starts again.")
+            logger.warning(
+                f"Stopped by {signal.Signals(number).name}. Go on with the same command and `--resume_from_checkpoint"
+                " latest`, which starts anew where there is no checkpoint yet."
+            )
             raise SystemExit(128 + number)
 
 
@@ -57,7 +60,7 @@ def ends_gracefully(main: Callable[Arguments, None]) -> Callable[Arguments, None
         finally:
             received.is_awaited = False
             for number, handler in zip(SIGNALS, before):
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # none: not one of Python's
             unlock_output_dirs()
 
     return run

@@ -34,21 +34,22 @@ def images_fingerprint(split: datasets.Dataset, image_column: str, label_column:
         image_column (`str`): Their column.
         label_column (`str`, *optional*): Column of the labels, if there are any.
     """
-    table, indices = split.data, split._indices
-    pictures = pc.struct_field(table.column(image_column).combine_chunks(), [0])  # bytes, where they are not in files
-    paths = pc.struct_field(table.column(image_column).combine_chunks(), [1]).to_pylist()
+    column, indices = split.data.column(image_column), split._indices
+    pictures = pc.struct_field(column, [0])  # bytes, where they are not in files
     sizes = pc.fill_null(pc.binary_length(pictures), -1).to_pylist()
+    paths = [path or "" for path in pc.struct_field(column, [1]).to_pylist()]
     places = range(len(paths)) if indices is None else indices.column(0).to_pylist()
-    folders = [os.path.dirname(paths[place] or "") for place in places]
-    root = os.path.commonprefix(sorted({f"{folder}/" for folder in folders})).rpartition("/")[0]
+    folders = {f"{os.path.dirname(paths[place])}/".replace(os.sep, "/") for place in places}
+    root = os.path.commonprefix(sorted(folders)).rpartition("/")[0]
     labels = split.with_format(None)[label_column][:] if label_column is not None else [0] * len(split)
     contents = set(np.linspace(0, len(split) - 1, min(len(split), NUM_CONTENTS), dtype=int).tolist())
     digest = hashlib.sha256()
     for index, (place, label) in enumerate(zip(places, labels, strict=True)):
-        path, size = paths[place] or "", sizes[place]
+        path, size = paths[place], sizes[place]
         in_file = size < 0 and os.path.isfile(path)
         size = os.path.getsize(path) if in_file else size
-        digest.update(f"{path.removeprefix(root)}\0{size}\0{label}\n".encode())
+        name = path.replace(os.sep, "/").removeprefix(root)
+        digest.update(f"{name}\0{size}\0{label}\n".encode())
         if index in contents and (in_file or size >= 0):
             digest.update(Path(path).read_bytes() if in_file else pictures[place].as_py())
     return digest.hexdigest()
