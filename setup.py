@@ -37,6 +37,7 @@ setup(
     extras_require={
         "train": [
             "datasets>=3.0",
+            "filelock>=3.12",
             "matplotlib>=3.8",
             "peft>=0.17",
             "tensorboard>=2.16",

@@ -17,8 +17,10 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd.data.finite_weights import check_finite_weights
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.training.accelerator import make_accelerator
+from srdd.training.graceful_end import ends_gracefully
 from srdd.training.light_decoder import light_tokenizer
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
@@ -68,9 +70,12 @@ def load_teacher(name: str) -> tuple[SRDDPipeline | None, MultiScaleVQModel]:
     raise ValueError(f"`teacher` must be a folder or Hub id of a pipeline or of a `MultiScaleVQModel`, got {name!r}.")
 
 
+@ends_gracefully
 def main(args: DecoderSettings) -> None:
     accelerator = make_accelerator(args)
     teacher_pipe, teacher = load_teacher(args.teacher)
+    for part in [teacher] if teacher_pipe is None else [teacher, teacher_pipe.transformer]:
+        check_finite_weights(part, "teacher", args.teacher)
     teacher.requires_grad_(False).eval().to(accelerator.device)
     set_seed(args.seed)  # the new weights must be the same in every process
     model = light_tokenizer(
@@ -89,7 +94,7 @@ def main(args: DecoderSettings) -> None:
     optimizer, schedule = make_optimizer(args, model.decoder.parameters(), accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     pixel_losses = PixelLosses(args, accelerator.device)
-    run = TrainingRun(args, accelerator, model, schedule)
+    run = TrainingRun(args, accelerator, model, schedule, images=images, frozen={"teacher": teacher})
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
             sample = batch["pixel_values"].contiguous(memory_format=torch.channels_last)
@@ -109,6 +114,7 @@ def main(args: DecoderSettings) -> None:
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
+            run.add_batch(losses)
             continue
         run.finish_step(losses)
         if run.is_due(args.validation_steps):
@@ -124,10 +130,12 @@ def main(args: DecoderSettings) -> None:
     run.close()
     if accelerator.is_main_process:
         if teacher_pipe is None:
-            finish_tokenizer(args, averaged, images, trained_part="decoder")
+            finish_tokenizer(args, averaged, images, trained_part="decoder", resumed=run.resumed)
         else:
             pipe = SRDDPipeline(averaged, teacher_pipe.transformer, teacher_pipe.scheduler)
-            finish_pipeline(args, pipe, images, teacher_pipe.default_guidance_scale, trained_part="decoder")
+            finish_pipeline(
+                args, pipe, images, teacher_pipe.default_guidance_scale, trained_part="decoder", resumed=run.resumed
+            )
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

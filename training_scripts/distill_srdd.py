@@ -23,9 +23,13 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.training.accelerator import make_accelerator
+from srdd.data.finite_weights import check_finite_weights
+from srdd.training.accelerator import make_accelerator, on_main_process
+from srdd.training.checkpoints import checkpoint_step, list_checkpoints
+from srdd.training.graceful_end import ends_gracefully
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
+from srdd.training.output_lock import lock_output_dir
 from srdd.training.publishing import CARD, finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
 from srdd.training.token_loss import token_loss
@@ -79,14 +83,17 @@ def check_classes(id2label: dict[int, str], teacher: dict[int, str]) -> None:
         )
 
 
-def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler) -> None:
-    """Train one student, from the weights in `source`, into `args.output_dir`."""
+def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler, root: str) -> None:
+    """Train one student, from the weights in `source`, into `args.output_dir`, in or below `root`."""
     accelerator = make_accelerator(args)
+    on_main_process(accelerator, lambda: lock_output_dir(root))
     set_seed(args.seed, device_specific=True)
     with accelerator.main_process_first():
         images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
     teacher_pipe = SRDDPipeline.from_pretrained(args.teacher).to(accelerator.device)
     vqvae, teacher = teacher_pipe.vqvae.requires_grad_(False), teacher_pipe.transformer.requires_grad_(False).eval()
+    for part in (vqvae, teacher):
+        check_finite_weights(part, "teacher", args.teacher)
     check_classes(images.id2label, teacher.id2label)
     guided = args.guidance_scale > 1
     null_class = teacher.config.num_classes
@@ -109,7 +116,10 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     parameters = parameter_groups(model, args.adam_weight_decay)
     optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    run = TrainingRun(args, accelerator, model, schedule, unit="tok", units_per_image=scheduler.num_tokens)
+    run = TrainingRun(
+        args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae, "teacher": teacher},
+        unit="tok", units_per_image=scheduler.num_tokens,
+    )  # fmt: skip
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
             token_ids, labels = batch["token_ids"], batch["labels"]
@@ -128,6 +138,7 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
+            run.add_batch(losses)
             continue
         run.finish_step(losses)
         if run.is_due(args.validation_steps):
@@ -142,20 +153,29 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     run.close()
     if accelerator.is_main_process:
         averaged.register_to_config(class_dropout_prob=teacher.config.class_dropout_prob)
-        finish_pipeline(args, pipe, images, args.validation_guidance_scale)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed)
     accelerator.wait_for_everyone()
 
 
+def is_finished(folder: Path, max_train_steps: int) -> bool:
+    """Whether a stage is done, with as many steps as are asked for as far as its checkpoints tell."""
+    steps = [checkpoint_step(checkpoint) for checkpoint in list_checkpoints(folder)[-1:]]
+    return all((folder / name).is_file() for name in ("model_index.json", CARD)) and steps in ([], [max_train_steps])
+
+
+@ends_gracefully
 def main(args: DistillationSettings) -> None:
     source = args.teacher
     config = ScaleScheduler.load_config(args.teacher, subfolder="scheduler")
     plan = stages(args, config)
     for index, (folder, scheduler) in enumerate(plan, start=1):
-        if args.resume_from_checkpoint and all((folder / name).is_file() for name in ("model_index.json", CARD)):
+        if args.resume_from_checkpoint and is_finished(folder, args.max_train_steps):
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
             push_to_hub = args.push_to_hub and index == len(plan)
-            run_stage(replace(args, output_dir=str(folder), push_to_hub=push_to_hub), str(source), scheduler)
+            run_stage(
+                replace(args, output_dir=str(folder), push_to_hub=push_to_hub), str(source), scheduler, args.output_dir
+            )
         source = folder
     PartialState().destroy_process_group()
 

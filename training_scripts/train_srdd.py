@@ -17,8 +17,11 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd.data.finite_weights import check_finite_weights
 from srdd.models import ATTENTION_PATTERNS, MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.training.accelerator import make_accelerator
+from srdd.training.graceful_end import ends_gracefully
+from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings
@@ -66,6 +69,7 @@ def build_model(args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict) ->
         if args.attention_pattern:
             training["attention_pattern"] = args.attention_pattern
         model = ScaleTransformer2DModel.from_pretrained(args.pretrained_model_name_or_path, **training)
+        check_finite_weights(model, "pretrained_model_name_or_path", args.pretrained_model_name_or_path)
         for name in ("scale_sizes", "codebook_size", "latent_channels"):
             ours, theirs = model.config[name], vqvae.config[name]
             if ours != theirs:
@@ -130,12 +134,14 @@ def select_attention(model: ScaleTransformer2DModel, backend: str, device: torch
         model.set_attention_backend(backend)
 
 
+@ends_gracefully
 def main(args: SRDDSettings) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed)  # FSDP takes a part of the new weights from every process: they must be the same
     with accelerator.main_process_first():
         images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
+    check_finite_weights(vqvae, "pretrained_vqvae_name_or_path", args.pretrained_vqvae_name_or_path)
     vqvae.requires_grad_(False).eval().to(accelerator.device)
     model = build_model(args, vqvae, images.id2label)
     if args.lora_rank:
@@ -157,7 +163,10 @@ def main(args: SRDDSettings) -> None:
     parameters = parameter_groups(model, args.adam_weight_decay)
     optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    run = TrainingRun(args, accelerator, model, schedule, unit="tok", units_per_image=scheduler.num_tokens)
+    run = TrainingRun(
+        args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae}, unit="tok",
+        units_per_image=scheduler.num_tokens,
+    )  # fmt: skip
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
             token_ids = batch["token_ids"]
@@ -171,6 +180,7 @@ def main(args: SRDDSettings) -> None:
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:
+            run.add_batch(losses)
             continue
         run.finish_step(losses)
         if run.is_due(args.validation_steps):
@@ -185,10 +195,10 @@ def main(args: SRDDSettings) -> None:
     run.close()
     if accelerator.is_main_process:
         if args.lora_rank:
-            averaged.save_lora_adapter(Path(args.output_dir) / "lora")
+            save_lora(averaged, Path(args.output_dir) / "lora")
             averaged.fuse_lora()
             averaged.unload_lora()
-        finish_pipeline(args, pipe, images, args.validation_guidance_scale)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

@@ -17,12 +17,14 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
+from srdd.data.finite_weights import check_finite_weights
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
 from srdd.training.accelerator import make_accelerator
 from srdd.training.adversarial_loss import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from srdd.training.averaged_weights import AveragedWeights
 from srdd.training.codebook_upkeep import CodebookTracker, low_usage
+from srdd.training.graceful_end import ends_gracefully
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_tokenizer
@@ -114,7 +116,9 @@ def parse_args(arguments: list[str] | None = None) -> TokenizerSettings:
 
 def build_model(args: ModelSettings) -> MultiScaleVQModel:
     if args.pretrained_model_name_or_path:
-        return MultiScaleVQModel.from_pretrained(args.pretrained_model_name_or_path)
+        model = MultiScaleVQModel.from_pretrained(args.pretrained_model_name_or_path)
+        check_finite_weights(model, "pretrained_model_name_or_path", args.pretrained_model_name_or_path)
+        return model
     levels = len(args.block_out_channels)
     attention = args.preset == "256px"  # in the coarsest blocks, as VAR's
     return MultiScaleVQModel(
@@ -273,6 +277,7 @@ def report_usage(args: TokenizerSettings, run: TrainingRun, model: MultiScaleVQM
         )
 
 
+@ends_gracefully
 def main(args: TokenizerSettings) -> None:
     accelerator = make_accelerator(args)
     set_seed(args.seed, device_specific=True)
@@ -298,7 +303,7 @@ def main(args: TokenizerSettings) -> None:
     tokenizer = accelerator.unwrap_model(model)
     tracker = track_codebook(args, tokenizer)
     compute_losses = TokenizerLosses(args, accelerator, tokenizer.decoder.conv_out.weight)
-    run = TrainingRun(args, accelerator, model, schedule, [tracker])
+    run = TrainingRun(args, accelerator, model, schedule, [tracker], images=images)
     needs_codes = run.step == 0 and not args.pretrained_model_name_or_path
     for batch in run.batches(loader):
         with accelerator.accumulate(*modules):
@@ -326,6 +331,7 @@ def main(args: TokenizerSettings) -> None:
         else:
             tracker.update(accelerator.gather(output.token_ids))
         if not accelerator.sync_gradients:
+            run.add_batch(losses)
             continue
         if revives_after(args, run.step + 1):
             losses["revived_codes"] = revive(tokenizer, tracker, run.ema, latents, args.seed + run.step + 1)
@@ -341,7 +347,7 @@ def main(args: TokenizerSettings) -> None:
     run.copy_averages_to(averaged)
     run.close()
     if accelerator.is_main_process:
-        finish_tokenizer(args, averaged, images)
+        finish_tokenizer(args, averaged, images, resumed=run.resumed)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

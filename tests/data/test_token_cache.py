@@ -1,7 +1,10 @@
 """The token cache: the right pyramids in the right rows, made once, and another file whenever they would differ."""
 
+import errno
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -290,3 +293,130 @@ def test_unusable_images_have_no_row(tmp_path, cache):
     tokens = make(images, cache)
     assert tokens.labels.tolist() == [0, 0, 1, 2, 2]
     np.testing.assert_array_equal(tokens.token_ids, one_by_one(images, tiny_vqvae()))
+
+
+# Two runs, one folder
+
+
+class Meanwhile:
+    """A tokenizer's hook that lets another run make the same cache, once."""
+
+    def __init__(self, images: LabelledImages, cache: Path):
+        self.images, self.cache = images, cache
+        self.other: TokenDataset | None = None
+        self.files: list[str] = []
+
+    def __call__(self, *_) -> None:
+        if self.other is None:
+            self.other = make(self.images, self.cache)
+            self.files = sorted(path.suffix for path in files(self.cache))
+
+
+def test_two_runs_that_make_the_same_cache_at_once_both_end_with_the_right_one(images, cache):
+    vqvae, meanwhile = tiny_vqvae(), Meanwhile(images, cache)
+    vqvae.encoder.register_forward_hook(meanwhile)
+    tokens = make(images, cache, vqvae, batch_size=2)
+    assert meanwhile.files == [".lock", ".npy", ".partial"]  # the other has left this one's alone
+    expected = one_by_one(images, tiny_vqvae())
+    np.testing.assert_array_equal(tokens.token_ids, expected)
+    np.testing.assert_array_equal(meanwhile.other.token_ids, expected)
+    assert [path.suffix for path in files(cache)] == [".npy"]
+
+
+def test_a_run_that_fails_leaves_the_cache_of_another_alone(images, cache):
+    vqvae, meanwhile = tiny_vqvae(), Meanwhile(images, cache)
+
+    def fail(*_):
+        meanwhile()
+        raise RuntimeError("out of memory")
+
+    vqvae.encoder.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make(images, cache, vqvae, batch_size=2)
+    assert [path.suffix for path in files(cache)] == [".npy"]
+    np.testing.assert_array_equal(make(images, cache).token_ids, one_by_one(images, tiny_vqvae()))
+
+
+OTHER_RUN = """
+import sys
+from srdd.data.file_locks import hold_lock
+
+lock = hold_lock(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_killed_runs_left_is_removed_and_what_running_ones_write_is_not(images, cache, killed):
+    expected = np.array(make(images, cache).token_ids)
+    [path] = files(cache)
+    path.unlink()
+    left = [path.with_name(f"{path.stem}-0123.{ending}") for ending in ("lock", "partial")]
+    left[1].write_bytes(b"half")
+    words = [sys.executable, "-c", OTHER_RUN, left[0]]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        if killed:
+            other.kill()
+            other.wait()
+        np.testing.assert_array_equal(make(images, cache).token_ids, expected)
+        assert files(cache) == sorted([*([] if killed else left), path])
+        other.kill()
+
+
+def test_where_there_are_no_locks_a_cache_is_made_with_a_warning(images, cache, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    tokens = make(images, cache)
+    np.testing.assert_array_equal(tokens.token_ids, one_by_one(images, tiny_vqvae()))
+    assert "The file system has no locks for" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "another shape"])
+def test_a_damaged_cache_is_named(images, cache, damage):
+    make(images, cache)
+    [path] = files(cache)
+    if damage == "another shape":
+        np.save(path, np.zeros((6, 3), dtype=np.uint16))
+    else:
+        os.truncate(path, path.stat().st_size // 2 if damage == "cut off" else 0)
+    with pytest.raises(ValueError, match=rf"The token cache '.*{path.name}' is damaged.* Delete it"):
+        make(images, cache)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/tokens"])
+def test_a_folder_that_cannot_be_written_is_named(images, tmp_path, folder):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=rf"`cache_dir` must be a folder that can be written, got '.*{folder}'"):
+        make(images, tmp_path / folder)
+
+
+# What is not finite
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["quantize.codebook.weight", "encoder.conv_in.weight"])
+def test_a_tokenizer_that_is_not_finite_makes_no_tokens(images, cache, name, value):
+    vqvae = tiny_vqvae()
+    vqvae.get_parameter(name).view(-1)[0] = value
+    with pytest.raises(ValueError, match=rf"finite weights, got NaN or infinity in 1 of \d+ tensors: {name}"):
+        make(images, cache, vqvae)
+    assert not cache.exists()
+
+
+def test_images_whose_latents_are_not_finite_are_named(images, cache):
+    vqvae = tiny_vqvae()
+
+    def overflow(_, inputs, output):
+        output[-1] = float("inf")
+
+    vqvae.encoder.register_forward_hook(overflow)
+    with pytest.raises(
+        ValueError, match=r"must give finite latents, got NaN or infinity for image 3 \(.*pear.1\.png\) from the token"
+    ):
+        make(images, cache, vqvae, batch_size=4)
+    assert files(cache) == []

@@ -1,5 +1,6 @@
 """Whether two training runs left exactly the same."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from srdd.training.checkpoints import checkpoint_step, list_checkpoints
+from srdd.training.run_identity import DIGEST_FILE, IDENTITY_FILE
+from srdd.training.settings import MAY_CHANGE
 
 
 def differences(left: Any, right: Any, name: str) -> list[str]:
@@ -38,6 +41,12 @@ def read(path: Path) -> Any:
         return load_file(path)
     if path.suffix in (".bin", ".pkl"):
         return torch.load(path, weights_only=False)
+    if path.name == IDENTITY_FILE:  # how many checkpoints are kept, and the like, may differ
+        identity = json.loads(path.read_text())
+        identity["settings"] = {name: identity["settings"][name] for name in identity["settings"].keys() - MAY_CHANGE}
+        return identity
+    if path.name == DIGEST_FILE:  # equal values may be pickled in different ways
+        return sorted(line.split()[1] for line in path.read_text().splitlines())
     return path.read_bytes()
 
 

@@ -132,7 +132,7 @@ def test_two_processes_train_a_transformer_like_one_with_twice_the_batch(root, b
 def test_accumulated_batches_train_a_transformer_like_one_of_their_size(root, by_one, num_processes):
     options = ["--gradient_accumulation_steps", 2, "--train_batch_size", 4 // num_processes]
     accumulated = train("train_srdd", root, f"accumulated_{num_processes}", *options, num_processes=num_processes)
-    assert_same_training(accumulated, by_one, logs=False)
+    assert_same_training(accumulated, by_one)
 
 
 @pytest.mark.parametrize(

@@ -329,3 +329,24 @@ def test_checkpoints_logs_and_caches_stay_at_home_wherever_they_lie(tmp_path):
     assert published(**here) == kept | {"my/tokens/1.npy"}
     there = {"token_cache_dir": str(folder / "my" / "tokens"), "cache_dir": str(tmp_path), "logging_dir": "./data"}
     assert published(**there) == kept | {"tokens/tokens-1.npy", "logs/run/events"}
+
+
+@pytest.mark.parametrize("part", ["transformer", "vqvae"])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, part):
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        next(getattr(pipe, part).parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=f"the trained {part} as float32 must have finite weights, got NaN or inf"):
+        finish(tmp_path / "run", pipe)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["train_log.jsonl"]
+
+
+def test_weights_that_are_too_large_for_their_dtype_are_not_saved(tmp_path):
+    vqvae = tiny_vqvae()
+    with torch.no_grad():
+        vqvae.quantize.codebook.weight[0, 0] = 1e5
+    write_log(tmp_path / "run")
+    settings = make_settings(tmp_path / "run", save_dtype="float16")
+    with pytest.raises(ValueError, match="the trained tokenizer as float16 must .* tensors: quantize.codebook.weight"):
+        finish_tokenizer(settings, vqvae, some_images())
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +14,7 @@ import pytest
 from training.comparing import assert_same_run
 from training.launching import Run, make_image_folder, start
 
-from srdd.training.checkpoints import list_checkpoints
+from srdd.training.checkpoints import checkpoint_step, list_checkpoints
 
 
 pytestmark = pytest.mark.slow
@@ -231,6 +232,97 @@ def test_a_decoder_killed_again_and_again_ends_as_if_it_was_not(root, transforme
     executioner = Executioner(output_dir, seed=6)
     assert_kills_change_nothing(lambda: start_decoder(root, output_dir), output_dir, reference, executioner, kills=4)
     assert executioner.kills_while_writing >= 1
+
+
+def stop_in_the_middle(run: Run, folder: Path, step: int, number: int, which: slice = slice(None)) -> list[int]:
+    """Send a signal to some processes of a run once a checkpoint is there; returns the exit codes."""
+    wait_for(lambda: any(checkpoint_step(path) >= step for path in list_checkpoints(folder)), run)
+    for process in run.processes[which]:
+        os.kill(process.pid, number)
+    for process in run.processes:
+        process.join(60)
+    return [process.exitcode for process in run.processes]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_says_how_to_go_on(root, transformer, number):
+    output_dir = root / f"stopped_{number}"
+    options = ["--checkpointing_steps", 3]
+    for step in (3, 12):
+        run = start_transformer(root, output_dir, *options)
+        assert stop_in_the_middle(run, output_dir, step, number) == [128 + number], run.output.read_text()
+        last = checkpoint_step(list_checkpoints(output_dir)[-1])
+        assert (
+            f"Stopped by {number.name} after step {last}, with a checkpoint: go on with the same command and"
+            " `--resume_from_checkpoint latest`.\n"
+        ) in run.output.read_text()
+        assert "Traceback" not in run.output.read_text()
+    start_transformer(root, output_dir, *options).finish()
+    shutil.rmtree(output_dir / f"checkpoint-{last}", ignore_errors=True)
+    assert_same_run(output_dir, transformer)
+
+
+@pytest.mark.parametrize("which", [slice(None), slice(1), slice(1, 2)], ids=["both", "the first", "the second"])
+def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(root, transformer, which):
+    options = ["--max_train_steps", 12, "--gradient_accumulation_steps", 2]
+    reference = root / "reference_of_two"
+    if not reference.exists():
+        start_transformer(root, reference, *options, "--checkpoints_total_limit", NUM_STEPS, num_processes=2).finish()
+    output_dir = root / f"stopped_{which.start}_{which.stop}"
+    run = start_transformer(root, output_dir, *options, num_processes=2)
+    assert stop_in_the_middle(run, output_dir, 2, signal.SIGTERM, which) == [143, 143], run.output.read_text()
+    assert run.output.read_text().count("Stopped by SIGTERM after step") == 1
+    assert not (output_dir / "README.md").exists()
+    start_transformer(root, output_dir, *options, num_processes=2).finish()
+    assert_same_run(output_dir, reference)
+
+
+def test_a_distillation_that_is_asked_to_stop_goes_on_in_its_stage(root, distillation):
+    output_dir = root / "distilled_stopped"
+    for folder in (output_dir / "stage-1", output_dir):
+        run = start_distillation(root, output_dir)
+        assert stop_in_the_middle(run, folder, 2, signal.SIGTERM) == [143], run.output.read_text()
+    start_distillation(root, output_dir).finish()
+    assert_same_run(output_dir, distillation)
+
+
+def test_a_second_signal_ends_a_run_at_once(root, transformer, tmp_path):
+    run = start_transformer(root, tmp_path / "output", "--validation_steps", 1, "--num_validation_images", 4096)
+    wait_for(lambda: (tmp_path / "output" / "train_log.jsonl").exists(), run)  # it draws for long
+    [process] = run.processes
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(0.3)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_a_run_that_is_asked_to_stop_while_it_tokenises_ends_cleanly(root, tokenizer, tmp_path):
+    tokens = tmp_path / "tokens"
+    options = ["--token_cache_dir", tokens, "--random_crops", 200, "--max_train_steps", 1]
+    run = start_transformer(root, tmp_path / "output", *options, "--dataloader_num_workers", 1)
+    wait_for(lambda: bool(list(tokens.glob("*.partial"))), run)
+    os.kill(run.processes[0].pid, signal.SIGTERM)
+    run.processes[0].join(30)
+    assert run.processes[0].exitcode == 143, run.output.read_text()
+    assert "Stopped by SIGTERM. Go on with the same command" in run.output.read_text()
+    assert "Traceback" not in run.output.read_text()
+    assert list(tokens.iterdir()) == []
+
+
+def test_a_second_run_in_a_folder_is_refused_and_the_first_is_left_alone(root, transformer):
+    output_dir = root / "shared"
+    first = start_transformer(root, output_dir)
+    wait_for(lambda: bool(list_checkpoints(output_dir)), first)
+    second = start_transformer(root, output_dir, num_processes=2)
+    second.output = root / "second.txt"
+    codes = [process.exitcode for process in second.processes if process.join(60) is None]
+    assert codes == [1, 1]
+    first.finish()
+    text = first.output.read_text()
+    assert "ValueError: `output_dir` must be a folder in which no other run trains" in text
+    assert_same_run(output_dir, transformer)
 
 
 def test_a_stage_killed_while_it_is_finished_is_finished_again(root, distillation):

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tiny_models import tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, load_script, read_log, train_transformer, weights
 
-from srdd import ScaleTransformer2DModel, SRDDPipeline
+from srdd import MultiScaleVQModel, ScaleTransformer2DModel, SRDDPipeline
 from srdd.models import MaskedScaleAttnProcessor
+from srdd.training.lora import load_lora
 
 
 SCRIPT = load_script("train_srdd")
@@ -272,6 +273,8 @@ def test_small_batches_add_up_to_a_large_one(run):
     small = run("small", *options, "--train_batch_size", 4, "--gradient_accumulation_steps", 2)
     assert_same_weights(load(small), load(large), atol=1e-5)
     assert (load(large).proj_out.weight.abs() > 1e-3).any()
+    for mine, others in zip(losses(small), losses(large), strict=True):
+        assert mine == pytest.approx(others, rel=1e-5, abs=1e-6)
 
 
 def test_scale_weights_change_the_loss_but_not_its_parts(run, plain):
@@ -358,6 +361,24 @@ def test_the_finished_weights_are_averages(run):
     assert not torch.equal(load(slow).proj_out.weight, load(fast).proj_out.weight)
 
 
+def test_weights_that_are_not_finite_are_refused_at_the_start(image_folder, trained, run, plain, tmp_path):
+    vqvae = MultiScaleVQModel.from_pretrained(trained / "tokenizer")
+    with torch.no_grad():
+        vqvae.encoder.conv_in.weight[0] = math.nan
+    vqvae.save_pretrained(tmp_path / "vqvae")
+    with pytest.raises(
+        ValueError, match="`pretrained_vqvae_name_or_path` must have finite weights, got '.*vqvae', NaN"
+    ):
+        train_transformer(image_folder, tmp_path / "vqvae", tmp_path / "run", *QUIET)
+    assert not (tmp_path / "run" / "README.md").exists()
+    model = load(plain)
+    with torch.no_grad():
+        model.proj_in.bias[0] = math.inf
+    model.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` must have finite weights"):
+        run("infinite", "--pretrained_model_name_or_path", tmp_path / "transformer")
+
+
 # LoRA
 
 
@@ -417,10 +438,57 @@ def test_an_adapter_loads_onto_its_base(plain, lora):
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_an_adapter_and_its_base_are_the_trained_model(plain, lora, tmp_path):
+    base, merged = load(plain), load(lora)
+    load_lora(base, lora / "lora")
+    assert base.id2label == merged.id2label == {0: "cold", 1: "hot", 2: "warm"}
+    assert base.config.num_classes == 3
+    inputs = torch.randn(4, 21, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4)
+    outputs = [model.eval()(inputs, class_labels=labels).sample for model in (base, merged)]
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
+    base.fuse_lora()
+    base.unload_lora()
+    assert_same_weights(base, merged)
+    base.save_pretrained(tmp_path)
+    assert_same_weights(ScaleTransformer2DModel.from_pretrained(tmp_path), merged)
+
+
+def test_diffusers_own_loading_leaves_nothing_out(run, plain):
+    options = ["--pretrained_model_name_or_path", plain / "transformer", "--lora_rank", 2, "--learning_rate", 1e-2]
+    folder = run("lora of the same classes", *options, "--attention_pattern", "causal")
+    base = load(plain)
+    base.register_to_config(attention_pattern="causal")
+    base.load_lora_adapter(folder / "lora", prefix=None, weight_name="pytorch_lora_weights.safetensors")
+    again = load(plain)
+    load_lora(again, folder / "lora")
+    assert again.config.attention_pattern == "causal"
+    inputs = torch.randn(3, 21, 4, generator=torch.Generator().manual_seed(0))
+    models = [load(folder), base, again, load(plain)]
+    with torch.no_grad():
+        outputs = [model.eval()(inputs, class_labels=torch.arange(3)).sample for model in models]
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=0)
+    assert torch.equal(outputs[1], outputs[2])
+    assert (outputs[3] - outputs[0]).abs().max() > 1e-3
+
+
+def test_an_adapter_needs_a_base_of_its_sizes(plain, lora, tmp_path):
+    with pytest.raises(
+        ValueError, match="`transformer` must have the codebook_size of the adapter's base, 16, got 32"
+    ):
+        load_lora(tiny_transformer(), lora / "lora")
+    with pytest.raises(
+        ValueError, match="`folder` must hold 'pytorch_lora_weights.safetensors' and 'config.json', got"
+    ):
+        load_lora(load(plain), tmp_path)
+
+
 def test_an_adapter_says_nothing_of_the_trainers_machine(run, lora):
     with safe_open(lora / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = file.metadata()
     assert str(run.root) not in json.dumps(metadata)
+    assert str(run.root) not in (lora / "lora" / "config.json").read_text()
 
 
 def test_an_adapters_checkpoint_resumes_exactly(run, plain):

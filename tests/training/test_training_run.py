@@ -60,8 +60,9 @@ class Session:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if not self.accelerator.sync_gradients:
+                self.run.add_batch({"loss": loss, "number": batch["number"].mean()})
                 continue
-            self.run.finish_step({"loss": loss, "two": torch.tensor(2.0)})
+            self.run.finish_step({"loss": loss, "two": torch.tensor(2.0), "number": batch["number"].mean()})
             self.run.checkpoint()
         self.run.close()
         return seen
@@ -106,7 +107,7 @@ def test_the_log_has_the_means_of_the_losses_and_the_learning_rate(tmp_path):
     session.train()
     log = read_log(tmp_path)
     assert [record["step"] for record in log] == [2, 4, 5]
-    assert all(record.keys() == {"step", "loss", "two", "lr"} for record in log)
+    assert all(record.keys() == {"step", "loss", "two", "number", "lr"} for record in log)
     assert {record["two"] for record in log} == {2.0}
     assert {record["lr"] for record in log} == {0.25}
 
@@ -165,6 +166,32 @@ def test_gradients_are_clipped_only_where_a_step_is_due(tmp_path):
         session.model.weight.grad = torch.tensor([[3.0]])
         session.run.clip_gradients(session.model.parameters())
         assert session.model.weight.grad.item() == 3
+
+
+def test_no_clipping_at_all(tmp_path):
+    session = Session(tmp_path, max_grad_norm=0)
+    with session.accelerator.accumulate(session.model):
+        session.model.weight.grad, session.model.bias.grad = torch.tensor([[3e4]]), torch.tensor([4e4])
+        session.run.clip_gradients(session.model.parameters())
+        assert [session.model.weight.grad.item(), session.model.bias.grad.item()] == [3e4, 4e4]
+        session.model.weight.grad = torch.tensor([[math.inf]])
+        with pytest.raises(FloatingPointError, match="The norm of the gradients is inf at step 1"):
+            session.run.clip_gradients(session.model.parameters())
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_what_is_logged_of_a_step_covers_all_its_batches(tmp_path, logging_steps):
+    options = {"logging_steps": logging_steps, "length": 12, "max_train_steps": 4}
+    logs = []
+    for size, batches in ((6, 1), (3, 2), (2, 3), (1, 6)):
+        folder = tmp_path / str(size)
+        seen = Session(folder, train_batch_size=size, gradient_accumulation_steps=batches, **options).train()
+        logs.append(read_log(folder))
+        of_steps = [sum((items for _, items in seen[start : start + batches]), []) for start in range(0, 24, batches)]
+        means = [sum(items) / 6 for items in of_steps[:4]]
+        assert [record["number"] for record in logs[-1]] == pytest.approx(means[logging_steps - 1 :: logging_steps])
+    for log in logs[1:]:
+        assert [record["loss"] for record in log] == pytest.approx([record["loss"] for record in logs[0]], rel=1e-5)
 
 
 def test_pictures_are_named_by_their_step(tmp_path):

@@ -1,21 +1,33 @@
 """Token pyramids of a whole data set on disk, so that the transformer's epochs never run the tokenizer."""
 
+import errno
 import hashlib
 import json
 import random
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from filelock import Timeout
 from tqdm.auto import tqdm
 
+from srdd.data.file_locks import hold_lock, release_lock
+from srdd.data.finite_weights import check_finite_weights
 from srdd.data.images import LabelledImages, image_to_tensor
+from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.models import MultiScaleVQModel
 from srdd.scales import num_tokens_per_scale
+
+
+# Part of every name: files of formats that cannot be relied on, as those that two runs could write at once, are left.
+CACHE_FORMAT = 2
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -76,10 +88,17 @@ class ImageViews(torch.utils.data.Dataset):
         pixels = image_to_tensor(image, self.resolution, random_crop=self.random_crops > 0, rng=rng)
         return pixels.flip(-1) if flip else pixels
 
+    def describe(self, row: int) -> str:
+        """The image that a row is a view of, by its place and, if it has one, its name."""
+        index = row % len(self.split)
+        undecoded = self.split.select([index]).cast_column(self.image_column, datasets.Image(decode=False))
+        name = (undecoded[0][self.image_column] or {}).get("path")
+        return f"image {index}" + (f" ({name})" if name else "")
+
 
 def cache_key(vqvae: MultiScaleVQModel, views: ImageViews, scale_sizes: list[list[int]]) -> str:
     """A name that changes when the tokenizer, the data or the preprocessing change."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(str(CACHE_FORMAT).encode())
     for name, tensor in sorted(vqvae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -122,7 +141,13 @@ def cached_tokens(
 
     Returns:
         [`TokenDataset`]
+
+    Raises:
+        ValueError: If the tokenizer has weights, or gives latents, that are not finite; if the folder cannot be
+            written, or the file in it is damaged.
+        OSError: If there is no room for the file.
     """
+    check_finite_weights(vqvae, "vqvae", vqvae.config.get("_name_or_path"))
     scale_sizes = scale_sizes or vqvae.config.scale_sizes
     resolution = scale_sizes[-1][0] * vqvae.spatial_compression_ratio
     views = ImageViews(split, images.image_column, resolution, random_crops, random_flip, seed)
@@ -131,47 +156,134 @@ def cached_tokens(
     else:
         labels = np.asarray(split.with_format(None)[images.label_column], dtype=np.int64)
     path = Path(cache_dir) / f"tokens-{cache_key(vqvae, views, scale_sizes)}.npy"
+    dtype = np.uint16 if vqvae.config.codebook_size <= 2**16 else np.int32
+    shape = (len(views), sum(num_tokens_per_scale(scale_sizes)))
     is_main = accelerator is None or accelerator.is_main_process
     wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
-    wait()  # nobody may look for the file while another process already makes it
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        dtype = np.uint16 if vqvae.config.codebook_size <= 2**16 else np.int32
-        shape = (len(views), sum(num_tokens_per_scale(scale_sizes)))
-        if is_main:
-            with _clear_error(path, partial):
-                path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        partial = None
+        if is_main and not path.exists():
+            partial = stack.enter_context(_own_partial_file(path))
+            with _clear_error(path):
                 np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-        wait()
-        first_byte = np.load(partial, mmap_mode="r").offset
-        # Batches are the same whatever the number of processes, and so are the tokens.
-        batches = torch.arange(len(views)).split(batch_size)
-        if accelerator is not None:
-            batches = batches[accelerator.process_index :: accelerator.num_processes]
-        loader = torch.utils.data.DataLoader(
-            views,
-            batch_sampler=[batch.tolist() for batch in batches],
-            num_workers=num_workers,
-            generator=torch.Generator(),  # training draws the same numbers whether or not there is a cache already
+        if accelerator is not None:  # one decides for all whether there is a file, which other runs make too
+            [partial] = broadcast_object_list([partial])
+        if partial is not None:
+            first_byte = np.load(partial, mmap_mode="r").offset
+            for first_row, token_ids in _tokenise(vqvae, views, scale_sizes, batch_size, num_workers, accelerator):
+                # Written, not mapped: a full disk is then an error and not a crash.
+                with _clear_error(path), open(partial, "r+b") as file:
+                    file.seek(first_byte + first_row * shape[1] * np.dtype(dtype).itemsize)
+                    file.write(token_ids.astype(dtype).tobytes())
+            wait()
+    wait()
+    return TokenDataset(_read_cache(path, shape), np.tile(labels, views.num_views))
+
+
+def _tokenise(
+    vqvae: MultiScaleVQModel,
+    views: ImageViews,
+    scale_sizes: list[list[int]],
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator | None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The pyramids of this process's share of the views: the first row of each batch, and its tokens."""
+    # Batches are the same whatever the number of processes, and so are the tokens.
+    batches = torch.arange(len(views)).split(batch_size)
+    if accelerator is not None:
+        batches = batches[accelerator.process_index :: accelerator.num_processes]
+    loader = torch.utils.data.DataLoader(
+        views,
+        batch_sampler=[batch.tolist() for batch in batches],
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_main_process,
+        generator=torch.Generator(),  # training draws the same numbers whether or not there is a cache already
+    )
+    is_main = accelerator is None or accelerator.is_main_process
+    for indices, pixels in zip(batches, tqdm(loader, desc="Tokenising", disable=not is_main)):
+        latents = vqvae.encode(pixels.to(vqvae.device, vqvae.dtype)).latents
+        if list(latents.shape[-2:]) != list(scale_sizes[-1]):
+            raise ValueError(
+                f"`scale_sizes` must end at the latent grid, {tuple(latents.shape[-2:])}, got {scale_sizes}."
+            )
+        finite = latents.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            row = int(indices[int(finite.logical_not().nonzero()[0])])
+            raise ValueError(
+                f"`vqvae` must give finite latents, got NaN or infinity for {views.describe(row)} from the tokenizer"
+                f" {vqvae.config.get('_name_or_path') or type(vqvae).__name__!r}: the weights of one or the values of"
+                " the other are broken, or too large for its dtype."
+            )
+        yield int(indices[0]), vqvae.quantize_latents(latents, scale_sizes).cpu().numpy()
+
+
+def _read_cache(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Map a finished file."""
+    try:
+        token_ids = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"The token cache {str(path)!r} is damaged ({error}). Delete it, and it is made anew."
+        ) from error
+    if token_ids.shape != shape:
+        raise ValueError(
+            f"The token cache {str(path)!r} is damaged: it must have the shape {shape}, got {token_ids.shape}. Delete"
+            " it, and it is made anew."
         )
-        for indices, pixels in zip(batches, tqdm(loader, desc="Tokenising", disable=not is_main)):
-            token_ids = vqvae.tokenize(pixels.to(vqvae.device, vqvae.dtype), scale_sizes).cpu().numpy()
-            # Written, not mapped: a full disk is then an error and not a crash.
-            with _clear_error(path, partial), open(partial, "r+b") as file:
-                file.seek(first_byte + int(indices[0]) * shape[1] * np.dtype(dtype).itemsize)
-                file.write(token_ids.astype(dtype).tobytes())
-        wait()
-        if is_main:
-            partial.replace(path)
-        wait()
-    return TokenDataset(np.load(path, mmap_mode="r"), np.tile(labels, views.num_views))
+    return token_ids
 
 
 @contextmanager
-def _clear_error(path: Path, partial: Path) -> Iterator[None]:
-    """Where a cache cannot be written, remove what there is of it and say so."""
+def _own_partial_file(path: Path) -> Iterator[Path]:
+    """
+    A name that no other run has for a file that is being made. Whole, it gets the name `path`; other runs may make the
+    same one at the same time. A lock beside it tells that its run is alive: what killed runs left is removed.
+    """
+    name = path.with_name(f"{path.stem}-{uuid.uuid4().hex}")
+    partial = name.with_suffix(".partial")
+    with _clear_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in {file.with_suffix("") for file in path.parent.glob(f"{path.stem}*") if _is_partial(file)}:
+            _remove_unless_alive(left)
+        lock = hold_lock(name.with_suffix(".lock"), timeout=-1)
+    try:
+        yield partial
+        try:
+            partial.replace(path)
+        except PermissionError:  # on Windows, where another run maps one that is as good
+            if not path.exists():
+                raise
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        release_lock(lock, remove=True)
+
+
+def _is_partial(path: Path) -> bool:
+    return path.suffix in (".partial", ".lock")
+
+
+def _remove_unless_alive(name: Path) -> None:
+    """Remove a partial file and its lock, unless a run holds it. Where there are no locks, both stay."""
+    try:
+        lock = hold_lock(name.with_suffix(".lock"))
+    except Timeout:
+        return
+    if lock is not None:
+        with suppress(OSError):
+            name.with_suffix(".partial").unlink(missing_ok=True)
+    release_lock(lock, remove=True)
+
+
+@contextmanager
+def _clear_error(path: Path) -> Iterator[None]:
+    """Say what was to be written where it cannot be."""
     try:
         yield
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or error.errno == errno.EROFS:
+            raise ValueError(
+                f"`cache_dir` must be a folder that can be written, got {str(path.parent)!r} ({error})."
+            ) from error
         raise OSError(f"Could not write the token cache {str(path)!r} ({error}). Is the disk full?") from error

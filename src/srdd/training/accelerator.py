@@ -2,22 +2,35 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 import diffusers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.state import PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 
+from srdd.training.output_lock import lock_output_dir
 from srdd.training.settings import TrainingSettings
+
+
+Result = TypeVar("Result")
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """
-    An `Accelerator` set up from the settings of a run, with its tracker started.
+    An `Accelerator` set up from the settings of a run, with its tracker started and its output folder locked.
 
     Raises:
-        ValueError: If several processes were launched that do not know of each other.
+        ValueError: If several processes were launched that do not know of each other, or the output folder cannot be
+            written or is another run's.
     """
     output_dir = Path(settings.output_dir)
     report_to = None if settings.report_to == "none" else settings.report_to
@@ -33,8 +46,8 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_processes(accelerator)
+    on_main_process(accelerator, lambda: lock_output_dir(output_dir))
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         if report_to is not None:
             config = {key: value for key, value in vars(settings).items() if isinstance(value, (int, float, str))}
             config.pop("hub_token", None)
@@ -59,3 +72,29 @@ def check_processes(accelerator: Accelerator) -> None:
             f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
             f" {launched}. Without GPUs, set ACCELERATE_USE_CPU=true."
         )
+
+
+def on_main_process(state: Accelerator | PartialState, function: Callable[[], Result]) -> Result:
+    """
+    Call a function on the main process alone. All processes must call this.
+
+    Args:
+        state (`Accelerator` or `PartialState`): The processes.
+        function (`Callable`): Without arguments; what it returns must be fit for pickling.
+
+    Returns:
+        What it returned, on all processes.
+
+    Raises:
+        ValueError: If it raised one, on all processes, so that none waits for another.
+    """
+    result, error = None, None
+    if state.is_main_process:
+        try:
+            result = function()
+        except ValueError as raised:
+            error = raised
+    result, error = broadcast_object_list([result, error])
+    if error is not None:
+        raise error
+    return result

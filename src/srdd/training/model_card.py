@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from srdd import __version__
 from srdd.data.images import LabelledImages
 from srdd.evaluation.tables import markdown_table, readable
+from srdd.training.run_identity import describe_changes
 from srdd.training.settings import TrainingSettings
 
 
@@ -46,6 +47,7 @@ def model_card(
     picture: str,
     log: list[dict],
     trained_part: str | None = None,
+    resumed: list[dict] | None = None,
 ) -> str:
     """
     A model card in the Hub's format, from what a run knows about itself.
@@ -58,6 +60,7 @@ def model_card(
         picture (`str`): Stem of the PNG file with results.
         log (`list[dict]`): The loss log.
         trained_part (`str`, *optional*): What alone was trained.
+        resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
 
     Returns:
         `str`: Markdown with a YAML header.
@@ -88,6 +91,7 @@ def model_card(
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, srdd {__version__}, seed {settings.seed},"
         f" {settings.max_train_steps:,} steps of {settings.train_batch_size} images per process{trained}. The weights"
         f" are averages over the steps (EMA {settings.ema_decay}), stored as {settings.save_dtype}.\n",
+        *(f"{describe_changes(changes)}\n" for changes in resumed or []),
         f"```sh\n{_command(settings.command)}\n```\n",
         "![Training curve](training_curve.png)\n",
         "## Validation\n",

@@ -9,20 +9,22 @@ from diffusers import ModelMixin
 from huggingface_hub import HfApi
 
 from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd.data.finite_weights import check_finite_weights
 from srdd.data.images import LabelledImages
 from srdd.training.model_card import draw_curve, model_card
+from srdd.training.output_lock import LOCK_FILE
 from srdd.training.settings import TrainingSettings
-from srdd.training.training_run import LOSS_LOG
+from srdd.training.training_run import CARD, LOSS_LOG
 
 
-CARD = "README.md"
 # Of the folder of a run, what does not belong to the finished model.
-NOT_PUBLISHED = ["checkpoint-*", "partial-*", "stage-*", "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"]
+NOT_PUBLISHED = [LOCK_FILE, "checkpoint-*", "partial-*", "stage-*", "*-[0-9][0-9][0-9][0-9][0-9][0-9].png"]
 SAVED_CONFIGS = [
     "model_index.json",
     "config.json",
     "vqvae/config.json",
     "transformer/config.json",
+    "lora/config.json",
     "scheduler/scheduler_config.json",
 ]
 
@@ -39,7 +41,11 @@ image = pipe({labels}{guidance}).images[0]"""
 
 
 def finish_tokenizer(
-    settings: TrainingSettings, model: MultiScaleVQModel, images: LabelledImages, trained_part: str | None = None
+    settings: TrainingSettings,
+    model: MultiScaleVQModel,
+    images: LabelledImages,
+    trained_part: str | None = None,
+    resumed: list[dict] | None = None,
 ) -> None:
     """
     Save a trained tokenizer with its card in `output_dir`, and upload it if asked to.
@@ -49,10 +55,15 @@ def finish_tokenizer(
         model ([`MultiScaleVQModel`]): The tokenizer.
         images ([`LabelledImages`]): What it was trained on.
         trained_part (`str`, *optional*): What alone was trained, if not all of it.
+        resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
+
+    Raises:
+        ValueError: If weights are not finite, before anything is saved.
     """
     _cast(model, settings.save_dtype)
+    check_finite_weights(model, f"the trained tokenizer as {settings.save_dtype}")
     model.save_pretrained(settings.output_dir)
-    _publish(settings, images, {"tokenizer": model}, TOKENIZER_SNIPPET, "reconstruction", trained_part)
+    _publish(settings, images, {"tokenizer": model}, TOKENIZER_SNIPPET, "reconstruction", trained_part, resumed)
 
 
 def finish_pipeline(
@@ -61,6 +72,7 @@ def finish_pipeline(
     images: LabelledImages,
     guidance_scale: float,
     trained_part: str | None = None,
+    resumed: list[dict] | None = None,
 ) -> None:
     """
     Save a trained pipeline with its card in `output_dir`, and upload it if asked to.
@@ -71,16 +83,21 @@ def finish_pipeline(
         images ([`LabelledImages`]): What it was trained on.
         guidance_scale (`float`): Of the card's example, where classes are guided to.
         trained_part (`str`, *optional*): What alone was trained, "decoder" if not the transformer.
+        resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
+
+    Raises:
+        ValueError: If weights are not finite, before anything is saved.
     """
     models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}
-    for model in models.values():
+    for name, model in models.items():
         _cast(model, settings.save_dtype)
+        check_finite_weights(model, f"the trained {name} as {settings.save_dtype}")
     pipe.save_pretrained(settings.output_dir)
     snippet = PIPELINE_SNIPPET.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
     is_guided = pipe.id2label and not pipe.transformer.config.guidance_distilled
     snippet = snippet.replace("{guidance}", f", guidance_scale={guidance_scale}" if is_guided else "")
     picture = "reconstruction" if trained_part == "decoder" else "samples"
-    _publish(settings, images, models, snippet, picture, trained_part)
+    _publish(settings, images, models, snippet, picture, trained_part, resumed)
 
 
 def _cast(model: ModelMixin, dtype: str) -> None:
@@ -95,6 +112,7 @@ def _publish(
     snippet: str,
     picture: str,
     trained_part: str | None,
+    resumed: list[dict] | None,
 ) -> None:
     folder = Path(settings.output_dir)
     for name in SAVED_CONFIGS:
@@ -106,7 +124,8 @@ def _publish(
     draw_curve(log, folder / "training_curve.png")
 
     def write_card(repository: str) -> None:
-        text = model_card(settings, images, models, snippet.replace("{name}", repository), picture, log, trained_part)
+        code = snippet.replace("{name}", repository)
+        text = model_card(settings, images, models, code, picture, log, trained_part, resumed)
         # The card comes last and at once: a folder with a card is finished.
         partial = folder / "README.partial"
         partial.write_text(text, encoding="utf-8")

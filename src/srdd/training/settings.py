@@ -13,6 +13,27 @@ from typing import Any, TypeVar, get_args
 
 Settings = TypeVar("Settings")
 
+# A resumed run must have the settings of its checkpoint, but for these. They hold from then on, and are said.
+# The first of them shape what is learned, and stand in the model card.
+OPTIMIZATION_MAY_CHANGE = {
+    *("max_train_steps", "learning_rate", "scale_lr", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2"),
+    *("adam_weight_decay", "adam_epsilon", "max_grad_norm", "ema_decay", "discriminator_learning_rate"),
+}
+MAY_CHANGE = {
+    *OPTIMIZATION_MAY_CHANGE,
+    *("train_data_dir", "dataset_name", "strict_data", "preprocessing_num_workers", "dataloader_num_workers"),
+    *("pretrained_vqvae_name_or_path", "pretrained_model_name_or_path", "teacher"),  # what is there, is compared
+    *("gradient_checkpointing", "attention_backend", "usage_warning"),
+    *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps", "num_validation_images"),
+    *("validation_guidance_scale", "report_to", "save_dtype", "data_description", "license", "push_to_hub"),
+    "hub_model_id",
+}
+
+# Where things lie on this machine, and what is nobody's business. Checkpoints do not hold these.
+UNRECORDED = {
+    *("output_dir", "logging_dir", "cache_dir", "token_cache_dir", "resume_from_checkpoint", "hub_token", "command"),
+}
+
 
 def int_list(text: str) -> list[int]:
     """Whole numbers separated by commas."""
@@ -29,6 +50,14 @@ def positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def non_negative_float(text: str) -> float:
+    """A number that is not below zero."""
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
     return number
 
 
@@ -126,7 +155,7 @@ class OptimizationSettings:
     adam_beta2: float = flag(0.95)
     adam_weight_decay: float = flag(0.05)
     adam_epsilon: float = flag(1e-8)
-    max_grad_norm: float = flag(1.0)
+    max_grad_norm: float = flag(1.0, "0: no clipping.", type=non_negative_float)
     ema_decay: float = flag(0.999)
     mixed_precision: str | None = flag(help="Default: accelerate's own.", choices=["no", "fp16", "bf16"])
     gradient_checkpointing: bool = flag(False, "Less memory, more time.")

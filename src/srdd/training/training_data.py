@@ -16,6 +16,7 @@ from srdd.data.images import (
     training_transform,
     validation_images,
 )
+from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.data.token_cache import TokenDataset, cached_tokens
 from srdd.training.settings import DataSettings, PixelSettings, TrainingSettings, TransformerSettings
 
@@ -100,5 +101,6 @@ def make_loader(settings: TrainingSettings, dataset: Dataset, num_processes: int
         shuffle=True,
         drop_last=True,
         num_workers=settings.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_main_process,
         generator=torch.Generator().manual_seed(settings.seed),
     )

@@ -1,0 +1,82 @@
+"""Adapters (LoRA) in a folder of their own, with the classes and their embedding that were trained with them."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from srdd import ScaleTransformer2DModel
+from srdd.data.finite_weights import check_finite_weights
+
+
+CLASSES = "class_embed"
+
+# What an adapter changes of a configuration; all else that shapes the model must be the same.
+OWN_CONFIG = ("num_classes", "id2label", "attention_pattern")
+SHAPE_CONFIG = (
+    *("codebook_size", "latent_channels", "scale_sizes", "num_layers", "num_attention_heads", "attention_head_dim"),
+    *("mlp_ratio", "qk_norm", "shared_adaln", "norm_eps"),
+)
+
+
+def save_lora(transformer: ScaleTransformer2DModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """
+    Save an adapter with all that was trained with it.
+
+    Args:
+        transformer ([`ScaleTransformer2DModel`]): With the adapter, not merged.
+        folder (`str` or `Path`): Gets `pytorch_lora_weights.safetensors` and `config.json`.
+        adapter_name (`str`, defaults to `"default"`): Its name in the model.
+
+    Raises:
+        ValueError: If weights are not finite, before anything is saved.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    check_finite_weights(transformer, "the trained adapter")
+    weights = dict(get_peft_model_state_dict(transformer, adapter_name=adapter_name))
+    weights[f"{CLASSES}.weight"] = transformer.get_submodule(CLASSES).weight
+    # As PEFT names it, so that diffusers' own `load_lora_adapter` does not leave the classes out.
+    config = {**transformer.peft_config[adapter_name].to_dict(), "modules_to_save": [CLASSES]}
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config, indent=2, sort_keys=True)}
+    transformer.save_config(folder)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(weights, Path(folder) / LORA_WEIGHT_NAME_SAFE, metadata)
+
+
+def load_lora(transformer: ScaleTransformer2DModel, folder: str | Path, adapter_name: str | None = None) -> None:
+    """
+    Give a transformer the adapter that `train_srdd.py --lora_rank` left in `output_dir/lora`: with that of its base it
+    is the trained model. The classes become those of the adapter; `fuse_lora` and `unload_lora` merge it.
+
+    Args:
+        transformer ([`ScaleTransformer2DModel`]): The base that the adapter was trained on.
+        folder (`str` or `Path`): Where the adapter lies.
+        adapter_name (`str`, *optional*): Its name in the model; diffusers finds one by default.
+
+    Raises:
+        ValueError: If the folder holds no adapter, or one of a transformer of other sizes.
+    """
+    path = Path(folder) / LORA_WEIGHT_NAME_SAFE
+    if not path.is_file() or not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"`folder` must hold {LORA_WEIGHT_NAME_SAFE!r} and 'config.json', got {str(folder)!r}.")
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    for name in SHAPE_CONFIG:
+        if config[name] != transformer.config[name]:
+            raise ValueError(
+                f"`transformer` must have the {name} of the adapter's base, {config[name]}, got"
+                f" {transformer.config[name]}."
+            )
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+    classes = weights.pop(f"{CLASSES}.weight").to(transformer.device, transformer.dtype)
+    transformer.class_embed = torch.nn.Embedding.from_pretrained(classes)
+    transformer.register_to_config(**{name: config[name] for name in OWN_CONFIG})
+    transformer.load_lora_adapter(
+        weights, prefix=None, metadata={**metadata, "modules_to_save": None}, adapter_name=adapter_name
+    )
