@@ -214,9 +214,7 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         ratio = self.spatial_compression_ratio
         if height % ratio or width % ratio:
-            raise ValueError(
-                f"`sample` must have a height and width that are multiples of {ratio}, got ({height}, {width})."
-            )
+            raise ValueError(f"`sample` must have sides that are multiples of {ratio}, got ({height}, {width}).")
         return height // ratio, width // ratio
 
     @staticmethod
