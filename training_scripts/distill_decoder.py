@@ -17,7 +17,6 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.data.finite_weights import check_finite_weights
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.training.accelerator import make_accelerator
 from srdd.training.graceful_end import ends_gracefully
@@ -74,8 +73,6 @@ def load_teacher(name: str) -> tuple[SRDDPipeline | None, MultiScaleVQModel]:
 def main(args: DecoderSettings) -> None:
     accelerator = make_accelerator(args)
     teacher_pipe, teacher = load_teacher(args.teacher)
-    for part in [teacher] if teacher_pipe is None else [teacher, teacher_pipe.transformer]:
-        check_finite_weights(part, "teacher", args.teacher)
     teacher.requires_grad_(False).eval().to(accelerator.device)
     set_seed(args.seed)  # the new weights must be the same in every process
     model = light_tokenizer(

@@ -23,7 +23,6 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.data.finite_weights import check_finite_weights
 from srdd.training.accelerator import make_accelerator, on_main_process
 from srdd.training.checkpoints import checkpoint_step, list_checkpoints
 from srdd.training.graceful_end import ends_gracefully
@@ -92,8 +91,6 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
         images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
     teacher_pipe = SRDDPipeline.from_pretrained(args.teacher).to(accelerator.device)
     vqvae, teacher = teacher_pipe.vqvae.requires_grad_(False), teacher_pipe.transformer.requires_grad_(False).eval()
-    for part in (vqvae, teacher):
-        check_finite_weights(part, "teacher", args.teacher)
     check_classes(images.id2label, teacher.id2label)
     guided = args.guidance_scale > 1
     null_class = teacher.config.num_classes

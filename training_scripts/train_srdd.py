@@ -17,7 +17,6 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.data.finite_weights import check_finite_weights
 from srdd.models import ATTENTION_PATTERNS, MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.training.accelerator import make_accelerator
 from srdd.training.graceful_end import ends_gracefully
@@ -69,7 +68,6 @@ def build_model(args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict) ->
         if args.attention_pattern:
             training["attention_pattern"] = args.attention_pattern
         model = ScaleTransformer2DModel.from_pretrained(args.pretrained_model_name_or_path, **training)
-        check_finite_weights(model, "pretrained_model_name_or_path", args.pretrained_model_name_or_path)
         for name in ("scale_sizes", "codebook_size", "latent_channels"):
             ours, theirs = model.config[name], vqvae.config[name]
             if ours != theirs:
@@ -141,7 +139,6 @@ def main(args: SRDDSettings) -> None:
     with accelerator.main_process_first():
         images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
-    check_finite_weights(vqvae, "pretrained_vqvae_name_or_path", args.pretrained_vqvae_name_or_path)
     vqvae.requires_grad_(False).eval().to(accelerator.device)
     model = build_model(args, vqvae, images.id2label)
     if args.lora_rank:

@@ -17,7 +17,6 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
-from srdd.data.finite_weights import check_finite_weights
 from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
 from srdd.training.accelerator import make_accelerator
@@ -116,9 +115,7 @@ def parse_args(arguments: list[str] | None = None) -> TokenizerSettings:
 
 def build_model(args: ModelSettings) -> MultiScaleVQModel:
     if args.pretrained_model_name_or_path:
-        model = MultiScaleVQModel.from_pretrained(args.pretrained_model_name_or_path)
-        check_finite_weights(model, "pretrained_model_name_or_path", args.pretrained_model_name_or_path)
-        return model
+        return MultiScaleVQModel.from_pretrained(args.pretrained_model_name_or_path)
     levels = len(args.block_out_channels)
     attention = args.preset == "256px"  # in the coarsest blocks, as VAR's
     return MultiScaleVQModel(

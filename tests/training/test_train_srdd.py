@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, load_script, read_log, train_transformer, weights
 
@@ -366,16 +367,14 @@ def test_weights_that_are_not_finite_are_refused_at_the_start(image_folder, trai
     with torch.no_grad():
         vqvae.encoder.conv_in.weight[0] = math.nan
     vqvae.save_pretrained(tmp_path / "vqvae")
-    with pytest.raises(
-        ValueError, match="`pretrained_vqvae_name_or_path` must have finite weights, got '.*vqvae', NaN"
-    ):
+    with pytest.raises(ValueError, match=r"vqvae.*MultiScaleVQModel.*encoder\.conv_in\.weight is not finite"):
         train_transformer(image_folder, tmp_path / "vqvae", tmp_path / "run", *QUIET)
     assert not (tmp_path / "run" / "README.md").exists()
     model = load(plain)
     with torch.no_grad():
         model.proj_in.bias[0] = math.inf
     model.save_pretrained(tmp_path / "transformer")
-    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` must have finite weights"):
+    with pytest.raises(ValueError, match=r"transformer.*ScaleTransformer2DModel.*proj_in\.bias is not finite"):
         run("infinite", "--pretrained_model_name_or_path", tmp_path / "transformer")
 
 
@@ -482,6 +481,47 @@ def test_an_adapter_needs_a_base_of_its_sizes(plain, lora, tmp_path):
         ValueError, match="`folder` must hold 'pytorch_lora_weights.safetensors' and 'config.json', got"
     ):
         load_lora(load(plain), tmp_path)
+
+
+def edited(folder: Path, target: Path, change) -> Path:
+    """A copy of an adapter with other weights."""
+    shutil.copytree(folder, target)
+    path = target / "pytorch_lora_weights.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    save_file(change(weights), path, metadata)
+    return target
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "misshapen", "infinite"])
+def test_every_tensor_of_an_adapter_is_looked_at(kind, plain, lora, tmp_path):
+    names = list(load_file(lora / "lora" / "pytorch_lora_weights.safetensors"))
+    assert len(names) > 10
+    for name in names:
+
+        def change(weights, name=name):
+            tensor = weights.pop(name)
+            if kind == "unexpected":
+                return {**weights, name: tensor, f"{name}.old": tensor.clone()}
+            if kind == "misshapen":
+                return {**weights, name: tensor[:-1]}
+            return {**weights, name: tensor / 0} if kind == "infinite" else weights
+
+        says = {"misshapen": "must have shape", "infinite": "is not finite"}.get(kind, f"is {kind}")
+        base = load(plain)
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}(\.old)? {says}"):
+            load_lora(base, edited(lora / "lora", tmp_path / name, change))
+        assert_same_weights(base, load(plain))
+        assert base.config == load(plain).config
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("name", ["config.json", "pytorch_lora_weights.safetensors"])
+def test_files_of_an_adapter_that_are_none(name, content, plain, lora, tmp_path):
+    shutil.copytree(lora / "lora", tmp_path / "lora")
+    (tmp_path / "lora" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="lora must be a saved adapter, but reading it failed with"):
+        load_lora(load(plain), tmp_path / "lora")
 
 
 def test_an_adapter_says_nothing_of_the_trainers_machine(run, lora):

@@ -19,10 +19,10 @@ from filelock import Timeout
 from tqdm.auto import tqdm
 
 from srdd.data.file_locks import hold_lock, release_lock
-from srdd.data.finite_weights import check_finite_weights
 from srdd.data.images import LabelledImages, image_to_tensor
 from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.models import MultiScaleVQModel
+from srdd.models.saved_weights import check_finite_weights
 from srdd.scales import num_tokens_per_scale
 
 

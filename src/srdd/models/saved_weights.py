@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 from diffusers.utils.hub_utils import _add_variant
+from safetensors import SafetensorError
 
 
 # What a file or index of another structure makes of code that takes it for granted. OSError and ValueError have words
@@ -25,6 +26,7 @@ STRUCTURE_ERRORS = (
     KeyError,
     RecursionError,
     TypeError,
+    SafetensorError,
     UnicodeDecodeError,
     json.JSONDecodeError,
 )
@@ -72,6 +74,29 @@ def is_finite_as(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool
     # Bounds of NaN are NaN. There are none of float8 without a step to a larger dtype.
     low, high = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
     return -largest <= low.item() and high.item() <= largest
+
+
+def check_finite_weights(model: nn.Module, argument: str, source: str | None = None) -> None:
+    """
+    Make sure that all weights of a model are finite.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        argument (`str`): The argument that it came from, or what else it is, for the message.
+        source (`str`, *optional*): The value of that argument.
+
+    Raises:
+        ValueError: If weights are not finite; names some of them.
+    """
+    tensors = model.state_dict()
+    broken = [name for name, tensor in tensors.items() if not is_finite_as(tensor)]
+    if broken:
+        what = argument if " " in argument else f"`{argument}`"
+        named = f" {source!r}," if source else ""
+        raise ValueError(
+            f"{what} must have finite weights, got{named} NaN or infinity in {len(broken)} of {len(tensors)} tensors:"
+            f" {', '.join(broken[:5])}{', …' * (len(broken) > 5)}."
+        )
 
 
 def tensor_fault(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> str | None:

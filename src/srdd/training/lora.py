@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from srdd import ScaleTransformer2DModel
-from srdd.data.finite_weights import check_finite_weights
+from srdd.models.saved_weights import check_finite_weights, faults_of_files, reading, refuse
 
 
 CLASSES = "class_embed"
@@ -59,24 +59,35 @@ def load_lora(transformer: ScaleTransformer2DModel, folder: str | Path, adapter_
         adapter_name (`str`, *optional*): Its name in the model; diffusers finds one by default.
 
     Raises:
-        ValueError: If the folder holds no adapter, or one of a transformer of other sizes.
+        ValueError: If the folder holds no adapter, or one of other sizes; if a tensor of it is missing,
+            unexpected, of another shape or not finite. The transformer is then as it was.
     """
     path = Path(folder) / LORA_WEIGHT_NAME_SAFE
     if not path.is_file() or not (Path(folder) / "config.json").is_file():
         raise ValueError(f"`folder` must hold {LORA_WEIGHT_NAME_SAFE!r} and 'config.json', got {str(folder)!r}.")
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    with reading(folder, "adapter"):
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+            adapter = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+        theirs = {name: config[name] for name in (*SHAPE_CONFIG, *OWN_CONFIG)}
+        targets, rank = tuple(adapter["target_modules"]), adapter["r"]
     for name in SHAPE_CONFIG:
-        if config[name] != transformer.config[name]:
+        if theirs[name] != transformer.config[name]:
             raise ValueError(
-                f"`transformer` must have the {name} of the adapter's base, {config[name]}, got"
+                f"`transformer` must have the {name} of the adapter's base, {theirs[name]}, got"
                 f" {transformer.config[name]}."
             )
-    with safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}
-        metadata = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+    shapes = {f"{CLASSES}.weight": (theirs["num_classes"] + 1, transformer.dim)}
+    for name, module in transformer.named_modules():
+        if name.endswith(targets) and isinstance(module, torch.nn.Linear):
+            shapes[f"{name}.lora_A.weight"] = rank, module.in_features
+            shapes[f"{name}.lora_B.weight"] = module.out_features, rank
+    expected = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    refuse(path, "adapter", faults_of_files([weights], expected, transformer.dtype))
     classes = weights.pop(f"{CLASSES}.weight").to(transformer.device, transformer.dtype)
     transformer.class_embed = torch.nn.Embedding.from_pretrained(classes)
-    transformer.register_to_config(**{name: config[name] for name in OWN_CONFIG})
+    transformer.register_to_config(**{name: theirs[name] for name in OWN_CONFIG})
     transformer.load_lora_adapter(
-        weights, prefix=None, metadata={**metadata, "modules_to_save": None}, adapter_name=adapter_name
+        weights, prefix=None, metadata={**adapter, "modules_to_save": None}, adapter_name=adapter_name
     )

@@ -9,8 +9,8 @@ from diffusers import ModelMixin
 from huggingface_hub import HfApi
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.data.finite_weights import check_finite_weights
 from srdd.data.images import LabelledImages
+from srdd.models.saved_weights import check_finite_weights
 from srdd.training.model_card import draw_curve, model_card
 from srdd.training.output_lock import LOCK_FILE
 from srdd.training.settings import TrainingSettings
