@@ -560,7 +560,7 @@ EDITS = st.sampled_from(["tokenizer", "transformer"]).flatmap(
 )
 
 
-@seeded(200)
+@seeded(100)
 @given(EDITS)
 def test_edited_checkpoints_convert_or_are_refused(tmp_path_factory, checkpoints, edits):
     model, changes = edits
@@ -581,7 +581,7 @@ def test_edited_checkpoints_convert_or_are_refused(tmp_path_factory, checkpoints
         assert all(tensor.isfinite().all() for tensor in part.state_dict().values())
 
 
-@seeded(150)
+@seeded(100)
 @given(st.sampled_from([0, 1]), st.lists(st.tuples(st.floats(0, 1), st.integers(1, 255)), min_size=1, max_size=4))
 def test_flipped_checkpoints_convert_or_are_refused(tmp_path_factory, checkpoints, place, flips):
     content = bytearray(checkpoints[SMALL][place].read_bytes())
