@@ -1,15 +1,17 @@
 """Saving to and loading from local folders, casting, swapping schedulers, offloading."""
 
 import json
+import os
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, DiffusionPipeline, TorchAoConfig
 from diffusers.pipelines import auto_pipeline
-from diffusers.utils import dynamic_modules_utils
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, dynamic_modules_utils
 from tiny_models import (
     ID2LABEL,
     SCALE_SIZES,
@@ -258,6 +260,53 @@ def test_files_that_are_none_of_a_pipeline(tmp_path, file, text):
     (tmp_path / file).write_text(text)
     with pytest.raises((OSError, ValueError)):
         SRDDPipeline.from_pretrained(tmp_path)
+
+
+PIPELINE_FILES = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    *(f"{part}/{name}" for part in ("transformer", "vqvae") for name in ("config.json", SAFETENSORS_WEIGHTS_NAME)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name or path")
+@pytest.mark.parametrize("share", [None, 0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("file", PIPELINE_FILES)
+def test_files_of_a_pipeline_that_are_missing_or_cut_off(tmp_path, file, share):
+    tiny_pipeline().save_pretrained(tmp_path)
+    names = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(names) == sorted(PIPELINE_FILES)
+    path = tmp_path / file
+    path.unlink() if share is None else os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises((OSError, ValueError)) as caught:
+        SRDDPipeline.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name or path")
+@pytest.mark.parametrize("file", PIPELINE_FILES)
+def test_files_of_a_pipeline_with_flipped_bits(tmp_path, file):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    path, random = tmp_path / file, Random(file)
+    content = path.read_bytes()
+    refused = 0
+    for _ in range(15):
+        flipped = bytearray(content)
+        flipped[random.randrange(min(len(content), 4000))] ^= 1 << random.randrange(8)  # headers of weights
+        path.write_bytes(flipped)
+        try:
+            loaded = SRDDPipeline.from_pretrained(tmp_path)
+        except (OSError, ValueError):
+            refused += 1
+            continue
+        for part in ("vqvae", "transformer"):  # what one cannot see is then a value of the same kind
+            weights, ours = getattr(loaded, part).state_dict(), getattr(pipe, part).state_dict()
+            assert weights.keys() == ours.keys()
+            assert all(
+                tensor.isfinite().all() and tensor.shape == ours[name].shape for name, tensor in weights.items()
+            )
+    assert refused > 3
 
 
 def test_component_passed_to_from_pretrained(tmp_path):
