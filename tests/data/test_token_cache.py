@@ -365,6 +365,16 @@ def test_what_killed_runs_left_is_removed_and_what_running_ones_write_is_not(ima
         other.kill()
 
 
+def test_what_a_run_left_that_was_killed_with_a_whole_file_is_removed(images, cache):
+    expected = np.array(make(images, cache).token_ids)
+    [path] = files(cache)
+    path.with_name(f"{path.stem}-0123.lock").touch()
+    others = path.with_name("tokens-of-another-0123.lock")
+    others.touch()
+    np.testing.assert_array_equal(make(images, cache).token_ids, expected)
+    assert files(cache) == sorted([others, path])
+
+
 def test_where_there_are_no_locks_a_cache_is_made_with_a_warning(images, cache, monkeypatch, caplog):
     def refuse(*_, **__):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -162,6 +162,8 @@ def cached_tokens(
     wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
     with ExitStack() as stack:
         partial = None
+        if is_main:
+            _remove_what_killed_runs_left(path)
         if is_main and not path.exists():
             partial = stack.enter_context(_own_partial_file(path))
             with _clear_error(path):
@@ -238,14 +240,12 @@ def _read_cache(path: Path, shape: tuple[int, int]) -> np.ndarray:
 def _own_partial_file(path: Path) -> Iterator[Path]:
     """
     A name that no other run has for a file that is being made. Whole, it gets the name `path`; other runs may make the
-    same one at the same time. A lock beside it tells that its run is alive: what killed runs left is removed.
+    same one at the same time. A lock beside it tells that its run is alive.
     """
     name = path.with_name(f"{path.stem}-{uuid.uuid4().hex}")
     partial = name.with_suffix(".partial")
     with _clear_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in {file.with_suffix("") for file in path.parent.glob(f"{path.stem}*") if _is_partial(file)}:
-            _remove_unless_alive(left)
         lock = hold_lock(name.with_suffix(".lock"), timeout=-1)
     try:
         yield partial
@@ -260,20 +260,18 @@ def _own_partial_file(path: Path) -> Iterator[Path]:
         release_lock(lock, remove=True)
 
 
-def _is_partial(path: Path) -> bool:
-    return path.suffix in (".partial", ".lock")
-
-
-def _remove_unless_alive(name: Path) -> None:
-    """Remove a partial file and its lock, unless a run holds it. Where there are no locks, both stay."""
-    try:
-        lock = hold_lock(name.with_suffix(".lock"))
-    except Timeout:
-        return
-    if lock is not None:
-        with suppress(OSError):
-            name.with_suffix(".partial").unlink(missing_ok=True)
-    release_lock(lock, remove=True)
+def _remove_what_killed_runs_left(path: Path) -> None:
+    """Remove partial files of `path` and their locks, unless a run holds them. Where there are no locks, all stay."""
+    partial = {".partial", ".lock"}
+    for name in {file.with_suffix("") for file in path.parent.glob(f"{path.stem}*") if file.suffix in partial}:
+        try:
+            lock = hold_lock(name.with_suffix(".lock"))
+        except (Timeout, OSError):  # alive, or in a folder that is only read
+            continue
+        if lock is not None:
+            with suppress(OSError):
+                name.with_suffix(".partial").unlink(missing_ok=True)
+        release_lock(lock, remove=True)
 
 
 @contextmanager
