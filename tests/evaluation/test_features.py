@@ -15,7 +15,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from srdd.evaluation.features import EfficientNetLite0Features, load_features, weights_hash
+from srdd.evaluation.features import EfficientNetLite0Features, load_features
+from srdd.models.saved_weights import weights_hash
 
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

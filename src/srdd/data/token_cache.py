@@ -22,7 +22,7 @@ from srdd.data.file_locks import hold_lock, release_lock
 from srdd.data.images import LabelledImages, image_to_tensor
 from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.models import MultiScaleVQModel
-from srdd.models.saved_weights import check_finite_weights
+from srdd.models.saved_weights import check_finite_weights, weights_hash
 from srdd.scales import num_tokens_per_scale
 
 
@@ -98,14 +98,11 @@ class ImageViews(torch.utils.data.Dataset):
 
 def cache_key(vqvae: MultiScaleVQModel, views: ImageViews, scale_sizes: list[list[int]]) -> str:
     """A name that changes when the tokenizer, the data or the preprocessing change."""
-    digest = hashlib.sha256(str(CACHE_FORMAT).encode())
-    for name, tensor in sorted(vqvae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     config = {name: value for name, value in vqvae.config.items() if not name.startswith("_")}
     preprocessing = [views.resolution, views.random_crops, views.num_views, views.seed if views.random_crops else 0]
-    digest.update(json.dumps([config, scale_sizes, preprocessing, views.split._fingerprint], sort_keys=True).encode())
-    return digest.hexdigest()[:16]
+    tokenizer = [weights_hash(vqvae), config]
+    key = json.dumps([CACHE_FORMAT, tokenizer, scale_sizes, preprocessing, views.split._fingerprint], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

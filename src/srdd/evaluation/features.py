@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from srdd.models.saved_weights import weights_hash
+
 
 # SHA-256 of torch-fidelity's weights file begins like this, as its name says.
 INCEPTION_HASH = "6726825d"
@@ -98,16 +100,6 @@ class FeatureExtractor(nn.Module):
     def weights_hash(self) -> str:
         """Twelve digits that tell other weights apart."""
         return weights_hash(self)
-
-
-def weights_hash(*modules: nn.Module) -> str:
-    """Twelve hexadecimal digits of SHA-256 over the weights of modules."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:12]
 
 
 class EfficientNetLite0Features(FeatureExtractor):

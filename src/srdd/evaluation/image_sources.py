@@ -12,7 +12,7 @@ from PIL import Image
 from srdd import SRDDPipeline
 from srdd.data.images import LabelledImages, image_to_tensor
 from srdd.data.picture_folders import FolderReader
-from srdd.evaluation.features import weights_hash
+from srdd.models.saved_weights import weights_hash
 
 
 # Random numbers of two seeds of an evaluation have nothing in common below so many images.

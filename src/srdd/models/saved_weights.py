@@ -1,6 +1,7 @@
 """Saved weights: what a file must hold to be loaded, and what a folder may hold after it was saved."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -74,6 +75,16 @@ def is_finite_as(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool
     # Bounds of NaN are NaN. There are none of float8 without a step to a larger dtype.
     low, high = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
     return -largest <= low.item() and high.item() <= largest
+
+
+def weights_hash(*modules: nn.Module) -> str:
+    """Twelve hexadecimal digits of SHA-256 over the weights of modules, their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
 
 
 def check_finite_weights(model: nn.Module, argument: str, source: str | None = None) -> None:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from srdd.data.images import LabelledImages
+from srdd.models.saved_weights import weights_hash
 from srdd.training.settings import MAY_CHANGE, UNRECORDED, TrainingSettings
 
 
@@ -55,15 +56,6 @@ def images_fingerprint(split: datasets.Dataset, image_column: str, label_column:
     return digest.hexdigest()
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """sha256 of all weights of a model and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def run_identity(
     settings: TrainingSettings,
     num_processes: int,
@@ -92,7 +84,7 @@ def run_identity(
             name: {key: value for key, value in config.items() if not key.startswith("_")}
             for name, config in (configs or {}).items()
         },
-        "weights": {name: weights_digest(model) for name, model in (frozen or {}).items()},
+        "weights": {name: weights_hash(model) for name, model in (frozen or {}).items()},
     }
     if images is not None:
         columns = images.image_column, images.label_column
