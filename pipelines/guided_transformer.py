@@ -1,9 +1,35 @@
+from dataclasses import dataclass
+
 import torch
 
 from srdd.models import ModulationCache, ScaleKVCache, ScaleTransformer2DModel
 from srdd.pipelines.conditions import Conditions
 from srdd.scales import Scale
 from srdd.schedulers import ScaleScheduler
+
+
+@dataclass
+class Guidance:
+    """
+    How strongly the scales of a run are guided.
+
+    Args:
+        is_guided (`dict[int, bool]`): Whether at all, by timestep: what the run computes depends on it.
+        weights (`torch.Tensor` of shape `(num_scales,)`): The weights `w` of `cond + w (cond - uncond)` of all scales
+            that the model knows, coarse to fine, float32. They lie on the device: a run does not look at them.
+    """
+
+    is_guided: dict[int, bool]
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, scheduler: ScaleScheduler, guidance_scale: float, device: torch.device | None = None) -> "Guidance":
+        """The guidance of a schedule; a scale of 1 and below is off."""
+        weights = [0.0] * len(scheduler.config.scale_sizes)
+        for scale in scheduler.visits:
+            weights[-1 - scale.timestep] = scheduler.guidance_weight(scale.timestep, guidance_scale)
+        is_guided = {scale.timestep: weights[-1 - scale.timestep] > 0 for scale in scheduler.visits}
+        return cls(is_guided, torch.tensor(weights, device=device))
 
 
 class GuidedTransformer:
@@ -14,8 +40,8 @@ class GuidedTransformer:
     Args:
         transformer ([`ScaleTransformer2DModel`]): The model.
         conditions ([`Conditions`]): What it is told.
-        scheduler ([`ScaleScheduler`]): Its scales, and where they are guided.
-        guidance_scale (`float`): Guidance of the run as it begins; 1 and below is off.
+        guidance ([`Guidance`]): Of the run as it begins; it may be replaced later.
+        num_tokens (`int`): Tokens of all scales of the run.
 
     `kv_cache` is the run's cache where the attention pattern looks back, `None` elsewhere.
     """
@@ -24,14 +50,15 @@ class GuidedTransformer:
         self,
         transformer: ScaleTransformer2DModel,
         conditions: Conditions,
-        scheduler: ScaleScheduler,
-        guidance_scale: float,
+        guidance: Guidance,
+        num_tokens: int,
     ):
         self.transformer = transformer
+        self.guidance = guidance
         self.batch_size = conditions.batch_size
         looks_back = transformer.config.attention_pattern != "markov"
-        self.kv_cache = ScaleKVCache(scheduler.num_tokens) if looks_back else None
-        guided = [s.timestep for s in scheduler.visits if scheduler.guidance_weight(s.timestep, guidance_scale) > 0]
+        self.kv_cache = ScaleKVCache(num_tokens) if looks_back else None
+        guided = [timestep for timestep, is_guided in guidance.is_guided.items() if is_guided]
         # Guided scales look back at what the unconditional half has seen of all scales before.
         self.last_guided = guided[-1] if guided and self.kv_cache is not None else None
         # Without and with an unconditional half.
@@ -45,7 +72,6 @@ class GuidedTransformer:
         self,
         hidden_states: torch.Tensor,
         scale: Scale,
-        guidance_weight: float,
         kv_cache: ScaleKVCache | None = None,
         image_indices: torch.LongTensor | None = None,
         token_indices: torch.LongTensor | None = None,
@@ -54,9 +80,8 @@ class GuidedTransformer:
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, num_scale_tokens, latent_channels)`): Inputs of one scale,
                 of the whole batch.
-            scale ([`Scale`]): The scale.
-            guidance_weight (`float`): The weight `w` of `cond + w (cond - uncond)`. At 0 the unconditional half is
-                not computed, unless guided scales will look back at it.
+            scale ([`Scale`]): The scale. Where it is not guided, the unconditional half is not computed, unless guided
+                scales will look back at it.
             kv_cache ([`ScaleKVCache`], *optional*): Keys and values; by default the run's.
             image_indices (`torch.LongTensor` of shape `(num_images,)`, *optional*): The images to compute, by their
                 places in the batch; all by default.
@@ -69,14 +94,15 @@ class GuidedTransformer:
         Raises:
             ValueError: If guidance begins after the run has, and the attention pattern looks back.
         """
-        if guidance_weight != 0 and self.kv_cache is not None and self.last_guided is None:
+        is_guided, weight = self.guidance.is_guided[scale.timestep], self.guidance.weights[-1 - scale.timestep]
+        if is_guided and self.kv_cache is not None and self.last_guided is None:
             raise ValueError(
                 "`guidance_scale` must be above 1 from the start to be so later with the attention pattern"
                 f" {self.transformer.config.attention_pattern!r}, which looks back, got a weight of"
-                f" {guidance_weight} at timestep {scale.timestep}."
+                f" {weight.item()} at timestep {scale.timestep}."
             )
         looked_back_at = self.last_guided is not None and scale.timestep >= self.last_guided
-        two_halves = True in self.told and (guidance_weight != 0 or looked_back_at)
+        two_halves = True in self.told and (is_guided or looked_back_at)
         told, modulation_cache = self.told[two_halves], self.modulation_caches[two_halves]
         kv_cache = self.kv_cache if kv_cache is None else kv_cache
         if image_indices is not None:
@@ -95,6 +121,6 @@ class GuidedTransformer:
             **told,
             kv_cache=kv_cache,
             modulation_cache=modulation_cache,
-            guidance_weight=guidance_weight if two_halves else None,
+            guidance_weight=weight if two_halves else None,
             token_indices=token_indices,
         ).sample

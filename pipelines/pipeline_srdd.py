@@ -87,14 +87,17 @@ class SRDDPipeline(scale_pipeline.ScalePipeline):
         conditions = self.encode_class_labels(class_labels)
         if num_images_per_prompt > 1:
             conditions = conditions.repeat_interleave(num_images_per_prompt)
-        latents, token_ids = self.draw(
+        decodes = output_type != "latent"
+        images, token_ids = self.draw(
             conditions,
             guidance_scale=guidance_scale,
             generator=generator,
             latents=latents,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            decodes=decodes,
         )
-        images = self.decode_latents(latents, output_type)
+        if decodes:
+            images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)

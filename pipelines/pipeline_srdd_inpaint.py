@@ -167,17 +167,19 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
         if padding_mask_crop is not None:
             box = (..., *crop_box(mask, padding_mask_crop, self.sample_size))
         region, hole = pixels[box], mask[box]
-        latents, token_ids = self.draw(
+        decodes = output_type != "latent"
+        images: Any
+        images, token_ids = self.draw(
             conditions,
             guidance_scale=guidance_scale,
             generator=generator,
             known_tokens=self.prepare_known(region, hole, strength).token_ids,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            decodes=decodes,
         )
-        images: Any = latents
-        if output_type != "latent":
-            result = resize(self.decode_pixels(latents), region.shape[-2:])
+        if decodes:
+            result = resize(images, region.shape[-2:])
             if paste_known:
                 result = paste(region, hole, result, feather)
             whole = pixels.clone()
@@ -247,10 +249,9 @@ class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
         def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
             place = (..., *window)
             region = self.prepare_known(canvas.pixels[place], 1 - canvas.known_pixels[place])
-            latents, token_ids = self.draw(
+            return self.draw(
                 conditions, guidance_scale, generator, known_tokens=region.token_ids, progress_bar=progress_bar
             )
-            return self.decode_pixels(latents), token_ids
 
         with self.progress_bar(total=canvas.num_windows * self.num_timesteps) as progress_bar:
             token_ids = canvas.fill(draw_window)

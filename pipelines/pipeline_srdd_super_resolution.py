@@ -140,7 +140,7 @@ class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
                 canvas.known_pixels[place],
                 coarse_tokens(self.vqvae, smooth[place], determined),
             )
-            latents, token_ids = self.draw(
+            return self.draw(
                 conditions,
                 guidance_scale=guidance_scale,
                 generator=generator,
@@ -149,7 +149,6 @@ class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
                 progress_bar=progress_bar,
             )
-            return self.decode_pixels(latents), token_ids
 
         with self.progress_bar(total=canvas.num_windows * self.num_timesteps) as progress_bar:
             token_ids = canvas.fill(draw_window, lambda: self.interrupt)

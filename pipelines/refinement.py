@@ -17,15 +17,13 @@ class RefinedScale:
     Args:
         guided ([`GuidedTransformer`]): The model.
         scale ([`Scale`]): The scale.
-        guidance_weight (`float`): The weight of guidance there.
         keeps_accepted (`bool`): Whether further passes compute nothing but the tokens that they draw again. These see
             the others as the pass did that accepted them.
     """
 
-    def __init__(self, guided: GuidedTransformer, scale: Scale, guidance_weight: float, keeps_accepted: bool):
+    def __init__(self, guided: GuidedTransformer, scale: Scale, keeps_accepted: bool):
         self.guided = guided
         self.scale = scale
-        self.guidance_weight = guidance_weight
         self.keeps_accepted = keeps_accepted
         self.kv_cache: ScaleKVCache | None = None
         self.logits: torch.Tensor | None = None
@@ -36,20 +34,21 @@ class RefinedScale:
             hidden_states (`torch.Tensor` of shape `(batch, num_scale_tokens, latent_channels)`): Inputs of the scale:
                 of the state before it, then of the state with the tokens of the pass before.
             resample_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`, *optional*): The tokens that a
-                further pass draws, at least one. Images without any are finished at this scale, and not computed.
+                further pass draws, at least one; all by default. Images without any are finished at this scale, and
+                not computed.
 
         Returns:
             `torch.Tensor` of shape `(batch, num_scale_tokens, codebook_size)`: Logits, those of an earlier pass where
             nothing was computed.
         """
-        if resample_mask is None:
+        if self.logits is None:
             return self.first_pass(hidden_states)
+        if resample_mask is None:
+            return self.guided(hidden_states, self.scale, self.kv_cache)
         unfinished = resample_mask.any(dim=1).nonzero().squeeze(1)
         image_indices = None if len(unfinished) == len(resample_mask) else unfinished
         token_indices = indices_of(resample_mask[unfinished]) if self.keeps_accepted else None
-        computed = self.guided(
-            hidden_states, self.scale, self.guidance_weight, self.kv_cache, image_indices, token_indices
-        )
+        computed = self.guided(hidden_states, self.scale, self.kv_cache, image_indices, token_indices)
         if token_indices is not None:
             self.logits[unfinished.unsqueeze(1), token_indices] = computed
         else:
@@ -60,7 +59,7 @@ class RefinedScale:
         """Logits of all tokens, and the cache that further passes are given."""
         run_cache = self.guided.kv_cache
         own_cache = ScaleKVCache() if self.keeps_accepted and run_cache is None else None
-        self.logits = self.guided(hidden_states, self.scale, self.guidance_weight, own_cache)
+        self.logits = self.guided(hidden_states, self.scale, own_cache)
         if run_cache is None:
             self.kv_cache = own_cache
         else:

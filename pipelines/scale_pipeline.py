@@ -13,13 +13,16 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from tqdm.auto import tqdm
 
+from srdd.acceleration import CudaGraphs
 from srdd.checks import shown
 from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
 from srdd.models.saved_weights import reading
 from srdd.pictures import Pictures, read_pictures
 from srdd.pipelines.callbacks import TENSOR_INPUTS, StepEnd, callback_tensor_inputs
 from srdd.pipelines.conditions import Conditions, class_conditions, label_ids
-from srdd.pipelines.scale_sampling import KnownTokens, sample_scales
+from srdd.pipelines.guided_transformer import Guidance
+from srdd.pipelines.recorded_sampling import sample_recorded
+from srdd.pipelines.scale_sampling import KnownTokens, SamplingInputs, sample_scales
 from srdd.schedulers import ScaleScheduler
 
 
@@ -89,6 +92,7 @@ class ScalePipeline(DiffusionPipeline):
         self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._call = CallState()
+        self._cuda_graphs = CudaGraphs()
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -158,6 +162,30 @@ class ScalePipeline(DiffusionPipeline):
             if isinstance(component, torch.nn.Module) and not getattr(component, "is_quantized", False):
                 component.to(dtype)
         return made
+
+    def enable_cuda_graphs(self) -> None:
+        """
+        Let whole draws run as CUDA graphs, as they do by default: on CUDA, the second draw with a batch size, schedule
+        and dtype, and with or without guidance, is recorded, which takes about as long as ten draws, and later ones
+        are replayed, so that they do not wait for the host to launch kernels. Pictures are the same, and labels,
+        guidance, and generators may change.
+
+        Four graphs are kept, with the memory that one draw needs. Draws that look at their device go without: those
+        with a callback, of known tokens (inpainting, super-resolution), and with the policies "masked" and
+        "remasked". So do those under autocast, of models that are offloaded, quantized or watched by hooks, and those
+        for which there is no memory. While one thread records, others should not use torch's default generator.
+        """
+        self._cuda_graphs.is_enabled = True
+
+    def disable_cuda_graphs(self) -> None:
+        """Draw without CUDA graphs, and give back the memory of those that were recorded."""
+        self._cuda_graphs.is_enabled = False
+        self._cuda_graphs.clear()
+
+    def to(self, *args: Any, **kwargs: Any) -> "ScalePipeline":
+        """As [`DiffusionPipeline`] has it. Recorded graphs are forgotten."""
+        self._cuda_graphs.clear()
+        return super().to(*args, **kwargs)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -316,9 +344,10 @@ class ScalePipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         progress_bar: tqdm | None = None,
+        decodes: bool = True,
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """
-        Draw one pyramid for each condition, with progress bar and callback.
+        Draw one image for each condition, with progress bar and callback.
 
         Args:
             conditions ([`Conditions`]): What to draw.
@@ -330,12 +359,15 @@ class ScalePipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): As in [`SRDDPipeline`].
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`SRDDPipeline`].
             progress_bar (`tqdm`, *optional*): Follows the passes; one of the run's own by default.
+            decodes (`bool`, defaults to `True`): Whether latent states are decoded.
 
         Returns:
-            `tuple[torch.Tensor, torch.LongTensor]`: The last latent state and the pyramids.
+            `tuple[torch.Tensor, torch.LongTensor]`: Pixels in [-1, 1] or the last latent state, both float32, and the
+            pyramids.
 
         Raises:
-            ValueError: If the number of generators is not that of images, or `latents` or a callback do not fit.
+            ValueError: If the number of generators is not that of images, `latents` or a callback do not fit, or the
+                transformer's logits are not finite.
         """
         batch_size, on_step_end = conditions.batch_size, None
         if isinstance(generator, (list, tuple)):
@@ -351,18 +383,27 @@ class ScalePipeline(DiffusionPipeline):
         elif guidance_scale is None:
             guidance_scale = self.default_guidance_scale
         self._call.guidance_scale, self._call.interrupt = guidance_scale, False
-        total = len(self.scheduler.timesteps)
+        scheduler, device = self.scheduler, latents.device
+        inputs = SamplingInputs(conditions, Guidance.of(scheduler, guidance_scale, device), latents)
+        is_recordable = known_tokens is on_step_end is None and scheduler.draws_all_tokens
+        is_recordable &= device.type == self._cuda_graphs.device_type
+        components, recorded = (self.vqvae, self.transformer, scheduler), None
+        total = len(scheduler.timesteps)
         bar = self.progress_bar(total=total) if progress_bar is None else nullcontext(progress_bar)
         with bar as progress_bar:
-            return sample_scales(
-                vqvae=self.vqvae,
-                transformer=self.transformer,
-                scheduler=self.scheduler,
-                conditions=conditions,
-                latents=latents,
-                guidance_scale=guidance_scale,
-                generator=generator,
-                known_tokens=known_tokens,
-                progress_bar=progress_bar,
-                on_step_end=on_step_end,
+            if is_recordable:
+                decode = self.decode_pixels if decodes else None
+                recorded = sample_recorded(self._cuda_graphs, *components, inputs, generator, decode)
+            if recorded is not None:
+                output, pixels = recorded
+                progress_bar.update(total)
+            else:
+                output = sample_scales(*components, inputs, progress_bar, generator, known_tokens, on_step_end)
+                pixels = self.decode_pixels(output.latents) if decodes else None
+        if not output.is_finite.all():
+            timestep = scheduler.timesteps[output.is_finite.tolist().index(False)].item()
+            raise ValueError(
+                "`transformer` must give finite logits (-inf may forbid single tokens), got NaN or infinite ones at"
+                f" timestep {timestep}."
             )
+        return pixels if decodes else output.latents, output.token_ids

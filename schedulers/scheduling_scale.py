@@ -10,9 +10,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 
 from srdd.area_means import area_means
-from srdd.checks import check_choice, check_int, check_number, shown
+from srdd.checks import check_choice, check_int, check_number, described, shown
 from srdd.scales import Scale, ScaleSizes, normalize_scale_sizes, scale_slices
-from srdd.schedulers.token_sampling import Generators, sample_tokens
+from srdd.schedulers.token_sampling import Generators, num_candidates, sample_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -49,11 +49,15 @@ class ScaleSchedulerOutput(BaseOutput):
             logits, before temperature, top-k and top-p).
         resample_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`):
             Tokens that a further pass at this timestep draws again, if there is one.
+        is_finite (`torch.BoolTensor` of shape `()`):
+            Whether the logits are finite; -inf may forbid single tokens. Where it is false the tokens mean nothing. To
+            read it is to wait for the device: pipelines do so once, after their last step.
     """
 
     prev_sample: torch.LongTensor
     token_probabilities: torch.Tensor
     resample_mask: torch.BoolTensor
+    is_finite: torch.BoolTensor
 
 
 class ScaleScheduler(SchedulerMixin, ConfigMixin):
@@ -255,6 +259,16 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"`timesteps` must repeat none more than {MAX_PASSES} times, got {len(timesteps)}.")
         self.num_inference_steps = len(scale_timesteps)
         self.timesteps = torch.tensor(timesteps, dtype=torch.long, device=device)
+        # Every visited scale with the places of its passes in `timesteps`, for who must not read these from a device.
+        starts = [timesteps.index(t) for t in scale_timesteps]
+        self.passes: tuple[tuple[Scale, range], ...] = tuple(
+            (scale, range(start, start + timesteps.count(scale.timestep))) for scale, start in zip(self.visits, starts)
+        )
+        # Whether every pass draws all tokens of its scale. What is computed then does not depend on what was drawn,
+        # and a run need not look at it.
+        self.draws_all_tokens: bool = self.config.resampling_policy in ("none", "simple") or len(timesteps) == len(
+            scale_timesteps
+        )
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor) -> torch.Tensor:
         """
@@ -302,6 +316,10 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         weights = [self.guidance_weight(scale.timestep, guidance_scale) for scale in self.visits]
         return torch.tensor(weights).repeat_interleave(torch.tensor([scale.num_tokens for scale in self.visits]))
 
+    def noise_shape(self, scale: Scale, batch_size: int, codebook_size: int) -> tuple[int, int, int]:
+        """Shape of the noise that a pass at a scale needs, where the temperature is not 0."""
+        return batch_size, scale.num_tokens, num_candidates(codebook_size, self.config.top_k)
+
     def step(
         self,
         model_output: torch.Tensor,
@@ -310,6 +328,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         resample_mask: torch.BoolTensor | None = None,
         known_mask: torch.BoolTensor | None = None,
         generator: Generators = None,
+        noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> ScaleSchedulerOutput | tuple:
         """
@@ -324,14 +343,16 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             known_mask (`torch.BoolTensor` of shape `(batch, num_scale_tokens)`, *optional*): Tokens that stay as they
                 are in `sample`, in every pass (inpainting); none by default.
             generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.
+            noise (`torch.Tensor` of shape `(batch, num_scale_tokens, num_candidates)`, *optional*): Exponential noise
+                that was drawn before, of [`~ScaleScheduler.noise_shape`], in place of the generator's.
             return_dict (`bool`, defaults to `True`): Whether to return a [`ScaleSchedulerOutput`].
 
         Returns:
-            [`ScaleSchedulerOutput`] or the tuple of its fields.
+            [`ScaleSchedulerOutput`] or the tuple of its fields. Logits that are not finite are told there, in
+            `is_finite`.
 
         Raises:
-            ValueError: If shapes do not fit the schedule, the number of generators is not the batch size, or the
-                logits are not finite.
+            ValueError: If shapes do not fit the schedule, or the number of generators is not the batch size.
         """
         scale = self.visit(timestep)
         for name, tensor in (("model_output", model_output), ("sample", sample)):
@@ -362,20 +383,19 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"`{name}` must be a torch.BoolTensor of shape {tuple(token_ids.shape)}, got {given}."
                 )
-        log_normalizer = model_output.float().logsumexp(dim=-1)  # (B, N_k)
-        if not log_normalizer.isfinite().all():
-            raise ValueError(
-                "`model_output` must be finite (-inf may forbid single tokens), got NaN or infinite logits at timestep"
-                f" {scale.timestep}."
-            )
+        if noise is not None:
+            noise_shape = self.noise_shape(scale, batch_size, model_output.shape[-1])
+            if not isinstance(noise, torch.Tensor) or noise.shape != noise_shape or not noise.is_floating_point():
+                raise ValueError(f"`noise` must be floats of shape {noise_shape}, got {described(noise)}.")
 
+        log_normalizer = model_output.float().logsumexp(dim=-1)  # (B, N_k)
         config, draw_mask = self.config, resample_mask
         if known_mask is not None:
             draw_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
         image_mask = None if draw_mask is None else draw_mask.any(dim=1)
         if image_mask is None or image_mask.any():
             drawn_ids = sample_tokens(
-                model_output, config.temperature, config.top_k, config.top_p, generator, image_mask
+                model_output, config.temperature, config.top_k, config.top_p, generator, image_mask, noise
             )
             token_ids = drawn_ids if draw_mask is None else torch.where(draw_mask, drawn_ids, token_ids)
         chosen = model_output.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
@@ -392,9 +412,10 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             resample_mask &= ~known_mask
         prev_sample = sample.clone()
         prev_sample[:, scale.tokens] = token_ids
+        is_finite = log_normalizer.isfinite().all()
         if not return_dict:
-            return prev_sample, probabilities, resample_mask
-        return ScaleSchedulerOutput(prev_sample, probabilities, resample_mask)
+            return prev_sample, probabilities, resample_mask, is_finite
+        return ScaleSchedulerOutput(prev_sample, probabilities, resample_mask, is_finite)
 
     def add_noise(
         self,

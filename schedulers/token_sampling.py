@@ -10,7 +10,7 @@ def candidate_probabilities(
     logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[torch.Tensor, torch.LongTensor | None]:
     """
-    The distribution that tokens are own_noise from.
+    The distribution that tokens are drawn from.
 
     Only `top_k` candidates are ever sorted. Top-p keeps the most probable tokens until their probability reaches
     `top_p`, counted among the top-k candidates as VAR does. Among tokens with exactly equal logits at the cut some are
@@ -40,8 +40,17 @@ def candidate_probabilities(
     return probabilities, token_ids
 
 
+def num_candidates(codebook_size: int, top_k: int = 0) -> int:
+    """Among how many tokens one is drawn, before top-p."""
+    return top_k if 0 < top_k < codebook_size else codebook_size
+
+
 def exponential_noise(
-    shape: torch.Size, generator: Generators, device: torch.device, image_mask: torch.BoolTensor | None = None
+    shape: torch.Size,
+    generator: Generators,
+    device: torch.device,
+    image_mask: torch.BoolTensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Exponential noise of `shape`, image by image if there is a generator for each.
@@ -52,13 +61,16 @@ def exponential_noise(
         device (`torch.device`): Where the noise is needed.
         image_mask (`torch.BoolTensor` of shape `(batch,)`, *optional*): Images that need noise. The generators of the
             others are left alone, so that what an image draws does not depend on its neighbours.
+        out (`torch.Tensor` of `shape`, *optional*): Where to put it, float32.
     """
     if image_mask is not None and not image_mask.any():
         return torch.ones(shape, device=device)
     if not isinstance(generator, list):
         where = generator.device if generator is not None else device
-        return torch.empty(shape, device=where).exponential_(generator=generator).to(device)
-    noise = torch.ones(shape, device=device)
+        is_there = out is not None and out.device == where
+        noise = (out if is_there else torch.empty(shape, device=where)).exponential_(generator=generator)
+        return noise.to(device) if out is None or is_there else out.copy_(noise)
+    noise = torch.ones(shape, device=device) if out is None else out
     for index, image_generator in enumerate(generator):
         if image_mask is None or image_mask[index]:
             own_noise = torch.empty(shape[1:], device=image_generator.device)
@@ -73,6 +85,7 @@ def sample_tokens(
     top_p: float = 1.0,
     generator: Generators = None,
     image_mask: torch.BoolTensor | None = None,
+    noise: torch.Tensor | None = None,
 ) -> torch.LongTensor:
     """
     Draw one token per position by an exponential race, `argmax(p / E)` with `E ~ Exp(1)`.
@@ -84,6 +97,8 @@ def sample_tokens(
         top_p (`float`, defaults to 1.0): Probability mass of the candidates, in (0, 1].
         generator (`torch.Generator` or a list of `batch` of them, *optional*): The only source of randomness.
         image_mask (`torch.BoolTensor` of shape `(batch,)`, *optional*): Images whose tokens will be used.
+        noise (`torch.Tensor` of shape `(batch, num_tokens, num_candidates)`, *optional*): `E`, drawn before, in place
+            of one from the generator.
 
     Returns:
         `torch.LongTensor` of shape `(batch, num_tokens)`.
@@ -91,6 +106,7 @@ def sample_tokens(
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities, token_ids = candidate_probabilities(logits, temperature, top_k, top_p)
-    noise = exponential_noise(probabilities.shape, generator, logits.device, image_mask)
+    if noise is None:
+        noise = exponential_noise(probabilities.shape, generator, logits.device, image_mask)
     winners = (probabilities / noise).argmax(dim=-1)
     return winners if token_ids is None else token_ids.gather(-1, winners.unsqueeze(-1)).squeeze(-1)

@@ -575,7 +575,9 @@ def test_half_precision_pipeline():
 def test_nan_logits_stop_the_run():
     pipe = tiny_pipeline()
     pipe.transformer.proj_out.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="`model_output` must be finite .* got NaN or infinite logits at timestep 2"):
+    with pytest.raises(
+        ValueError, match="`transformer` must give finite logits .* got NaN or infinite ones at timestep 2"
+    ):
         pipe(1)
 
 

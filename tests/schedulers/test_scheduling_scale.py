@@ -10,6 +10,7 @@ from tiny_models import CODEBOOK_SIZE, SCALE_SIZES, tiny_scheduler
 
 from srdd import ScaleScheduler
 from srdd.scales import Scale
+from srdd.schedulers.token_sampling import exponential_noise
 
 
 PAPER_SCALES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
@@ -336,10 +337,11 @@ def test_step_as_a_tuple():
     scheduler, logits, sample = tiny_scheduler(temperature=0.0), random_logits(4), random_token_ids()
     output = scheduler.step(logits, 1, sample)
     as_tuple = scheduler.step(logits, torch.tensor(1), sample, return_dict=False)
-    assert len(as_tuple) == 3
+    assert len(as_tuple) == 4
     assert torch.equal(as_tuple[0], output.prev_sample)
     assert torch.equal(as_tuple[1], output.token_probabilities)
     assert torch.equal(as_tuple[2], output.resample_mask)
+    assert as_tuple[3] == output.is_finite
 
 
 def test_forbidden_tokens_may_have_logits_of_minus_infinity():
@@ -347,6 +349,27 @@ def test_forbidden_tokens_may_have_logits_of_minus_infinity():
     logits[..., 5:] = -math.inf
     drawn = tiny_scheduler().step(logits, 0, random_token_ids(), generator=torch.Generator().manual_seed(0))
     assert drawn.prev_sample[:, TOKENS[0]].max() < 5
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"temperature": 0.0}, {"resampling_policy": "masked"}])
+def test_logits_that_are_not_finite_are_told(settings):
+    scheduler, sample = tiny_scheduler(**settings), random_token_ids()
+    assert scheduler.step(random_logits(4), 1, sample).is_finite
+    for logits in (one_logit(math.nan), one_logit(math.inf), torch.full((2, 4, 32), -math.inf)):
+        output = scheduler.step(logits, 1, sample)
+        assert not output.is_finite
+        assert output.is_finite.shape == ()
+        assert 0 <= output.prev_sample.min() <= output.prev_sample.max() < 32  # a codebook has them all the same
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5, "top_p": 0.8}, {"top_p": 0.8, "temperature": 0.7}])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_noise_that_was_drawn_before_draws_the_same(settings, per_image):
+    scheduler, logits, sample = tiny_scheduler(**settings), random_logits(4), random_token_ids()
+    drawn = scheduler.step(logits, 1, sample, generator=generators(3, 4) if per_image else generators(3)[0])
+    noise = torch.empty(scheduler.noise_shape(scheduler.visit(1), 2, 32))
+    exponential_noise(noise.shape, generators(3, 4) if per_image else generators(3)[0], noise.device, out=noise)
+    assert torch.equal(scheduler.step(logits, 1, sample, noise=noise).prev_sample, drawn.prev_sample)
 
 
 @pytest.mark.parametrize(
@@ -365,9 +388,8 @@ def test_forbidden_tokens_may_have_logits_of_minus_infinity():
             r"`model_output` must have shape \(2, 4, codebook_size\).*got \(3, 4",
         ),
         ({"model_output": torch.zeros(2, 4)}, r"`model_output` must have shape .*got \(2, 4\)"),
-        ({"model_output": one_logit(math.nan)}, "`model_output` must be finite .* got NaN or .* at timestep 1"),
-        ({"model_output": one_logit(math.inf)}, "`model_output` must be finite .* got NaN or .* at timestep 1"),
-        ({"model_output": torch.full((2, 4, 32), -math.inf)}, "`model_output` must be finite"),
+        ({"noise": torch.ones(2, 4, 9)}, r"`noise` must be floats of shape \(2, 4, 32\), got .*\(2, 4, 9\)"),
+        ({"noise": [1.0]}, r"`noise` must be floats of shape \(2, 4, 32\), got list"),
         ({"generator": generators(0)}, r"`generator` must be a list of 2 generators, got 1"),
         ({"timestep": 3}, r"`timestep` must be one of \[2, 1, 0\], got 3"),
         ({"timestep": -1}, r"`timestep` must be one of \[2, 1, 0\], got -1"),

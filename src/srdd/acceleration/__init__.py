@@ -9,12 +9,13 @@ compiled code and wherever a gradient may be asked for. Nothing here knows our m
 import torch.nn as nn
 from diffusers.models.autoencoders.vae import Decoder
 
+from srdd.acceleration.cuda_graphs import CudaGraphs
 from srdd.acceleration.decoder import lighten, run_decoder
 from srdd.acceleration.int8_decoder import dequantize_decoder, quantize_decoder
 from srdd.acceleration.linear_layers import quicken, set_fast_linears
 
 
-__all__ = ["accelerate", "dequantize_decoder", "quantize_decoder", "run_decoder", "set_fast_linears"]
+__all__ = ["CudaGraphs", "accelerate", "dequantize_decoder", "quantize_decoder", "run_decoder", "set_fast_linears"]
 
 
 def accelerate(module: nn.Module) -> None:

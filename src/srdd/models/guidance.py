@@ -14,6 +14,7 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, weight: float 
             1`; a tensor broadcasts.
 
     Returns:
-        `torch.Tensor` of the shape and dtype of `conditional`.
+        `torch.Tensor` of the shape and dtype of `conditional`, computed in float32.
     """
-    return torch.lerp(unconditional, conditional, 1.0 + weight)
+    guided = torch.lerp(unconditional.float(), conditional.float(), 1.0 + weight)
+    return guided.to(conditional.dtype)

@@ -357,7 +357,7 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         class_labels: torch.LongTensor | None = None,
         kv_cache: ScaleKVCache | None = None,
         modulation_cache: ModulationCache | None = None,
-        guidance_weight: float | None = None,
+        guidance_weight: float | torch.Tensor | None = None,
         token_indices: torch.LongTensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
@@ -375,7 +375,7 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
                 that are.
             modulation_cache ([`ModulationCache`], *optional*):
                 Holds the AdaLN modulations of `class_labels` from call to call.
-            guidance_weight (`float`, *optional*):
+            guidance_weight (`float` or float32 `torch.Tensor` of shape `()`, *optional*):
                 The weight `w` of classifier-free guidance. The first half of the batch is then the conditional one,
                 the second the unconditional one, and the logits are those of `cond + w (cond - uncond)`, of half the
                 batch. The halves are merged before the last layer, which is linear.
@@ -413,8 +413,10 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         null_class = self.config.num_classes
         if class_labels is None:
             class_labels = torch.full((hidden_states.shape[0],), null_class, device=hidden_states.device)
+        # A tensor is not looked at: that would wait for its device.
+        is_tensor = isinstance(guidance_weight, torch.Tensor) and guidance_weight.shape == ()
         is_weight = isinstance(guidance_weight, numbers.Real) and math.isfinite(guidance_weight)
-        if guidance_weight is not None and not is_weight:
+        if guidance_weight is not None and not is_weight and not (is_tensor and guidance_weight.is_floating_point()):
             raise ValueError(f"`guidance_weight` must be a finite number, got {shown(guidance_weight)}.")
         if guidance_weight is not None and len(hidden_states) % 2:
             raise ValueError(
