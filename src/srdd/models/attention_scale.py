@@ -99,7 +99,8 @@ class ScaleAttnProcessor:
             dispatch_attention_fn(*states, scale=attn.scale, backend=backend, parallel_config=self._parallel_config)
             for states in seen
         ]
-        return attn.to_out[0](torch.cat(attended, dim=1).flatten(2, 3))  # (B, N, D)
+        joined = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+        return attn.to_out[0](joined.flatten(2, 3))  # (B, N, D)
 
     @staticmethod
     @torch.compiler.disable

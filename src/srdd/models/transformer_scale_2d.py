@@ -44,7 +44,8 @@ class ScaleTransformerBlock(nn.Module):
     """
     Attention and MLP, each modulated and gated by the class embedding (AdaLN).
 
-    The six modulations are, in order: gates of attention and MLP, scales of both, shifts of both.
+    The six modulations are, in order: gates of attention and MLP, scales of both, to which 1 was added, shifts of
+    both.
     """
 
     def __init__(
@@ -97,16 +98,19 @@ class ScaleTransformerBlock(nn.Module):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Hidden states and modulations.
         """
-        if modulations is None and hasattr(self, "adaln"):
-            modulations = self.adaln(conditioning).unflatten(-1, (6, -1))  # (B, 6, D)
-        elif modulations is None:
-            modulations = conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
+        if modulations is None:
+            if hasattr(self, "adaln"):
+                modulations = self.adaln(conditioning).unflatten(-1, (6, -1))  # (B, 6, D)
+            else:
+                modulations = conditioning.unflatten(-1, (6, -1)) + self.scale_shift_table
+            gates, scales, shifts = modulations.chunk(3, dim=1)
+            modulations = torch.cat([gates, 1 + scales, shifts], dim=1)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
-        modulated = torch.addcmul(shift1, self.norm1(hidden_states), 1 + scale1)  # AdaLN
+        modulated = torch.addcmul(shift1, self.norm1(hidden_states), scale1)  # AdaLN
         branch = self.attn(modulated, segments, kv_cache, attention_mask)
         drops_paths = self.training and torch.is_grad_enabled() and self.drop_path_rate > 0
         hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch) if drops_paths else branch)
-        branch = self.ff(torch.addcmul(shift2, self.norm2(hidden_states), 1 + scale2))
+        branch = self.ff(torch.addcmul(shift2, self.norm2(hidden_states), scale2))
         hidden_states = torch.addcmul(hidden_states, gate2, self.drop_path(branch) if drops_paths else branch)
         return hidden_states, modulations
 
@@ -344,10 +348,12 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
             start_pos_embed = self.start_pos_embed if token_indices is None else self.start_pos_embed[0, token_indices]
             start = class_embedding.unsqueeze(1) + start_pos_embed
             embedded = torch.cat([start, embedded[:, start.shape[1] :]], dim=1)
+        # Ids are made on the device, so that the host need not send them; by way of `forward`, which brings in weights
+        # that are offloaded.
+        scales = self.scale_embed(torch.arange(len(self.token_slices), device=embedded.device))  # (K, D)
         scale_ids = [len(self.token_slices) - 1 - timestep for timestep in timesteps]
-        scales = self.scale_embed(torch.tensor(scale_ids, device=embedded.device))  # (K, D)
-        positions = [self.pos_embed[:, self.token_slices[k]] + scale for k, scale in zip(scale_ids, scales)]
-        positions = torch.cat(positions, dim=1)
+        positions = [self.pos_embed[:, self.token_slices[k]] + scales[k] for k in scale_ids]
+        positions = positions[0] if len(positions) == 1 else torch.cat(positions, dim=1)
         return embedded + (positions if token_indices is None else positions[0, token_indices])
 
     def forward(
