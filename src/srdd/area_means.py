@@ -20,11 +20,11 @@ def windows(size: int, new_size: int, device: torch.device) -> tuple[torch.LongT
         `tuple[torch.LongTensor, torch.Tensor]`: Places and float32 weights of shape `(new_size, num_places)`; the
         weights of a cell sum to 1.
     """
-    cells = torch.arange(new_size).unsqueeze(1)
-    starts, stops = cells * size // new_size, -(-(cells + 1) * size // new_size)
-    places = starts + torch.arange(int((stops - starts).max()))
-    weights = (places < stops) / (stops - starts)
-    return places.clamp(max=size - 1).to(device), weights.float().to(device)
+    bounds = [(cell * size // new_size, -(-(cell + 1) * size // new_size)) for cell in range(new_size)]
+    steps = range(max(stop - start for start, stop in bounds))
+    places = [[min(start + step, size - 1) for step in steps] for start, _ in bounds]
+    weights = [[(start + step < stop) / (stop - start) for step in steps] for start, stop in bounds]
+    return torch.tensor(places, device=device), torch.tensor(weights, device=device)
 
 
 def area_means(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

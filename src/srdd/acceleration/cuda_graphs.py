@@ -37,7 +37,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_hf_hook", "_diffusers_hook")
 
 CONTAINERS = {dict, OrderedDict, FrozenDict, list, tuple, set}
 
-MAY_BE_FREED = (nn.Module, torch.Tensor, FunctionType, MethodType)
+MAY_BE_FREED = (nn.Module, torch.Tensor, FunctionType, MethodType, dict)
 
 
 class ModuleState:
@@ -59,8 +59,8 @@ class ModuleState:
         self._parts = [*map(weakref.ref, parts)]
         self._classes = [*map(type, parts)]
         self._places = [*map(id, values)]
-        # Modules, tensors and functions may be freed: they are known by their places and addresses. All else is kept,
-        # for the place of a number that is gone could become that of another one.
+        # Modules, tensors and what refers to them may be freed: they are known by their places and addresses. All else
+        # is kept, for the place of a number that is gone could become that of another one.
         self._kept = [value for value in values if not isinstance(value, MAY_BE_FREED)]
         self._tensors = [*map(weakref.ref, tensors)]
         self._addresses = [*map(torch.Tensor.data_ptr, tensors)] if self.is_plain else []

@@ -4,6 +4,7 @@ Shape legend: B batch, K scales, N all tokens, N_k tokens in scale k, C code cha
 grid.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,8 +98,11 @@ class MultiScaleQuantizer(nn.Module):
         if mask is not None:
             codes = codes * mask.unsqueeze(1)
         scale_size, grid_size = tuple(codes.shape[-2:]), tuple(grid_size)
-        # Autocast would round the map, and with another rest come other tokens at all finer scales.
-        with torch.autocast(codes.device.type, enabled=False):
+        # Autocast would round the map, and with another rest come other tokens at all finer scales. To switch it off
+        # takes the host as long as to launch a kernel.
+        device_type = codes.device.type
+        is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        with torch.autocast(device_type, enabled=False) if is_on else contextlib.nullcontext():
             if scale_size != grid_size:
                 codes = F.interpolate(codes, size=grid_size, mode="bicubic")  # (B, C, H, W)
             convolved = self.residual_conv(scale_size, grid_size)(codes)
