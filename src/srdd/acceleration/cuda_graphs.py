@@ -123,11 +123,8 @@ class DeviceGraphs:
 
     def __init__(self, device: torch.device):
         with torch.cuda.device(device):
-            self.stream, self.pool, self.is_idle = (
-                torch.cuda.Stream(),
-                torch.cuda.graph_pool_handle(),
-                torch.cuda.Event(),
-            )
+            self.stream, self.is_idle = torch.cuda.Stream(), torch.cuda.Event()
+            self.pool = torch.cuda.graph_pool_handle()
             self.is_idle.record()
 
 
@@ -248,7 +245,9 @@ class CudaGraphs:
                 del self._recordings[key]
                 recording = None
             if recording is None:
-                if key not in self._seen or key in self._refused:
+                if key in self._refused:
+                    return None
+                if key not in self._seen:
                     self._seen.append(key)
                     return None
                 return self._record_and_replay(call, modules, key, allocate, fill, constants)
@@ -281,7 +280,8 @@ class CudaGraphs:
         self._recordings[key] = Recording(graph, inputs, state, constants)
         if len(self._recordings) > self._max_recordings:
             dropped, _ = self._recordings.popitem(last=False)
-            self._seen.remove(dropped)
+            if dropped in self._seen:
+                self._seen.remove(dropped)
         with graph.in_turn():
             graph.replay()
             return tuple(output.clone() for output in graph.outputs)

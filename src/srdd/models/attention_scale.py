@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from srdd.acceleration import accelerate
 from srdd.models.configuration import CHOICES
-from srdd.models.scale_cache import ScaleKVCache
+from srdd.models.scale_cache import ScaleKVCache, SeenStates
 
 
 ATTENTION_PATTERNS = CHOICES["attention_pattern"]
@@ -80,12 +80,14 @@ class ScaleAttnProcessor:
         attn: "ScaleAttention",
         hidden_states: torch.Tensor,
         segments: Sequence[ScaleSegment],
-        kv_cache: ScaleKVCache | None = None,
+        kv_cache: ScaleKVCache | SeenStates | None = None,
         attention_mask: torch.BoolTensor | BlockMask | None = None,
     ) -> torch.Tensor:
         query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
-        if len(segments) == 1 and kv_cache is None:
-            # Nothing but the shape differs from scale to scale here, so that a compiled block serves them all.
+        # Nothing but the shape differs from scale to scale in the first two, so that a compiled block serves them all.
+        if isinstance(kv_cache, SeenStates):
+            seen = [(query, *kv_cache.completed_by(key, value))]
+        elif len(segments) == 1 and kv_cache is None:
             seen = [(query, key, value)]
         else:
             seen = [
@@ -183,7 +185,7 @@ class MaskedScaleAttnProcessor(ScaleAttnProcessor):
         attn: "ScaleAttention",
         hidden_states: torch.Tensor,
         segments: Sequence[ScaleSegment],
-        kv_cache: ScaleKVCache | None = None,
+        kv_cache: ScaleKVCache | SeenStates | None = None,
         attention_mask: torch.BoolTensor | BlockMask | None = None,
     ) -> torch.Tensor:
         if attention_mask is None:
@@ -252,7 +254,7 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
         self,
         hidden_states: torch.Tensor,
         segments: Sequence[ScaleSegment],
-        kv_cache: ScaleKVCache | None = None,
+        kv_cache: ScaleKVCache | SeenStates | None = None,
         attention_mask: torch.BoolTensor | BlockMask | None = None,
     ) -> torch.Tensor:
         return self.processor(self, hidden_states, segments, kv_cache, attention_mask)

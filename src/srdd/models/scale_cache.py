@@ -3,8 +3,26 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+
+
+class SeenStates(NamedTuple):
+    """
+    Keys and values that a scale sees, `(B, N, H, D / H)` each, of one layer: parts of a [`ScaleKVCache`]. Those of its
+    own tokens are the last ones, and are still to be written.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def completed_by(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, with those of the scale's own tokens."""
+        num_before = self.key.shape[1] - key.shape[1]
+        self.key[:, num_before:] = key
+        self.value[:, num_before:] = value
+        return self.key.to(key.dtype), self.value.to(value.dtype)
 
 
 class ScaleKVCache:
@@ -28,25 +46,45 @@ class ScaleKVCache:
         self.buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.places: dict[int, slice] = {}
 
-    def update(self, layer: int, timestep: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Store keys and values `(B, N_k, H, D / H)` of one layer and scale, or of those of its tokens at hand."""
+    def make_room(self, layer: int, timestep: int, num_tokens: int, like: torch.Tensor) -> slice:
+        """Where a scale lies in the buffers of a layer; new ones are `like` a tensor `(B, ?, H, D / H)`."""
         if timestep not in self.places:
             start = max([0, *(place.stop for place in self.places.values())])
-            self.places[timestep] = slice(start, start + key.shape[1])
+            self.places[timestep] = slice(start, start + num_tokens)
         place = self.places[timestep]
         buffers = self.buffers.get(layer, ())
         if not buffers or buffers[0].shape[1] < place.stop:
             size = max(self.num_tokens or 0, place.stop)
-            grown = tuple(states.new_empty(states.shape[0], size, *states.shape[2:]) for states in (key, value))
+            grown = tuple(like.new_empty(like.shape[0], size, *like.shape[2:]) for _ in range(2))
             for states, stored in zip(grown, buffers):
                 states[:, : stored.shape[1]] = stored
             self.buffers[layer] = grown
+        return place
+
+    def update(self, layer: int, timestep: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store keys and values `(B, N_k, H, D / H)` of one layer and scale, or of those of its tokens at hand."""
+        place = self.make_room(layer, timestep, key.shape[1], value)
         image_indices, tokens = slice(len(key)) if self.image_indices is None else self.image_indices, place
         if self.token_indices is not None:
             image_indices = torch.arange(len(key), device=key.device) if self.image_indices is None else image_indices
             image_indices, tokens = image_indices.unsqueeze(1), place.start + self.token_indices
         for states, stored in zip((key, value), self.buffers[layer]):
             stored[image_indices, tokens] = states
+
+    def seen_by(
+        self, layer: int, timestep: int, seen: Sequence[int], num_tokens: int, like: torch.Tensor
+    ) -> SeenStates | None:
+        """
+        What a scale sees that is to be stored whole, and lies behind the others that it sees. `None` where that is not
+        so. Compiled blocks want tensors rather than a cache that they would have to look through.
+        """
+        if self.is_read_only or self.image_indices is not None or self.token_indices is not None:
+            return None
+        place = self.make_room(layer, timestep, num_tokens, like)
+        places = [self.places[each] for each in seen]
+        if any(each.stop != following.start for each, following in zip(places, places[1:])):
+            return None
+        return SeenStates(*(stored[: len(like), places[0].start : place.stop] for stored in self.buffers[layer]))
 
     def get(self, layer: int, timesteps: Sequence[int], batch_size: int | None = None) -> tuple[torch.Tensor, ...]:
         """Keys and values of one layer and some scales, for the first images of the batch or all."""

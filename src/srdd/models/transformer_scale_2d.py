@@ -30,7 +30,7 @@ from srdd.models.attention_scale import (
 from srdd.models.configuration import check_configuration, check_num_parameters
 from srdd.models.guidance import guide
 from srdd.models.saved_weights import SavedModelMixin
-from srdd.models.scale_cache import ModulationCache, ScaleKVCache
+from srdd.models.scale_cache import ModulationCache, ScaleKVCache, SeenStates
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
 
 
@@ -80,7 +80,7 @@ class ScaleTransformerBlock(nn.Module):
         hidden_states: torch.Tensor,
         conditioning: torch.Tensor,
         segments: Sequence[ScaleSegment],
-        kv_cache: ScaleKVCache | None = None,
+        kv_cache: ScaleKVCache | SeenStates | None = None,
         modulations: torch.Tensor | None = None,
         attention_mask: torch.BoolTensor | BlockMask | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +90,7 @@ class ScaleTransformerBlock(nn.Module):
             conditioning (`torch.Tensor` of shape `(batch, dim)`): SiLU of the class embedding; of shape
                 `(batch, 6 * dim)` and already projected if the model shares its AdaLN.
             segments (`Sequence[ScaleSegment]`): The packed scales and what they see.
-            kv_cache ([`ScaleKVCache`], *optional*): Keys and values of scales not in the input.
+            kv_cache ([`ScaleKVCache`] or [`SeenStates`], *optional*): Keys and values of scales not in the input.
             modulations (`torch.Tensor` of shape `(batch, 6, dim)`, *optional*): What follows from `conditioning`, from
                 an earlier call.
             attention_mask (`torch.BoolTensor` or `BlockMask`, *optional*): What the attention processor asked for.
@@ -453,9 +453,13 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         processor, attention_mask = self.blocks[0].attn.processor, None
         if isinstance(processor, MaskedScaleAttnProcessor):
             attention_mask = processor.attention_mask(segments, kv_cache, hidden_states.device)
+        heads = hidden_states.unflatten(-1, (self.config.num_attention_heads, -1))  # (B, N, H, D/H)
         for layer, block in enumerate(self.blocks):
+            states = kv_cache
+            if kv_cache is not None and len(segments) == 1:
+                states = kv_cache.seen_by(layer, timesteps[0], segments[0].seen, num_tokens[0], heads) or kv_cache
             modulations = stored.blocks[layer] if is_stored else None
-            inputs = (hidden_states, conditioning, segments, kv_cache, modulations, attention_mask)
+            inputs = (hidden_states, conditioning, segments, states, modulations, attention_mask)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states, modulations = self._gradient_checkpointing_func(block, *inputs)
             else:
