@@ -10,6 +10,7 @@ from accelerate import cpu_offload, init_empty_weights
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from live_memory import peak_bytes
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import LATENT_CHANNELS, LIGHT_DECODER, VQVAE_CONFIG, tiny_vqvae
 
@@ -382,6 +383,15 @@ def test_a_slice_has_one_image_at_least(bytes_per_image, expected):
     batch_sizes.clear()
     run_decoder(decode, latents[:3], True, 2 * FLOAT32_ON_CPU.bytes_per_slice)
     assert batch_sizes == [1] * 3
+
+
+@pytest.mark.parametrize("overrides", [{}, ATTENTION, {"block_out_channels": [32, 32], "layers_per_block": 3}])
+def test_three_of_the_largest_maps_are_there_at_once(overrides):
+    model = tiny_vqvae(**overrides).to("meta")
+    latents = torch.empty(64, LATENT_CHANNELS, 4, 4, device="meta")
+    peak, before = peak_bytes(model, model.decode, latents)
+    largest_map = latents.shape[-2:].numel() * model._largest_map * latents.element_size() * len(latents)
+    assert peak - before < 3.2 * largest_map
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ class DecodingPath:
         merged_kernels (`bool`, defaults to `False`): Up-sampling and the convolution after it are one step with 4/9 of
             the multiplications.
         bytes_per_slice (`int`, *optional*): A batch is decoded so many images at a time that their largest feature map
-            stays below this, and at least one. The decoder needs about four times as much.
+            stays below this, and at least one. In place, the decoder needs three times as much beside its weights.
         int8 (`bool`, defaults to `False`): Convolutions that were quantized multiply int8.
     """
 
@@ -136,14 +136,26 @@ class InPlaceSiLU(nn.SiLU):
 
 
 class LeanResnetBlock2D(ResnetBlock2D):
-    """A residual block without time embedding that adds in place, and does not divide by 1."""
+    """
+    A residual block without time embedding that adds in place, and does not divide by 1.
+
+    It holds three maps at most, its input among them: what a layer has read goes when the next one begins, and the sum
+    is written over the input, which the callers of a decoder's blocks hold until the end of the whole level.
+    """
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         if torch.compiler.is_compiling() or not current_path.get().in_place:
             return super().forward(input_tensor, temb)
-        hidden_states = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
-        hidden_states = self.conv2(self.nonlinearity(self.norm2(hidden_states)))
-        return hidden_states.add_(input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+        # In one expression, as a name would keep its map.
+        hidden_states = self.conv2(
+            self.nonlinearity(self.norm2(self.conv1(self.nonlinearity(self.norm1(input_tensor)))))
+        )
+        if self.conv_shortcut is not None:
+            return hidden_states.add_(self.conv_shortcut(input_tensor))
+        # The next level takes the convolution's layout; attention gives another one.
+        if input_tensor.stride() == hidden_states.stride():
+            return input_tensor.add_(hidden_states)
+        return hidden_states.add_(input_tensor)
 
 
 class MergedUpsample2D(Upsample2D):
