@@ -26,6 +26,17 @@ from srdd.acceleration.module_swapping import recast
 
 MIB = 2**20
 
+# What the largest feature map of a slice has at most. A CPU wants its caches, an accelerator full kernels: twelve
+# images of 256px in half precision. What is best there was not measured yet; `benchmarks/decoder_slices.py` does.
+BYTES_PER_SLICE_ON_CPU = 8 * MIB
+BYTES_PER_SLICE = 256 * MIB
+
+# What that map must fit into so many times: three of a residual block's maps are there at once, and cuDNN copies a
+# convolution's input and output into another layout.
+MAPS_AT_PEAK = 5
+# What of the memory that a device has left a slice may take, as what is left in pieces is of no use.
+SHARE_OF_FREE_MEMORY = 0.5
+
 # Where the three taps of a kernel fall after nearest-neighbour up-sampling by 2. At even positions that is the pixel
 # before (tap 0) and the pixel itself (taps 1 and 2), at odd ones the pixel itself (taps 0 and 1) and the next (tap 2).
 TAPS = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
@@ -60,19 +71,17 @@ class DecodingPath:
 
 PLAIN = DecodingPath()
 FLOAT32_ON_CPU = DecodingPath(
-    in_place=True, channels_last=True, merged_kernels=True, bytes_per_slice=8 * MIB, int8=MULTIPLIES_INT8
+    in_place=True,
+    channels_last=True,
+    merged_kernels=True,
+    bytes_per_slice=BYTES_PER_SLICE_ON_CPU,
+    int8=MULTIPLIES_INT8,
 )
-HALF_ON_CPU = DecodingPath(in_place=True, bytes_per_slice=8 * MIB)
-ACCELERATOR = DecodingPath(in_place=True, bytes_per_slice=256 * MIB, even_slices=True)
+HALF_ON_CPU = DecodingPath(in_place=True, bytes_per_slice=BYTES_PER_SLICE_ON_CPU)
+ACCELERATOR = DecodingPath(in_place=True, bytes_per_slice=BYTES_PER_SLICE, even_slices=True)
 # Slices around a compiled decoder, in which all else is the compiler's.
-COMPILED_ON_CPU = DecodingPath(bytes_per_slice=8 * MIB, even_slices=True)
-COMPILED = DecodingPath(bytes_per_slice=256 * MIB, even_slices=True)
-
-# What the largest feature map of a slice must fit into so many times: three of a residual block's maps are there at
-# once, and cuDNN copies a convolution's input and output into another layout.
-MAPS_AT_PEAK = 5
-# What of the memory that a device has left a slice may take, as what is left in pieces is of no use.
-SHARE_OF_FREE_MEMORY = 0.5
+COMPILED_ON_CPU = DecodingPath(bytes_per_slice=BYTES_PER_SLICE_ON_CPU, even_slices=True)
+COMPILED = DecodingPath(bytes_per_slice=BYTES_PER_SLICE, even_slices=True)
 
 
 # The path of the decoder that is running in this thread.
@@ -227,7 +236,8 @@ class LeanResnetBlock2D(ResnetBlock2D):
     A residual block without time embedding that adds in place, and does not divide by 1.
 
     It holds three maps at most, its input among them: what a layer has read goes when the next one begins, and the sum
-    is written over the input, which the callers of a decoder's blocks hold until the end of the whole level.
+    is written over the input, which the callers of a decoder's blocks hold until the end of the whole level. Whoever
+    keeps a map by a hook has to copy it.
     """
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
