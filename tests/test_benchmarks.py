@@ -24,7 +24,7 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("measuring", "samplers", "official_var", "speed", "training_step"):
+    for name in ("measuring", "samplers", "official_var", "speed", "training_step", "decoder_slices"):
         sys.modules.pop(name, None)
 
 
@@ -156,6 +156,30 @@ def test_peak_memory_of_a_known_allocation(load, mebibytes):
     assert measuring.peak_memory(lambda: allocate(mebibytes), cpu) == pytest.approx(mebibytes, rel=0.1)
     assert measuring.peak_memory(lambda: None, cpu) < 5
     assert kept.all()
+
+
+def test_decoder_slices(load, tmp_path, capsys):
+    decoder_slices = load("decoder_slices")
+    arguments = ["--image_size", "32", "--vae_channels", "32", "--batch_size", "3", "--num_rounds", "1"]
+    arguments += ["--device", "cpu", "--images_per_slice", "1", "3", "--output", str(tmp_path / "slices.json")]
+    decoder_slices.main(decoder_slices.parse_args(arguments))
+    report, results = capsys.readouterr().out, json.loads((tmp_path / "slices.json").read_text())
+    assert results["default"] == 3
+    assert [row["images_per_slice"] for row in results["rows"]] == [1, 3]
+    assert all(row["difference"] < 1e-4 for row in results["rows"])
+    assert "| eager | 3 | " in report
+
+
+def test_decoder_slices_are_of_the_size_asked_for(load):
+    decoder_slices = load("decoder_slices")
+    args = decoder_slices.parse_args(["--image_size", "32", "--vae_channels", "32", "--device", "cpu"])
+    vqvae, batch_sizes = decoder_slices.make_tokenizer(args), []
+    vqvae.decoder.register_forward_hook(lambda module, inputs, output: batch_sizes.append(len(output)))
+    latents = torch.randn(5, 32, 2, 2)
+    for num_images, expected in ((2, [2, 2, 1]), (5, [5])):
+        batch_sizes.clear()
+        decoder_slices.in_slices(vqvae, latents, num_images)()
+        assert batch_sizes == expected
 
 
 TINY_STEP = ["--num_layers", "1", "--batch_size", "1", "--num_rounds", "1", "--device", "cpu"]

@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import dataclasses
+import shutil
 import threading
 
 import pytest
@@ -10,21 +11,30 @@ from accelerate import cpu_offload, init_empty_weights
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from live_memory import peak_bytes
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import LATENT_CHANNELS, LIGHT_DECODER, VQVAE_CONFIG, tiny_vqvae
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from srdd import MultiScaleVQModel
 from srdd.acceleration import accelerate, decoder
 from srdd.acceleration.decoder import (
     ACCELERATOR,
+    COMPILED,
+    COMPILED_ON_CPU,
     FLOAT32_ON_CPU,
     HALF_ON_CPU,
+    MAPS_AT_PEAK,
+    MIB,
     PLAIN,
     LeanResnetBlock2D,
     MergedUpsample2D,
     UpsamplingConv2d,
     current_path,
     decoding_path,
+    images_per_slice,
     run_decoder,
 )
 from srdd.acceleration.module_swapping import recast
@@ -159,8 +169,11 @@ def test_the_path_of_an_input():
         assert decoding_path(latents, fast=False) == PLAIN
         assert decoding_path(latents.to(torch.bfloat16)) == HALF_ON_CPU
         assert decoding_path(latents.to("meta")) == ACCELERATOR
+        assert decoding_path(latents, compiled=True) == COMPILED_ON_CPU
+        assert decoding_path(latents.to("meta"), compiled=True) == COMPILED
+        assert decoding_path(latents, fast=False, compiled=True) == PLAIN
         with torch.autocast("cpu", torch.bfloat16):
-            assert decoding_path(latents) == PLAIN
+            assert decoding_path(latents) == decoding_path(latents, compiled=True) == PLAIN
     with torch.inference_mode():
         assert decoding_path(latents) == FLOAT32_ON_CPU
 
@@ -288,18 +301,99 @@ def test_a_compiled_decoder_is_one_graph_of_diffusers_code(overrides, dtype, gra
         assert torch.equal(compiled(latents), expected)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("whole", [False, True], ids=["decoder", "decode"])
-def test_compiled_code_is_diffusers_within_decode(whole):
-    model, latents = tiny_vqvae(), random_latents()
-    expected = plainly(model, latents)
-    torch._dynamo.reset()
+# By what is compiled: the decoder's `compile`, `torch.compile` in its place, `decode`, and a function around it.
+COMPILED_PARTS = ["decoder", "module", "decode", "function"]
+
+
+def compile_part(model: MultiScaleVQModel, part: str, backend):
+    """A function from latents to pixels of which that part is compiled."""
+    settings = {"fullgraph": True, "backend": backend}
     decode = model.decode
-    if whole:
-        decode = torch.compile(decode, fullgraph=True, backend="eager")
+    if part == "decoder":
+        model.decoder.compile(**settings)
+    elif part == "module":
+        model.decoder = torch.compile(model.decoder, **settings)
+    elif part == "decode":
+        decode = torch.compile(decode, **settings)
     else:
-        model.decoder.compile(fullgraph=True, backend="eager")
-    torch.testing.assert_close(decode(latents).sample, expected, atol=1e-5, rtol=0)
+        return torch.compile(lambda latents: model.decode(latents).sample, **settings)
+    return lambda latents: decode(latents).sample
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [*((part, torch.float32) for part in COMPILED_PARTS), ("decoder", torch.float16), ("decoder", torch.bfloat16)],
+)
+def test_a_compiled_decoder_is_compiled_once_for_a_resolution(part, dtype):
+    torch._dynamo.reset()
+    model, counter = tiny_vqvae(**LIGHT_DECODER).to(dtype), CompileCounter()
+    plain, compiled = tiny_vqvae(**LIGHT_DECODER).to(dtype), compile_part(model, part, counter)
+    # One more for other batch sizes, one for another resolution; that is one for all.
+    expected = {(3, 4, 4): 1, (5, 4, 4): 2, (2, 4, 4): 2, (4, 2, 6): 3, (3, 2, 6): 3, (2, 5, 7): 3}
+    for shape, num_graphs in expected.items() if dtype == torch.float32 else [((3, 4, 4), 1)]:
+        latents = random_latents(*shape)
+        torch.testing.assert_close(compiled(latents), plainly(plain, latents), atol=1e-5, rtol=0)
+        assert counter.frame_count == num_graphs
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_decoder_compiled_by_the_default_backend(dtype, tolerance):
+    torch._dynamo.reset()
+    model, latents = tiny_vqvae(**LIGHT_DECODER).to(dtype), random_latents()
+    expected = plainly(model, latents).float()
+    model.decoder.compile(fullgraph=True)
+    sample = model.decode(latents).sample.float()
+    torch.testing.assert_close(sample, expected, atol=tolerance * expected.abs().max().item(), rtol=0)
+
+
+@torch.no_grad()
+def test_a_compiled_decoder_gets_even_slices(monkeypatch):
+    small = dataclasses.replace(COMPILED_ON_CPU, bytes_per_slice=4 * 3072)
+    monkeypatch.setattr(decoder, "COMPILED_ON_CPU", small)
+    torch._dynamo.reset()
+    model, latents, batch_sizes, pixels = tiny_vqvae(**LIGHT_DECODER), random_latents(9), [], []
+
+    def backend(graph_module, example_inputs):
+        def run(*inputs):
+            # As a compiler's CUDA graph: all outputs lie in one memory.
+            [sample] = graph_module(*inputs)
+            pixels.append(sample if not pixels else pixels[0][: len(sample)].copy_(sample))
+            batch_sizes.append(len(sample))
+            return (pixels[-1],)
+
+        return run
+
+    expected = plainly(model, latents)
+    model.decoder.compile(fullgraph=True, backend=backend)
+    torch.testing.assert_close(model.decode(latents).sample, expected, atol=1e-5, rtol=0)
+    assert batch_sizes == [3, 3, 3]
+    model.enable_slicing()
+    model.decode(latents[:2])
+    assert batch_sizes[3:] == [1, 1]
+
+
+class NoConstants(TorchFunctionMode):
+    """Refuses to make tensors of what the host has, as one must while a CUDA graph is captured."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor)
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS.keys())
+def test_an_accelerator_is_asked_nothing_and_sent_nothing(overrides, monkeypatch):
+    monkeypatch.setattr(decoder, "FLOAT32_ON_CPU", dataclasses.replace(ACCELERATOR, bytes_per_slice=2 * 8192))
+    with FakeTensorMode():  # knows no numbers: a read by the host raises
+        model = MultiScaleVQModel(**{**VQVAE_CONFIG, **overrides}).eval()
+        latents = torch.empty(5, LATENT_CHANNELS, 4, 4)
+        with NoConstants():
+            sample = model.decode(latents).sample
+    assert len(sample) == 5
 
 
 @torch.no_grad()
@@ -337,7 +431,7 @@ def test_batches_are_decoded_in_slices(monkeypatch):
 
 @pytest.mark.parametrize(
     ("side", "dtype", "on_cpu", "on_accelerator"),
-    [(16, torch.float32, 1, 6), (16, torch.bfloat16, 1, 12), (64, torch.bfloat16, 1, 1), (4, torch.float32, 3, 102)],
+    [(16, torch.float32, 1, 6), (16, torch.bfloat16, 1, 12), (64, torch.bfloat16, 1, 1), (4, torch.float32, 3, 64)],
 )
 def test_images_per_slice_of_the_full_tokenizer(side, dtype, on_cpu, on_accelerator, monkeypatch):
     with init_empty_weights():
@@ -348,7 +442,7 @@ def test_images_per_slice_of_the_full_tokenizer(side, dtype, on_cpu, on_accelera
     monkeypatch.setattr(model, "_decode", lambda latents: batch_sizes.append(len(latents)) or latents)
     batch_sizes = []
     for path, expected in ((paths[dtype], on_cpu), (ACCELERATOR, on_accelerator)):
-        monkeypatch.setattr(decoder, "decoding_path", lambda latents, fast, path=path: path)
+        monkeypatch.setattr(decoder, "decoding_path", lambda *args, path=path: path)
         model.decode(latents)
         assert batch_sizes.pop(0) == expected
         batch_sizes.clear()
@@ -382,6 +476,71 @@ def test_a_slice_has_one_image_at_least(bytes_per_image, expected):
     batch_sizes.clear()
     run_decoder(decode, latents[:3], True, 2 * FLOAT32_ON_CPU.bytes_per_slice)
     assert batch_sizes == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "free_mib", "expected"),
+    [
+        (1, None, 1),
+        (12, None, 12),
+        (13, None, 7),
+        (64, None, 11),
+        (64, 80_000, 11),  # half of it is far more than five maps of 12 images
+        (64, 2400, 11),
+        (64, 2399, 11),
+        (64, 2000, 10),  # 200 MiB for the map of a slice
+        (64, 400, 2),
+        (64, 399, 1),
+        (64, 0, 1),
+    ],
+)
+def test_slices_are_even_and_fit_into_the_memory_that_is_free(batch_size, free_mib, expected):
+    free_bytes = None if free_mib is None else free_mib * MIB
+    # 256px in half precision: 160 channels.
+    assert images_per_slice(batch_size, 20 * MIB, 256 * MIB, free_bytes) == expected
+
+
+def test_slices_are_as_few_and_as_even_as_can_be():
+    for batch_size in range(1, 130):
+        for at_most in range(1, 40):
+            size = images_per_slice(batch_size, 1, at_most)
+            slices = [len(part) for part in torch.empty(batch_size).split(size)]
+            assert max(slices) == size <= at_most
+            assert len(slices) == -(-batch_size // at_most)
+            assert len({*slices}) <= 2
+
+
+@torch.no_grad()
+def test_a_graph_is_captured_with_the_slices_of_the_run_before(monkeypatch):
+    answers, batch_sizes = [], []
+    monkeypatch.setattr(decoder, "free_memory", lambda device: answers.pop(0))
+    monkeypatch.setattr(decoder, "_decided", {})
+
+    def slices_of(batch_size, *free_bytes):
+        answers.extend(free_bytes)
+        batch_sizes.clear()
+        latents = torch.empty(batch_size, LATENT_CHANNELS, 4, 4, device="meta")
+        run_decoder(lambda latents: batch_sizes.append(len(latents)) or latents, latents, True, 20 * MIB)
+        assert not answers
+        return list(batch_sizes)
+
+    assert slices_of(5, 2**40) == [5]
+    assert slices_of(5, 400 * MIB) == [2, 2, 1]
+    assert slices_of(5, None) == [2, 2, 1]  # captured
+    assert slices_of(5, 2**40) == [5]
+    assert slices_of(5, None) == [5]
+    assert slices_of(13, None) == [7, 6]  # nothing was run before
+    assert slices_of(1) == [1]  # nothing to ask for
+
+
+@pytest.mark.parametrize("overrides", [{}, ATTENTION, {"block_out_channels": [32, 32], "layers_per_block": 3}])
+def test_three_of_the_largest_maps_are_there_at_once(overrides):
+    model = tiny_vqvae(**overrides).to("meta")
+    latents = torch.empty(64, LATENT_CHANNELS, 4, 4, device="meta")
+    peak, before = peak_bytes(model, model.decode, latents)
+    largest_map = latents.shape[-2:].numel() * model._largest_map * latents.element_size() * len(latents)
+    assert peak - before < 3.2 * largest_map
+    assert MAPS_AT_PEAK == 3 + 2  # and cuDNN's copies
 
 
 @torch.no_grad()

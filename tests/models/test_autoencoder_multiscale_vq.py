@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import convert_to_fp32
 from diffusers.models.autoencoders.vae import Decoder
+from live_memory import peak_bytes
 from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, LIGHT_DECODER, VQVAE_CONFIG, tiny_vqvae
 
 from srdd import MultiScaleVQModel
+from srdd.acceleration import decoder
 
 
 NUM_TOKENS = 1 + 4 + 16
@@ -372,6 +374,43 @@ def test_an_output_can_be_rebuilt_in_another_precision():
     assert torch.equal(again.token_ids, output.token_ids)
     assert torch.equal(again.sample, output.sample.float())
     assert torch.equal(again.codebook_loss, output.codebook_loss)
+
+
+def test_float8_weights_and_half_precision_save_memory_where_tensors_take_it(monkeypatch):
+    for path in ("FLOAT32_ON_CPU", "HALF_ON_CPU"):
+        monkeypatch.setattr(decoder, path, decoder.ACCELERATOR)
+
+    def peak_and_weights(storage_dtype, compute_dtype):
+        model = tiny_vqvae(sample_size=64, scale_sizes=[1, 2, 4, 32]).to(compute_dtype)
+        model.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=compute_dtype)
+        images = random_images(64, 64).to(compute_dtype)
+        return peak_bytes(model, model, images)[0], model.get_memory_footprint()
+
+    float32, weights = peak_and_weights(torch.float32, torch.float32)
+    float8, float8_weights = peak_and_weights(torch.float8_e4m3fn, torch.float32)
+    half, half_weights = peak_and_weights(torch.float8_e4m3fn, torch.bfloat16)
+    assert half_weights < float8_weights < weights / 3
+    assert float32 - float8 > 0.8 * (weights - float8_weights)
+    assert half - half_weights < 0.55 * (float8 - float8_weights)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_float8_weights_computes_in_the_dtype_asked_for(dtype):
+    model, images = tiny_vqvae(), random_images()
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    assert model.encoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert model.quantize.codebook.weight.dtype == torch.float32
+    rounded = tiny_vqvae()
+    rounded.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})
+    token_ids = model.tokenize(images)
+    assert model.encode(images).latents.dtype == model.decode_tokens(token_ids).sample.dtype == model.dtype == dtype
+    assert model.latent_states(token_ids)[-1].dtype == torch.float32
+    expected, tolerance = rounded.decode_tokens(token_ids).sample, 1e-4 if dtype == torch.float32 else 1e-2
+    difference = (model.decode_tokens(token_ids).sample.float() - expected).abs().max() / expected.abs().max()
+    assert difference < tolerance
+    if dtype == torch.float32:
+        assert torch.equal(token_ids, rounded.tokenize(images))
 
 
 WRONG_IDS = [None, [[1]], "1", np.zeros((2, 21), int), torch.zeros(2, 21), torch.zeros(2, 21, dtype=torch.bool)]

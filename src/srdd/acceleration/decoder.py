@@ -26,6 +26,17 @@ from srdd.acceleration.module_swapping import recast
 
 MIB = 2**20
 
+# What the largest feature map of a slice has at most. A CPU wants its caches, an accelerator full kernels: twelve
+# images of 256px in half precision. What is best there was not measured yet; `benchmarks/decoder_slices.py` does.
+BYTES_PER_SLICE_ON_CPU = 8 * MIB
+BYTES_PER_SLICE = 256 * MIB
+
+# What that map must fit into so many times: three of a residual block's maps are there at once, and cuDNN copies a
+# convolution's input and output into another layout.
+MAPS_AT_PEAK = 5
+# What of the memory that a device has left a slice may take, as what is left in pieces is of no use.
+SHARE_OF_FREE_MEMORY = 0.5
+
 # Where the three taps of a kernel fall after nearest-neighbour up-sampling by 2. At even positions that is the pixel
 # before (tap 0) and the pixel itself (taps 1 and 2), at odd ones the pixel itself (taps 0 and 1) and the next (tap 2).
 TAPS = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
@@ -42,7 +53,11 @@ class DecodingPath:
         merged_kernels (`bool`, defaults to `False`): Up-sampling and the convolution after it are one step with 4/9 of
             the multiplications.
         bytes_per_slice (`int`, *optional*): A batch is decoded so many images at a time that their largest feature map
-            stays below this, and at least one. The decoder needs about four times as much.
+            stays below this, and at least one. In place, the decoder needs three times as much beside its weights, on
+            CUDA [`MAPS_AT_PEAK`].
+        even_slices (`bool`, defaults to `False`): All slices but the last are of one size, the last is not much
+            smaller, and less than `bytes_per_slice` is taken where a device has little memory left
+            ([`images_per_slice`]).
         int8 (`bool`, defaults to `False`): Convolutions that were quantized multiply int8.
     """
 
@@ -50,31 +65,42 @@ class DecodingPath:
     channels_last: bool = False
     merged_kernels: bool = False
     bytes_per_slice: int | None = None
+    even_slices: bool = False
     int8: bool = False
 
 
 PLAIN = DecodingPath()
 FLOAT32_ON_CPU = DecodingPath(
-    in_place=True, channels_last=True, merged_kernels=True, bytes_per_slice=8 * MIB, int8=MULTIPLIES_INT8
+    in_place=True,
+    channels_last=True,
+    merged_kernels=True,
+    bytes_per_slice=BYTES_PER_SLICE_ON_CPU,
+    int8=MULTIPLIES_INT8,
 )
-HALF_ON_CPU = DecodingPath(in_place=True, bytes_per_slice=8 * MIB)
-ACCELERATOR = DecodingPath(in_place=True, bytes_per_slice=256 * MIB)
+HALF_ON_CPU = DecodingPath(in_place=True, bytes_per_slice=BYTES_PER_SLICE_ON_CPU)
+ACCELERATOR = DecodingPath(in_place=True, bytes_per_slice=BYTES_PER_SLICE, even_slices=True)
+# Slices around a compiled decoder, in which all else is the compiler's.
+COMPILED_ON_CPU = DecodingPath(bytes_per_slice=BYTES_PER_SLICE_ON_CPU, even_slices=True)
+COMPILED = DecodingPath(bytes_per_slice=BYTES_PER_SLICE, even_slices=True)
 
 
 # The path of the decoder that is running in this thread.
 current_path: ContextVar[DecodingPath] = ContextVar("current_path", default=PLAIN)
 
 
-def decoding_path(latents: torch.Tensor, fast: bool = True) -> DecodingPath:
+def decoding_path(latents: torch.Tensor, fast: bool = True, compiled: bool = False) -> DecodingPath:
     """
     The path for an input: diffusers' own under autocast and wherever a gradient may be asked for.
 
-    Float32 on a CPU was measured (`benchmarks/SPEED.md`). Accelerators were not: there, only what saves memory is on.
-    Channels stay outermost, as CUDA's group norm would copy maps that have them innermost.
+    Float32 on a CPU was measured (`benchmarks/SPEED.md`). On an accelerator only what saves memory is on. Channels
+    stay outermost there, as CUDA's group norm would copy maps that have them innermost: on an H100 an image took 9.0
+    ms, and 11.1 with channels innermost.
 
     Args:
         latents (`torch.Tensor`): The input.
         fast (`bool`, defaults to `True`): Whether another path than diffusers' own is welcome.
+        compiled (`bool`, defaults to `False`): Whether the decoder is compiled. Only the slices are then left to
+            decide.
 
     Returns:
         [`DecodingPath`]
@@ -84,9 +110,66 @@ def decoding_path(latents: torch.Tensor, fast: bool = True) -> DecodingPath:
     device_type = latents.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return PLAIN
+    if compiled:
+        return COMPILED_ON_CPU if device_type == "cpu" else COMPILED
     if device_type != "cpu":
         return ACCELERATOR
     return FLOAT32_ON_CPU if latents.dtype == torch.float32 else HALF_ON_CPU
+
+
+def images_per_slice(
+    batch_size: int, bytes_per_image: int, bytes_per_slice: int, free_bytes: int | None = None
+) -> int:
+    """
+    How many images of a batch are decoded at a time.
+
+    All of them where their largest feature map is at most `bytes_per_slice`, and [`MAPS_AT_PEAK`] of it fit into
+    [`SHARE_OF_FREE_MEMORY`] of what is free. Otherwise slices are as few as these two allow, and as even as can be: a
+    compiled decoder and cuDNN then see one size, and a smaller one at the end where the batch does not divide. More
+    images in a slice would save nothing but launches, and take memory in proportion.
+
+    Args:
+        batch_size (`int`): Images in all.
+        bytes_per_image (`int`): Size of an image's largest feature map.
+        bytes_per_slice (`int`): What the map of a slice may have at most, unless one image has more.
+        free_bytes (`int`, *optional*): The memory that is free, if anybody knows.
+
+    Returns:
+        `int`: At least 1. The last slice may have fewer.
+    """
+    if free_bytes is not None:
+        bytes_per_slice = min(bytes_per_slice, int(SHARE_OF_FREE_MEMORY * free_bytes) // MAPS_AT_PEAK)
+    at_most = max(1, bytes_per_slice // bytes_per_image)
+    num_slices = -(-batch_size // at_most)
+    return -(-batch_size // num_slices)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """
+    Bytes that torch can still get on a CUDA device, its own unused ones among them. `None` for other devices, and
+    while a CUDA graph is captured, when it is no time for questions.
+    """
+    if device.type != "cuda" or not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
+        return None
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+# What was decided last for a device, a batch size and a size of images: a CUDA graph is captured with the slices of
+# the run before it, which has warmed up the kernels for them.
+_decided: dict[tuple[torch.device, int, int], int] = {}
+
+
+def even_slice(latents: torch.Tensor, bytes_per_image: int, bytes_per_slice: int) -> int:
+    """[`images_per_slice`] with what the device has left. The device is asked here and nowhere else."""
+    case = latents.device, len(latents), bytes_per_image
+    free_bytes = free_memory(latents.device)
+    if free_bytes is None and case in _decided:
+        return _decided[case]
+    num_images = images_per_slice(len(latents), bytes_per_image, bytes_per_slice, free_bytes)
+    if free_bytes is not None:
+        _decided[case] = num_images
+    return num_images
 
 
 def run_decoder(
@@ -95,11 +178,13 @@ def run_decoder(
     fast: bool,
     bytes_per_image: int,
     one_by_one: bool = False,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """
     Decode latents with a lightened decoder on the path that suits them.
 
-    Compiled code is diffusers' own, the whole batch at once: a compiler does the rest better.
+    Compiled code is diffusers' own: a compiler does the rest better. Where `decode` as a whole is compiled, it takes
+    the whole batch at once; a decoder that is compiled alone gets slices from here.
 
     Args:
         decode (`Callable[[torch.Tensor], torch.Tensor]`): Runs the decoder.
@@ -107,20 +192,31 @@ def run_decoder(
         fast (`bool`): Whether another path than diffusers' own is welcome.
         bytes_per_image (`int`): Size of an image's largest feature map.
         one_by_one (`bool`, defaults to `False`): Whether slices are to hold one image each.
+        compiled (`bool`, defaults to `False`): Whether the decoder is compiled.
 
     Returns:
         `torch.Tensor`: What `decode` returns.
     """
     if torch.compiler.is_compiling():
         return decode(latents)
-    path = decoding_path(latents, fast)
+    path = decoding_path(latents, fast, compiled)
     if path.channels_last:
         latents = latents.contiguous(memory_format=torch.channels_last)
-    num_images = len(latents) if path.bytes_per_slice is None else path.bytes_per_slice // bytes_per_image
-    slices = latents.split(1 if one_by_one else max(1, num_images))
+    num_images = len(latents)
+    if one_by_one:
+        num_images = 1
+    elif path.even_slices and num_images > 1:
+        num_images = even_slice(latents, bytes_per_image, path.bytes_per_slice)
+    elif path.bytes_per_slice is not None:
+        num_images = max(1, path.bytes_per_slice // bytes_per_image)
+    slices = latents.split(num_images)
     entered = current_path.set(path)
     try:
-        samples = [*map(decode, slices)]
+        if compiled and len(slices) > 1:
+            # A compiler with CUDA graphs of its own gives every slice's pixels in the same memory.
+            samples = [decode(latents_of_slice).clone() for latents_of_slice in slices]
+        else:
+            samples = [*map(decode, slices)]
     finally:
         current_path.reset(entered)
     sample = samples[0] if len(samples) == 1 else torch.cat(samples)
@@ -136,14 +232,27 @@ class InPlaceSiLU(nn.SiLU):
 
 
 class LeanResnetBlock2D(ResnetBlock2D):
-    """A residual block without time embedding that adds in place, and does not divide by 1."""
+    """
+    A residual block without time embedding that adds in place, and does not divide by 1.
+
+    It holds three maps at most, its input among them: what a layer has read goes when the next one begins, and the sum
+    is written over the input, which the callers of a decoder's blocks hold until the end of the whole level. Whoever
+    keeps a map by a hook has to copy it.
+    """
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
         if torch.compiler.is_compiling() or not current_path.get().in_place:
             return super().forward(input_tensor, temb)
-        hidden_states = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
-        hidden_states = self.conv2(self.nonlinearity(self.norm2(hidden_states)))
-        return hidden_states.add_(input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor))
+        # In one expression, as a name would keep its map.
+        hidden_states = self.conv2(
+            self.nonlinearity(self.norm2(self.conv1(self.nonlinearity(self.norm1(input_tensor)))))
+        )
+        if self.conv_shortcut is not None:
+            return hidden_states.add_(self.conv_shortcut(input_tensor))
+        # The next level takes the convolution's layout; attention gives another one.
+        if input_tensor.stride() == hidden_states.stride():
+            return input_tensor.add_(hidden_states)
+        return hidden_states.add_(input_tensor)
 
 
 class MergedUpsample2D(Upsample2D):

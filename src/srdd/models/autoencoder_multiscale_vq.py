@@ -366,7 +366,9 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         latents = latents.to(self.dtype)
         fast = self.use_fast_decoding and not self.training
         bytes_per_image = latents.shape[-2:].numel() * self._largest_map * latents.element_size()
-        sample = run_decoder(self._decode, latents, fast, bytes_per_image, one_by_one=self.use_slicing)
+        # By `module.compile()`, or `torch.compile(module)` in the decoder's place.
+        compiled = self.decoder._compiled_call_impl is not None or hasattr(self.decoder, "_orig_mod")
+        sample = run_decoder(self._decode, latents, fast, bytes_per_image, self.use_slicing, compiled)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook
