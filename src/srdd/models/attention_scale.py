@@ -238,15 +238,21 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
         accelerate(self)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value of hidden states `(B, N, D)`, `(B, N, H, D / H)` each; the first two normalised."""
+        """
+        Query, key and value of hidden states `(B, N, D)`, `(B, N, H, D / H)` each; the first two normalised. Where
+        projections are fused, that is one step for both.
+        """
         if self.fused_projections:
-            projections = self.to_qkv(hidden_states).chunk(3, dim=-1)
+            states = self.to_qkv(hidden_states).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
+            matched, value = states[:, :, :2], states[:, :, 2]
+            query, key = (F.normalize(matched, dim=-1) if self.qk_norm else matched).unbind(2)
         else:
             projections = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-        query, key, value = (states.unflatten(-1, (self.heads, -1)) for states in projections)  # (B, N, H, D/H)
+            query, key, value = (states.unflatten(-1, (self.heads, -1)) for states in projections)  # (B, N, H, D/H)
+            if self.qk_norm:
+                query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         if self.qk_norm:
-            query = F.normalize(query, dim=-1) * self.query_scale.clamp(max=self.max_query_scale).exp()
-            key = F.normalize(key, dim=-1)
+            query = query * self.query_scale.clamp(max=self.max_query_scale).exp()
         query, key = query.to(value.dtype), key.to(value.dtype)
         return query, key, value
 
