@@ -10,7 +10,7 @@ sample: $(VENV)/.sample
 	@echo "Wrote sample.png"
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check .

@@ -46,6 +46,7 @@ setup(
         ],
         "test": [
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "datasets>=3.0",
             "peft>=0.17",
