@@ -404,6 +404,16 @@ def test_a_folder_that_cannot_be_written_is_named(images, tmp_path, folder):
         make(images, tmp_path / folder)
 
 
+def test_ids_of_no_code_are_found_when_a_cache_is_read(images, cache):
+    make(images, cache)
+    [path] = files(cache)
+    token_ids = np.load(path)
+    token_ids[2, 3] = 32
+    np.save(path, token_ids)
+    with pytest.raises(ValueError, match=r"is damaged: its ids must lie in \[0, 31\], got \[\d+, 32\]\. Delete it"):
+        make(images, cache)
+
+
 # What is not finite
 
 
