@@ -84,6 +84,15 @@ def test_rows_are_the_tokens_of_the_images_and_labels_theirs(images, cache):
 
 
 @torch.no_grad()
+def test_a_batch_is_its_items(images, cache):
+    tokens = make(images, cache)
+    for item, index in zip(tokens.__getitems__([4, 0, 4]), [4, 0, 4], strict=True):
+        assert item.keys() == tokens[index].keys()
+        for name, value in tokens[index].items():
+            assert torch.equal(item[name], value)
+            assert item[name].dtype == value.dtype == torch.int64
+
+
 def test_the_size_of_batches_changes_nothing(images, cache):
     vqvae = tiny_vqvae()
     whole = make(images, cache / "whole", vqvae).token_ids

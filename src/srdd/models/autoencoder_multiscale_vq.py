@@ -499,11 +499,20 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, latent_channels)`, float32, packed like `token_ids`.
+
+        Raises:
+            ValueError: As [`~MultiScaleVQModel.latent_states`] does. No input depends on the ids of the last scale,
+                which are not looked at.
         """
         scale_sizes = self._own_or(scale_sizes)
-        states = self.latent_states(token_ids, scale_sizes, grid_size)
-        inputs = [torch.zeros_like(states[0]), *states[:-1]]
-        packed = [area_means(state, size).flatten(2) for state, size in zip(inputs, scale_sizes)]
+        self._check_token_ids(token_ids, scale_sizes)
+        counts = num_tokens_per_scale(scale_sizes)
+        shape = (len(token_ids), self.config.latent_channels, counts[0])
+        packed = [torch.zeros(shape, dtype=torch.float32, device=token_ids.device)]
+        if len(scale_sizes) > 1:
+            grid_size = scale_sizes[-1] if grid_size is None else grid_size
+            states = self.latent_states(token_ids[:, : -counts[-1]], scale_sizes[:-1], grid_size)
+            packed += [area_means(state, size).flatten(2) for state, size in zip(states, scale_sizes[1:])]
         return torch.cat(packed, dim=2).transpose(1, 2)  # (B, N, C)
 
     def decode_tokens(

@@ -73,9 +73,9 @@ class TrainingRun:
     ):
         self.settings = settings
         self.accelerator = accelerator
-        self.model = model
         self.schedule = schedule
-        self.ema = AveragedWeights(accelerator.unwrap_model(model).parameters(), decay=settings.ema_decay)
+        self._parameters = list(accelerator.unwrap_model(model).parameters())
+        self.ema = AveragedWeights(self._parameters, decay=settings.ema_decay)
         accelerator.register_for_checkpointing(schedule, self.ema, *stateful)
         self.log_path = Path(settings.output_dir) / LOSS_LOG
         config = getattr(accelerator.unwrap_model(model), "config", {})
@@ -206,7 +206,7 @@ class TrainingRun:
         batches, self._earlier_batches = [*self._earlier_batches, values], []
         self.schedule.step()
         self.step += 1
-        self.ema.step(self.accelerator.unwrap_model(self.model).parameters())
+        self.ema.step(self._parameters)
         self.progress.update()
         if not self.is_due(self.settings.logging_steps):
             return
