@@ -140,7 +140,9 @@ class TrainingRun:
             loader.set_epoch(epoch)
             if hasattr(loader.dataset, "set_epoch"):
                 loader.dataset.set_epoch(epoch)
-            for batch in self.accelerator.skip_first_batches(loader, skipped) if skipped else loader:
+            rest = self.accelerator.skip_first_batches(loader, skipped) if skipped else loader
+            rest._non_blocking = loader._non_blocking  # accelerate forgets it where batches are skipped
+            for batch in rest:
                 yield batch
                 done += 1
                 if done == wanted:
