@@ -96,7 +96,7 @@ def set_attention(models: Sequence[ScaleTransformer2DModel], backend: str | None
                 model.set_attention_backend(chosen)
     if chosen == "flex":
         compile_blocks(models)
-    if PartialState().is_local_main_process:
+    if PartialState().is_main_process:
         way = WAYS.get(chosen, f"{chosen}, one call per scale")
         reason = f"the default on {device.type}" if backend is None else "as `--attention_backend` says"
         tqdm.write(f"Attention in training: {way} ({reason}).", file=sys.stderr)
