@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """
 What a training step costs: one attention call per scale against VAR's N x N mask, and cached tokens against tokenising
-in every epoch. On CUDA devices also FlexAttention, which skips what the mask forbids, in compiled blocks.
+in every epoch. On GPUs with a compiler also FlexAttention, which skips what the mask forbids, in compiled blocks.
 
     python benchmarks/training_step.py --num_layers 16 --batch_size 2 --grid_size 16
 
 Times the variants in turn, round by round, on the same model, batch and loss (forward, backward, AdamW), after making
 sure that they give the same logits and gradients. Prints medians, the ratios' median and range over the rounds, and
-memory at the peak, as Markdown; `--output` takes JSON. The model has VAR's shape: width 64 times the depth, 64 per
-head. Weights are random: they do not change the cost.
+memory at the peak, as Markdown, and which way is the default of the training scripts; `--output` takes JSON. The model
+has VAR's shape: width 64 times the depth, 64 per head. Weights are random: they do not change the cost.
 """
 
 import argparse
@@ -29,6 +29,8 @@ from srdd.evaluation.pipeline_variants import sharing_parameters
 from srdd.evaluation.tables import markdown_table, speed_ratio
 from srdd.models import MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.scales import default_scale_sizes, num_tokens_per_scale
+from srdd.training.attention_choice import compile_blocks, default_attention, has_compiler
+from srdd.training.optimizer import is_fused
 from srdd.training.token_loss import token_loss
 
 
@@ -38,13 +40,15 @@ VARIANTS = {
     "causal (VAR), a call per scale": ("causal", ScaleAttnProcessor),
     "causal (VAR), N x N mask": ("causal", MaskedScaleAttnProcessor),
 }
-# Only where flex attention has gradients, and in compiled blocks.
+# Only where flex attention compiles.
 FLEX_VARIANTS = {
     "markov, flex": ("markov", MaskedScaleAttnProcessor),
     "causal (VAR), flex": ("causal", MaskedScaleAttnProcessor),
 }
 REFERENCE = "causal (VAR), N x N mask"
 TOKENISING = "markov, a call per scale, tokenising"
+# What the training scripts call the ways.
+NAMES = {"per_scale": "a call per scale", "mask": "N x N mask", "flex": "flex"}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -81,11 +85,15 @@ class Step:
         if args.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.variants, self.compiled = dict(VARIANTS), None
-        if self.device.type == "cuda":
+        can_compile = has_compiler(self.device)
+        self.default = NAMES[default_attention(self.device.type, can_compile, head_dim=64)]
+        if can_compile:
             self.variants.update(FLEX_VARIANTS)
             self.compiled = sharing_parameters(self.model)
-            self.compiled.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+            compile_blocks([self.compiled], fullgraph=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=is_fused(self.device)
+        )
         shape = (args.batch_size, sum(num_tokens_per_scale(self.scale_sizes)))
         self.token_ids = torch.randint(4096, shape, device=self.device)
         self.inputs = torch.randn(*shape, 32, device=self.device)
@@ -183,6 +191,7 @@ def run(step: Step) -> dict:
         "device": device_name(step.device),
         "num_tokens": step.token_ids.shape[1],
         "difference": difference,
+        "default": step.default,
         "seconds": seconds,
         "mebibytes": memory,
     }
@@ -194,7 +203,7 @@ def report(results: dict) -> str:
     introduction = (
         f"Depth {args.num_layers}, batch {args.batch_size}, {results['num_tokens']} tokens, {results['device']}, torch"
         f" {torch.__version__}, precision {args.mixed_precision}, {args.num_rounds} rounds; the variants agree to"
-        f" {results['difference']:.0e}."
+        f" {results['difference']:.0e}. The default of the training scripts here: {results['default']}."
     )
     lines = []
     for name, times in seconds.items():

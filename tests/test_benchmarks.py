@@ -192,6 +192,7 @@ def test_training_step(load, tmp_path, capsys):
     report, results = capsys.readouterr().out, json.loads(path.read_text())
     assert set(results["seconds"]) == set(training_step.VARIANTS)
     assert 0 < results["difference"] < 1e-4
+    assert "The default of the training scripts here: a call per scale." in report
     for name in training_step.VARIANTS:
         assert len(results["seconds"][name]) == 1
         assert f"| {name} |" in report

@@ -88,7 +88,9 @@ def main(args: DecoderSettings) -> None:
     validation_loader = DataLoader(validation_pixels, batch_size=args.train_batch_size)
 
     averaged = evaluation_copy(model, accelerator)
-    optimizer, schedule = make_optimizer(args, model.decoder.parameters(), accelerator.num_processes)
+    optimizer, schedule = make_optimizer(
+        args, model.decoder.parameters(), accelerator.num_processes, accelerator.device
+    )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     pixel_losses = PixelLosses(args, accelerator.device)
     run = TrainingRun(args, accelerator, model, schedule, images=images, frozen={"teacher": teacher})

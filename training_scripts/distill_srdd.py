@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
 from srdd.training.accelerator import make_accelerator, on_main_process
+from srdd.training.attention_choice import check_attention, set_attention
 from srdd.training.checkpoints import checkpoint_step, list_checkpoints
 from srdd.training.graceful_end import ends_gracefully
 from srdd.training.guided_distillation import guided_divergence
@@ -86,6 +87,7 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     """Train one student, from the weights in `source`, into `args.output_dir`, in or below `root`."""
     accelerator = make_accelerator(args)
     on_main_process(accelerator, lambda: lock_output_dir(root))
+    check_attention(args.attention_backend, accelerator.device)
     set_seed(args.seed, device_specific=True)
     with accelerator.main_process_first():
         images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
@@ -110,8 +112,9 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
 
     averaged = evaluation_copy(model, accelerator)
     pipe = SRDDPipeline(vqvae, averaged, scheduler)
+    set_attention([model, teacher], args.attention_backend, accelerator.device)
     parameters = parameter_groups(model, args.adam_weight_decay)
-    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
+    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes, accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     run = TrainingRun(
         args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae, "teacher": teacher},

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from diffusers.models.attention_dispatch import attention_backend
 from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.models import ATTENTION_PATTERNS, MaskedScaleAttnProcessor, ScaleAttnProcessor
+from srdd.models import ATTENTION_PATTERNS
 from srdd.training.accelerator import make_accelerator
+from srdd.training.attention_choice import check_attention, set_attention
 from srdd.training.graceful_end import ends_gracefully
 from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
@@ -41,9 +41,6 @@ class SRDDSettings(TransformerSettings):
     pretrained_vqvae_name_or_path: str = flag(MISSING, "Folder or Hub id of the tokenizer.")
     pretrained_model_name_or_path: str | None = flag(help="Start from this transformer.")
     attention_pattern: str | None = flag(help="Default: markov, or as pretrained.", choices=ATTENTION_PATTERNS)
-    attention_backend: str | None = flag(
-        help="One of diffusers' while training; 'flex': one call for all scales, compiled."
-    )
     num_layers: int = flag(6)
     num_attention_heads: int = flag(4)
     attention_head_dim: int = flag(64)
@@ -121,20 +118,10 @@ def add_lora(model: ScaleTransformer2DModel, args: SRDDSettings) -> None:
     model.class_embed.requires_grad_(True)
 
 
-def select_attention(model: ScaleTransformer2DModel, backend: str, device: torch.device) -> None:
-    """Let the transformer train with another backend of diffusers' for its attention."""
-    if backend == "flex" and device.type == "cpu":
-        raise ValueError("`--attention_backend` must be one that has gradients on a CPU, got 'flex'.")
-    if backend == "flex":
-        model.set_attn_processor(MaskedScaleAttnProcessor())
-        model.compile_repeated_blocks(dynamic=False)
-    with attention_backend():  # diffusers would make it the default of all models, the averaged copy among them
-        model.set_attention_backend(backend)
-
-
 @ends_gracefully
 def main(args: SRDDSettings) -> None:
     accelerator = make_accelerator(args)
+    check_attention(args.attention_backend, accelerator.device)
     set_seed(args.seed)  # FSDP takes a part of the new weights from every process: they must be the same
     with accelerator.main_process_first():
         images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
@@ -143,8 +130,6 @@ def main(args: SRDDSettings) -> None:
     model = build_model(args, vqvae, images.id2label)
     if args.lora_rank:
         add_lora(model, args)
-    if args.attention_backend:
-        select_attention(model, args.attention_backend, accelerator.device)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     set_seed(args.seed, device_specific=True)
@@ -155,10 +140,10 @@ def main(args: SRDDSettings) -> None:
     validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
 
     averaged = evaluation_copy(model, accelerator)
-    averaged.set_attn_processor(ScaleAttnProcessor())  # it may not have the compiled blocks of another
     pipe = SRDDPipeline(vqvae, averaged, scheduler)
+    set_attention([model], args.attention_backend, accelerator.device)
     parameters = parameter_groups(model, args.adam_weight_decay)
-    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
+    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes, accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     run = TrainingRun(
         args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae}, unit="tok",

@@ -24,7 +24,7 @@ from srdd.training.adversarial_loss import PatchDiscriminator, adaptive_weight, 
 from srdd.training.averaged_weights import AveragedWeights
 from srdd.training.codebook_upkeep import CodebookTracker, low_usage
 from srdd.training.graceful_end import ends_gracefully
-from srdd.training.optimizer import make_optimizer
+from srdd.training.optimizer import is_fused, make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_tokenizer
 from srdd.training.settings import PixelSettings, flag, make_parser, parse_settings, positive_int
@@ -184,7 +184,7 @@ class TokenizerLosses:
 
 
 def build_discriminator(
-    args: TokenizerSettings, model: MultiScaleVQModel
+    args: TokenizerSettings, model: MultiScaleVQModel, device: torch.device
 ) -> tuple[PatchDiscriminator | None, torch.optim.Optimizer | None]:
     """A discriminator of the model's images and its optimizer, if the adversarial loss weighs anything."""
     if args.adversarial_weight <= 0:
@@ -198,7 +198,10 @@ def build_discriminator(
         )
     discriminator = PatchDiscriminator(model.config.out_channels, num_layers=args.discriminator_layers)
     rate = args.discriminator_learning_rate or args.learning_rate
-    return discriminator, torch.optim.AdamW(discriminator.parameters(), lr=rate, betas=(0.5, 0.9), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        discriminator.parameters(), lr=rate, betas=(0.5, 0.9), weight_decay=0.0, fused=is_fused(device)
+    )
+    return discriminator, optimizer
 
 
 def train_discriminator(
@@ -284,7 +287,7 @@ def main(args: TokenizerSettings) -> None:
     freeze(model, args)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    discriminator, discriminator_optimizer = build_discriminator(args, model)
+    discriminator, discriminator_optimizer = build_discriminator(args, model, accelerator.device)
     scale_sizes = model.config.scale_sizes
     pixels, validation_pixels = load_pixels(args, model, images)
     loader = make_loader(args, pixels, accelerator.num_processes)
@@ -292,7 +295,7 @@ def main(args: TokenizerSettings) -> None:
 
     averaged = evaluation_copy(model, accelerator)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes)
+    optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes, accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if discriminator is not None:
         discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)

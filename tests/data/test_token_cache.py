@@ -84,6 +84,15 @@ def test_rows_are_the_tokens_of_the_images_and_labels_theirs(images, cache):
 
 
 @torch.no_grad()
+def test_a_batch_is_its_items(images, cache):
+    tokens = make(images, cache)
+    for item, index in zip(tokens.__getitems__([4, 0, 4]), [4, 0, 4], strict=True):
+        assert item.keys() == tokens[index].keys()
+        for name, value in tokens[index].items():
+            assert torch.equal(item[name], value)
+            assert item[name].dtype == value.dtype == torch.int64
+
+
 def test_the_size_of_batches_changes_nothing(images, cache):
     vqvae = tiny_vqvae()
     whole = make(images, cache / "whole", vqvae).token_ids
@@ -402,6 +411,16 @@ def test_a_folder_that_cannot_be_written_is_named(images, tmp_path, folder):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match=rf"`cache_dir` must be a folder that can be written, got '.*{folder}'"):
         make(images, tmp_path / folder)
+
+
+def test_ids_of_no_code_are_found_when_a_cache_is_read(images, cache):
+    make(images, cache)
+    [path] = files(cache)
+    token_ids = np.load(path)
+    token_ids[2, 3] = 32
+    np.save(path, token_ids)
+    with pytest.raises(ValueError, match=r"is damaged: its ids must lie in \[0, 31\], got \[\d+, 32\]\. Delete it"):
+        make(images, cache)
 
 
 # What is not finite

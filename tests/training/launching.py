@@ -28,6 +28,7 @@ IMPORTED_BY_SERVER = [
     "srdd.evaluation.reconstruction",
     "srdd.training.accelerator",
     "srdd.training.adversarial_loss",
+    "srdd.training.attention_choice",
     "srdd.training.codebook_upkeep",
     "srdd.training.guided_distillation",
     "srdd.training.light_decoder",

@@ -209,6 +209,14 @@ def test_a_student_that_follows_its_teacher_alone_stays_where_it_is(trained, run
     assert_same_weights(load(folder).transformer, load(trained / "model").transformer, atol=1e-6)
 
 
+def test_teacher_and_student_attend_under_a_mask(run):
+    options = ["--scales", "1,4", "--kl_weight", 1, "--max_train_steps", 2, "--adam_epsilon", 1e-3]
+    masked, plain = run("masked", *options, "--attention_backend", "mask"), run("not masked", *options)
+    assert_same_weights(load(masked).transformer, load(plain).transformer, atol=1e-5)
+    for mine, others in zip(losses(masked), losses(plain), strict=True):
+        assert mine == pytest.approx(others, rel=1e-5, abs=1e-6)
+
+
 # Stages
 
 

@@ -128,6 +128,11 @@ def test_two_processes_train_a_transformer_like_one_with_twice_the_batch(root, b
     assert_same_training(by_two, by_one)
 
 
+def test_two_processes_train_under_a_mask_what_one_does_in_calls_per_scale(root, by_one):
+    options = ["--train_batch_size", 4, "--attention_backend", "mask"]
+    assert_same_training(train("train_srdd", root, "masked", *options, num_processes=2), by_one)
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_accumulated_batches_train_a_transformer_like_one_of_their_size(root, by_one, num_processes):
     options = ["--gradient_accumulation_steps", 2, "--train_batch_size", 4 // num_processes]
@@ -340,6 +345,36 @@ def test_an_adapter_of_a_sharded_model_trains_as_on_one_process(root, by_one):
     assert_same_results(sharded, alone)
     adapters = [load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in (sharded, alone)]
     torch.testing.assert_close(*adapters, rtol=0, atol=1e-5)
+
+
+COMPILED_SCRIPT = """
+import importlib.util
+from srdd.training.attention_choice import compile_blocks
+
+spec = importlib.util.spec_from_file_location("train_srdd", {script!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+main, parse_args, set_attention = module.main, module.parse_args, module.set_attention
+
+
+def set_compiled_attention(models, *arguments):
+    set_attention(models, *arguments)
+    compile_blocks(models, backend="eager", fullgraph=True)
+
+
+module.set_attention = set_compiled_attention
+"""
+
+
+def test_compiled_blocks_are_sharded(root, by_one):
+    (root / "compiled.py").write_text(COMPILED_SCRIPT.format(script=str(SCRIPTS / "train_srdd.py")))
+    output_dir = root / "sharded_compiled"
+    start(
+        str(root / "compiled"), *transformer_arguments(root, output_dir), "--report_to", "none", "--train_batch_size",
+        4, "--attention_backend", "mask", "--gradient_checkpointing", output=output_dir.with_suffix(".txt"),
+        num_processes=2, environment=fsdp_environment(),
+    ).finish()  # fmt: skip
+    assert_same_results(output_dir, by_one)
 
 
 def test_checkpoints_of_sharded_training_hold_whole_weights(sharded):

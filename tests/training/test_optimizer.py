@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny_transformer
 
-from srdd.training.optimizer import learning_rate, make_optimizer, parameter_groups
+from srdd.training.optimizer import is_fused, learning_rate, make_optimizer, parameter_groups, place_step_counts
 from srdd.training.settings import OptimizationSettings
 
 
@@ -68,3 +68,39 @@ def test_frozen_parameters_are_in_no_group():
     [group] = parameter_groups(model, 0.25)
     assert [id(parameter) for parameter in group["params"]] == [id(model.class_embed.weight)]
     assert group["weight_decay"] == 0
+
+
+def test_adamw_is_fused_on_cuda_alone():
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    for device, fused in (("cuda", True), ("cuda:1", True), ("cpu", None), ("mps", None)):
+        assert is_fused(torch.device(device)) is fused
+        optimizer, _ = make_optimizer(OptimizationSettings(), parameters, device=torch.device(device))
+        assert optimizer.defaults["fused"] is fused
+
+
+@pytest.mark.parametrize(("fused", "there"), [(True, "meta"), (None, "cpu")])
+def test_step_counts_are_where_the_optimizer_wants_them(fused, there):
+    # As if "meta" was a GPU, and the state from a checkpoint of a version that did not fuse.
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2, device="meta"))])
+    [parameter] = optimizer.param_groups[0]["params"]
+    optimizer.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2, device="meta")}
+    optimizer.param_groups[0]["fused"] = fused
+    place_step_counts(optimizer)
+    assert optimizer.state[parameter]["step"].device.type == there
+    assert optimizer.state[parameter]["exp_avg"].device.type == "meta"
+
+
+@pytest.mark.cuda
+def test_fused_steps_on_cuda_are_those_of_the_cpu():
+    weights = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(5, 3).to(device))]
+        settings = OptimizationSettings(lr_warmup_steps=0)
+        optimizer, _ = make_optimizer(settings, parameters, device=torch.device(device))
+        for _ in range(3):
+            parameters[0].square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(parameters[0].detach().cpu())
+    torch.testing.assert_close(*weights)

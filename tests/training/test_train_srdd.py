@@ -15,7 +15,6 @@ from tiny_models import tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, load_script, read_log, train_transformer, weights
 
 from srdd import MultiScaleVQModel, ScaleTransformer2DModel, SRDDPipeline
-from srdd.models import MaskedScaleAttnProcessor
 from srdd.training.lora import load_lora
 
 
@@ -88,19 +87,32 @@ def test_an_attention_backend_for_training(run, plain):
     assert_same_weights(load(native), load(plain))
     with pytest.raises(ValueError, match="must be one that has gradients on a CPU, got 'flex'"):
         run("flex", "--attention_backend", "flex")
-    with pytest.raises(ValueError, match="must be one of the following"):
+    with pytest.raises(ValueError, match=r"must be one of .* got 'fast'"):
         run("fast", "--attention_backend", "fast")
+    for name in ("flex", "fast"):
+        assert not [path for path in (run.root / name).iterdir() if path.name != ".training.lock"]
 
 
-def test_flex_attention_is_trained_in_compiled_blocks():
-    model = tiny_transformer()
-    SCRIPT.select_attention(model, "flex", torch.device("cuda"))
-    for block in model.blocks:
-        assert isinstance(block.attn.processor, MaskedScaleAttnProcessor)
-        assert block.attn.processor._attention_backend == "flex"
-        assert block._compiled_call_impl is not None
-    # Other models keep their attention: that of flex has no gradients here.
-    tiny_transformer()(torch.zeros(1, 21, 8)).sample.sum().backward()
+def test_one_call_under_a_mask_trains_the_same_and_goes_on_from_calls_per_scale(run, plain, capsys):
+    options = ["--class_dropout_prob", 0, "--attention_backend", "mask", "--checkpointing_steps", 2]
+    masked = run("mask", *options)
+    assert "one call for all scales under a dense mask (as `--attention_backend` says)" in capsys.readouterr().err
+    assert_same_weights(load(masked), load(plain), atol=1e-5)
+    for mine, others in zip(losses(masked), losses(plain), strict=True):
+        assert mine == pytest.approx(others, rel=1e-5)
+    shutil.copytree(masked / "checkpoint-2", run.root / "changed" / "checkpoint-2")
+    changed = run("changed", *options, "--attention_backend", "per_scale", "--resume_from_checkpoint", "latest")
+    assert "`attention_backend` 'per_scale' (before: 'mask')" in capsys.readouterr().out
+    assert_same_weights(load(changed), load(plain), atol=1e-5)
+
+
+def test_an_adapter_trains_the_same_under_a_mask(run, plain):
+    options = ["--pretrained_model_name_or_path", plain / "transformer", "--lora_rank", 2, "--gradient_checkpointing"]
+    options += ["--class_dropout_prob", 0, "--learning_rate", 1e-2, "--adam_epsilon", 1e-3]
+    folders = [run(f"adapter {way}", *options, "--attention_backend", way) for way in ("per_scale", "mask")]
+    adapters = [load_file(folder / "lora" / "pytorch_lora_weights.safetensors") for folder in folders]
+    torch.testing.assert_close(*adapters, rtol=0, atol=1e-5)
+    assert_same_weights(*map(load, folders), atol=1e-5)
 
 
 def test_a_tokenizer_is_needed(capsys):

@@ -153,6 +153,55 @@ def test_gradients_that_are_no_numbers_stop_the_run(tmp_path, value):
         session.run.clip_gradients(session.model.parameters())
 
 
+class Broken(Session):
+    """A run as on a GPU, that nothing waits for, with a loss or gradient in its second step that is no number."""
+
+    def __init__(self, output_dir: Path, broken: str, **options):
+        super().__init__(output_dir, **{"logging_steps": 100, "checkpointing_steps": 100, **options})
+        self.run._finite.reads_at_once = False
+        self.broken = broken
+
+    def step(self, number: int) -> None:
+        with self.accelerator.accumulate(self.model):
+            loss = self.model(torch.ones(1, 1)).sum()
+            factor = math.nan if number == 2 else 1.0
+            self.run.check_finite({"loss": loss * factor if self.broken == "loss" else loss, "part": loss})
+            self.accelerator.backward(loss * factor)
+            self.run.clip_gradients(self.model.parameters())
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.run.finish_step({"loss": loss})
+
+
+MESSAGES = {"loss": r"not finite at step 2: \{'loss': nan\}\.", "norm": r"gradients is nan at step 2\."}
+
+
+@pytest.mark.parametrize("broken", MESSAGES)
+@pytest.mark.parametrize("due", ["log", "checkpoint", "averages"])
+def test_a_run_that_waits_for_nothing_keeps_nothing_of_a_broken_step(tmp_path, broken, due):
+    options = {"log": {"logging_steps": 4}, "checkpoint": {"checkpointing_steps": 4}}.get(due, {})
+    session = Broken(tmp_path, broken, max_train_steps=9, **options)
+    before = session.averaged.weight.clone()
+    for number in (1, 2, 3):
+        session.step(number)
+        session.run.checkpoint()
+    assert session.model.weight.isnan()
+    with pytest.raises(FloatingPointError, match=MESSAGES[broken]):  # noqa: PT012
+        if due == "averages":
+            session.run.copy_averages_to(session.averaged)
+        session.step(4)
+        session.run.checkpoint()
+    assert torch.equal(session.averaged.weight, before)
+    assert [path.name for path in tmp_path.iterdir()] == [".training.lock"]
+
+
+def test_values_are_read_once(tmp_path):
+    session = Broken(tmp_path, "nothing", logging_steps=1)
+    session.step(1)
+    assert session.run._finite._unread == []
+    assert [record["step"] for record in read_log(tmp_path)] == [1]
+
+
 def test_gradients_are_clipped_to_their_norm(tmp_path):
     session = Session(tmp_path, max_grad_norm=0.5)
     session.model.weight.grad, session.model.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])

@@ -52,6 +52,12 @@ class TokenDataset(torch.utils.data.Dataset):
             "labels": torch.tensor(int(self.labels[index])),
         }
 
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        """The items of a batch, in half of the time: without workers a device may wait for them."""
+        token_ids = torch.from_numpy(self.token_ids[indices].astype(np.int64))
+        labels = torch.from_numpy(self.labels[indices].astype(np.int64))
+        return [{"token_ids": ids, "labels": label} for ids, label in zip(token_ids, labels)]
+
 
 class ImageViews(torch.utils.data.Dataset):
     """
@@ -176,7 +182,7 @@ def cached_tokens(
                     file.write(token_ids.astype(dtype).tobytes())
             wait()
     wait()
-    return TokenDataset(_read_cache(path, shape), np.tile(labels, views.num_views))
+    return TokenDataset(_read_cache(path, shape, vqvae.config.codebook_size), np.tile(labels, views.num_views))
 
 
 def _tokenise(
@@ -217,8 +223,8 @@ def _tokenise(
         yield int(indices[0]), vqvae.quantize_latents(latents, scale_sizes).cpu().numpy()
 
 
-def _read_cache(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Map a finished file."""
+def _read_cache(path: Path, shape: tuple[int, int], codebook_size: int) -> np.ndarray:
+    """Map a finished file. All ids are looked at here: on a GPU no step does."""
     try:
         token_ids = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
@@ -229,6 +235,12 @@ def _read_cache(path: Path, shape: tuple[int, int]) -> np.ndarray:
         raise ValueError(
             f"The token cache {str(path)!r} is damaged: it must have the shape {shape}, got {token_ids.shape}. Delete"
             " it, and it is made anew."
+        )
+    low, high = int(token_ids.min()), int(token_ids.max())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(
+            f"The token cache {str(path)!r} is damaged: its ids must lie in [0, {codebook_size - 1}], got [{low},"
+            f" {high}]. Delete it, and it is made anew."
         )
     return token_ids
 

@@ -231,15 +231,16 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
     def _check_token_ids(self, token_ids: torch.Tensor, scale_sizes: list[list[int]]) -> None:
         if not isinstance(token_ids, torch.Tensor) or token_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"`token_ids` must be an int64 or int32 tensor, got {described(token_ids)}.")
-        low, high = (int(bound) for bound in torch.aminmax(token_ids)) if token_ids.numel() else (0, 0)
-        if low < 0 or high >= self.config.codebook_size:
-            raise ValueError(f"`token_ids` must lie in [0, {self.config.codebook_size - 1}], got [{low}, {high}].")
         num_tokens = sum(num_tokens_per_scale(scale_sizes))
         if token_ids.ndim != 2 or token_ids.shape[1] != num_tokens:
             raise ValueError(
                 f"`token_ids` must have shape (batch, {num_tokens}) for the scales {shown(scale_sizes)}, got"
                 f" {tuple(token_ids.shape)}."
             )
+
+    def _outside_codebook(self, name: str, token_ids: torch.Tensor) -> ValueError:
+        low, high = (bound.item() for bound in token_ids.aminmax())
+        return ValueError(f"`{name}` must lie in [0, {self.config.codebook_size - 1}], got [{low}, {high}].")
 
     def _check_num_scales(self, num_scales: torch.Tensor, batch_size: int) -> None:
         dtypes, last = (torch.int64, torch.int32), len(self.config.scale_sizes)
@@ -449,10 +450,7 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         try:
             return self.quantize.residual_map(token_map, grid_size, mask)
         except IndexError as error:
-            raise ValueError(
-                f"`token_map` must lie in [0, {self.config.codebook_size - 1}], got"
-                f" [{token_map.min().item()}, {token_map.max().item()}]."
-            ) from error
+            raise self._outside_codebook("token_map", token_map) from error
 
     @apply_forward_hook
     def latent_states(
@@ -474,12 +472,16 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
 
         Raises:
             ValueError: If `token_ids` is of another kind or length or has ids outside the codebook, or `scale_sizes`
-                or `grid_size` is none.
+                or `grid_size` is none. Nothing is read back from accelerators for it: on CUDA such ids are a
+                device-side assertion.
         """
         scale_sizes = self._own_or(scale_sizes)
         grid_size = scale_sizes[-1] if grid_size is None else self._grid(grid_size)
         self._check_token_ids(token_ids, scale_sizes)
-        return self.quantize.latent_states(token_ids, scale_sizes, grid_size)
+        try:
+            return self.quantize.latent_states(token_ids, scale_sizes, grid_size)
+        except IndexError as error:
+            raise self._outside_codebook("token_ids", token_ids) from error
 
     @apply_forward_hook
     def teacher_forcing_inputs(
@@ -499,11 +501,20 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, latent_channels)`, float32, packed like `token_ids`.
+
+        Raises:
+            ValueError: As [`~MultiScaleVQModel.latent_states`] does. No input depends on the ids of the last scale,
+                which are not looked at.
         """
         scale_sizes = self._own_or(scale_sizes)
-        states = self.latent_states(token_ids, scale_sizes, grid_size)
-        inputs = [torch.zeros_like(states[0]), *states[:-1]]
-        packed = [area_means(state, size).flatten(2) for state, size in zip(inputs, scale_sizes)]
+        self._check_token_ids(token_ids, scale_sizes)
+        counts = num_tokens_per_scale(scale_sizes)
+        shape = (len(token_ids), self.config.latent_channels, counts[0])
+        packed = [torch.zeros(shape, dtype=torch.float32, device=token_ids.device)]
+        if len(scale_sizes) > 1:
+            grid_size = scale_sizes[-1] if grid_size is None else grid_size
+            states = self.latent_states(token_ids[:, : -counts[-1]], scale_sizes[:-1], grid_size)
+            packed += [area_means(state, size).flatten(2) for state, size in zip(states, scale_sizes[1:])]
         return torch.cat(packed, dim=2).transpose(1, 2)  # (B, N, C)
 
     def decode_tokens(
@@ -533,6 +544,8 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         self._check_token_ids(token_ids, scale_sizes)
         if len(token_ids) == 0:
             raise ValueError(f"`token_ids` must hold at least one pyramid, got {tuple(token_ids.shape)}.")
+        if token_ids.min() < 0 or token_ids.max() >= self.config.codebook_size:
+            raise self._outside_codebook("token_ids", token_ids)
         usage, perplexity = [], []
         for token_map in split_scales(token_ids, scale_sizes):
             counts = token_map.flatten().bincount(minlength=self.config.codebook_size).float()

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import datasets
 import diffusers
+import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import PartialState
 from accelerate.utils import (
@@ -42,7 +43,9 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         mixed_precision=settings.mixed_precision,
         log_with=report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / settings.logging_dir)),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=settings.seed, non_blocking=torch.cuda.is_available()
+        ),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_processes(accelerator)

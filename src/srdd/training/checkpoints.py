@@ -18,6 +18,7 @@ from accelerate.utils import load
 from diffusers.utils import logging
 
 from srdd.training.accelerator import on_main_process
+from srdd.training.optimizer import place_step_counts
 from srdd.training.run_identity import read_identity, write_identity
 
 
@@ -116,6 +117,8 @@ def resume(
     groups = [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
     for group, options in zip(groups, own_options, strict=True):
         group.update(options)
+    for optimizer in accelerator._optimizers:
+        place_step_counts(optimizer)
     return checkpoint_step(checkpoint)
 
 

@@ -31,7 +31,7 @@ def guided_distribution(
     logits = teacher(inputs, timestep=timesteps, class_labels=class_labels).sample.float()
     if guidance_scale > 1:
         unconditional = teacher(inputs, timestep=timesteps).sample.float()
-        weights = scheduler.guidance_weights(guidance_scale).to(logits)
+        weights = scheduler.guidance_weights(guidance_scale).to(logits, non_blocking=True)
         logits = guide(logits, unconditional, weights[:, None])
     return logits.log_softmax(dim=-1)
 

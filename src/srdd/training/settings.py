@@ -239,5 +239,11 @@ class TokenLossSettings:
 class TransformerSettings(TrainingSettings, TokenSettings, TokenLossSettings):
     """What training and distilling a transformer have in common."""
 
+    attention_backend: str | None = flag(
+        help="Attention in training: 'flex' (compiled), 'mask' (one call for all scales), 'per_scale', or a backend of"
+        " diffusers' for calls per scale. Default: the fastest, which is the first of these that a GPU can run;"
+        " per_scale on CPUs."
+    )
+
     def __post_init__(self):
         self.token_cache_dir = self.token_cache_dir or f"{self.output_dir}/tokens"

@@ -1,5 +1,6 @@
 """The transformer's training loss."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,12 @@ class TokenLoss:
             for name, values in (("loss", self.per_scale), ("accuracy", self.accuracy))
             for (height, width), value in zip(scale_sizes, values)
         }
+
+
+@functools.lru_cache(maxsize=8)
+def token_weights(scale_weights: tuple[float, ...], counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """What each token of a pyramid counts, float32 of shape `(num_tokens,)`. Made once: that waits for the device."""
+    return torch.tensor(scale_weights, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(device)
 
 
 def token_loss(
@@ -69,7 +76,7 @@ def token_loss(
     if scale_weights is None:
         loss = losses.mean()
     else:
-        weights = losses.new_tensor(scale_weights).repeat_interleave(torch.tensor(counts, device=losses.device))
+        weights = token_weights(tuple(scale_weights), tuple(counts), losses.device)
         loss = (losses.mean(dim=0) * weights).sum() / weights.sum()
     correct = (logits.detach().argmax(dim=-1) == token_ids).float()
     return TokenLoss(

@@ -103,4 +103,5 @@ def make_loader(settings: TrainingSettings, dataset: Dataset, num_processes: int
         num_workers=settings.dataloader_num_workers,
         worker_init_fn=leave_signals_to_main_process,
         generator=torch.Generator().manual_seed(settings.seed),
+        pin_memory=PartialState().device.type == "cuda",
     )

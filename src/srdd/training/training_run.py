@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from srdd.data.images import LabelledImages, picture_grid
 from srdd.training.accelerator import on_main_process
-from srdd.training.averaged_weights import AveragedWeights
+from srdd.training.averaged_weights import AveragedWeights, whole
 from srdd.training.checkpoints import checkpoint_step, remove_partial_checkpoints, resume, save_checkpoint
+from srdd.training.finite_check import FiniteCheck
 from srdd.training.graceful_end import StopAgreement
 from srdd.training.run_identity import check_same_run, describe_changes, read_identity, run_identity
 from srdd.training.settings import OPTIMIZATION_MAY_CHANGE, TrainingSettings
@@ -37,6 +38,9 @@ class TrainingRun:
 
     The log `output_dir/train_log.jsonl` holds nothing that depends on the clock, and a resumed run drops the lines
     after its checkpoint: it ends with the log of a run that was never interrupted.
+
+    No step waits for an accelerator but where something is logged, validated or written. Losses and gradients that are
+    not finite are found there, before anything is; on CPUs at once.
 
     Args:
         settings ([`TrainingSettings`]): What the script was told.
@@ -69,9 +73,9 @@ class TrainingRun:
     ):
         self.settings = settings
         self.accelerator = accelerator
-        self.model = model
         self.schedule = schedule
-        self.ema = AveragedWeights(accelerator.unwrap_model(model).parameters(), decay=settings.ema_decay)
+        self._parameters = list(accelerator.unwrap_model(model).parameters())
+        self.ema = AveragedWeights(self._parameters, decay=settings.ema_decay)
         accelerator.register_for_checkpointing(schedule, self.ema, *stateful)
         self.log_path = Path(settings.output_dir) / LOSS_LOG
         config = getattr(accelerator.unwrap_model(model), "config", {})
@@ -95,6 +99,7 @@ class TrainingRun:
             total=settings.max_train_steps, initial=self.step, disable=not accelerator.is_local_main_process
         )
         self._earlier_batches: list[dict[str, torch.Tensor]] = []
+        self._finite = FiniteCheck(accelerator.device)
         self.unit = unit
         self.units_per_step = units_per_image * settings.images_per_step(accelerator.num_processes)
         self._timed_step, self._time = self.step, time.perf_counter()
@@ -135,7 +140,9 @@ class TrainingRun:
             loader.set_epoch(epoch)
             if hasattr(loader.dataset, "set_epoch"):
                 loader.dataset.set_epoch(epoch)
-            for batch in self.accelerator.skip_first_batches(loader, skipped) if skipped else loader:
+            rest = self.accelerator.skip_first_batches(loader, skipped) if skipped else loader
+            rest._non_blocking = loader._non_blocking  # accelerate forgets it where batches are skipped
+            for batch in rest:
                 yield batch
                 done += 1
                 if done == wanted:
@@ -143,16 +150,20 @@ class TrainingRun:
 
     def check_finite(self, values: dict[str, torch.Tensor]) -> None:
         """
-        Stop where a loss is no number, before the step is taken.
+        Stop where a loss is no number: on a CPU before the step is taken, else before anything that comes of it is
+        logged, validated or written.
+
+        Args:
+            values (`dict[str, torch.Tensor]`): Scalars of a batch.
 
         Raises:
-            FloatingPointError: If one of the values is not finite; names the step and those values.
+            FloatingPointError: On a CPU, if one of the values is not finite; names the step and those values. Else
+                [`~TrainingRun.finish_step`], [`~TrainingRun.copy_averages_to`] or [`~TrainingRun.checkpoint`] raises.
         """
-        if torch.stack([value.detach().float() for value in values.values()]).isfinite().all():
-            return
-        bad = {name: value.item() for name, value in values.items() if not value.isfinite()}
-        raise FloatingPointError(
-            f"The loss is not finite at step {self.step + 1}: {bad}. A lower `--learning_rate` may help."
+        self._finite.add(
+            self.step + 1,
+            values,
+            lambda step, bad: f"The loss is not finite at step {step}: {bad}. A lower `--learning_rate` may help.",
         )
 
     def clip_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -160,13 +171,18 @@ class TrainingRun:
         Clip the norm of all gradients to `max_grad_norm`, where a step is due; 0 clips nothing.
 
         Raises:
-            FloatingPointError: If the norm is not finite; float16 skips such steps by itself.
+            FloatingPointError: If the norm is not finite, when [`~TrainingRun.check_finite`] would; float16 skips such
+                steps by itself.
         """
         if not self.accelerator.sync_gradients:
             return
         norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf)
-        if self.accelerator.scaler is None and not torch.isfinite(norm):
-            raise FloatingPointError(f"The norm of the gradients is {norm.item()} at step {self.step + 1}.")
+        if self.accelerator.scaler is None:
+            self._finite.add(
+                self.step + 1,
+                {"norm": whole(norm)},
+                lambda step, bad: f"The norm of the gradients is {bad['norm']} at step {step}.",
+            )
 
     def add_batch(self, values: dict[str, torch.Tensor]) -> None:
         """
@@ -185,14 +201,18 @@ class TrainingRun:
         Args:
             values (`dict[str, torch.Tensor]`): Scalars of the last batch of this step; logged are the means over all
                 its batches, those that [`~TrainingRun.add_batch`] has seen among them, and over all processes.
+
+        Raises:
+            FloatingPointError: Where logging is due, if a loss or gradient since the last log was not finite.
         """
         batches, self._earlier_batches = [*self._earlier_batches, values], []
         self.schedule.step()
         self.step += 1
-        self.ema.step(self.accelerator.unwrap_model(self.model).parameters())
+        self.ema.step(self._parameters)
         self.progress.update()
         if not self.is_due(self.settings.logging_steps):
             return
+        self._finite.read()
         means = [_mean([batch[name] for batch in batches if name in batch]) for name in values]
         record = dict(zip(values, self.accelerator.reduce(torch.stack(means), reduction="mean").tolist()))
         self.record({**record, "lr": self.schedule.get_last_lr()[0]})
@@ -251,10 +271,12 @@ class TrainingRun:
         Write a checkpoint where one is due. Last in a step: its log lines must be older than the checkpoint.
 
         Raises:
+            FloatingPointError: Where a checkpoint is due, if a loss or gradient before it was not finite.
             SystemExit: If SIGTERM or Ctrl-C asked for an end, when the checkpoint is written.
         """
         stopped_by = self._stop.agreed_signal()
         if stopped_by or self.is_due(self.settings.checkpointing_steps):
+            self._finite.read()
             limit = self.settings.checkpoints_total_limit
             save_checkpoint(self.accelerator, self.settings.output_dir, self.step, limit, self._identity, self.resumed)
         if stopped_by:
@@ -279,7 +301,11 @@ class TrainingRun:
 
         Args:
             model (`torch.nn.Module`): A copy of the trained one, made by [`evaluation_copy`] before it was prepared.
+
+        Raises:
+            FloatingPointError: If a loss or gradient before was not finite.
         """
+        self._finite.read()
         self.ema.copy_to(model.parameters())
         model.eval()
 
