@@ -90,6 +90,12 @@ class ScalePipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._call = CallState()
 
+    def enable_cuda_graphs(self) -> None:
+        """Stand-in."""
+
+    def disable_cuda_graphs(self) -> None:
+        """Stand-in."""
+
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """
