@@ -35,6 +35,8 @@ def torch_restored() -> Iterator[None]:
 class OfficialSampler:
     """The official code, as it is in a checkout; in half precision under autocast, as its demo does."""
 
+    uncompiled = None
+
     def __init__(self, args: argparse.Namespace):
         self.device, self.dtype = torch.device(args.device), getattr(torch, args.dtype)
         torch.manual_seed(0)
