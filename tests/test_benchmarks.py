@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("measuring", "samplers", "official_var", "graph_check", "speed", "training_step"):
+    for name in ("measuring", "samplers", "official_var", "graph_check", "speed", "training_step", "training_run"):
         sys.modules.pop(name, None)
 
 
@@ -213,6 +215,52 @@ def test_graph_check_sees_a_graph_that_draws_something_else(load, what, monkeypa
     monkeypatch.setattr(SRDDPipeline, "__call__", replay)
     with pytest.raises(RuntimeError, match="With CUDA graphs .* nothing was timed"):
         graph_check.check_graphs(pipe, draws[:3])
+
+
+GPU_CHECK = BENCHMARKS / "gpu_check.sh"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash and timeout")
+def test_gpu_check_takes_ten_minutes_at_most():
+    assert subprocess.run(["bash", "-n", GPU_CHECK]).returncode == 0
+    stages = r"^ *(?:graphs|tests|speed|training_step|stage) ([a-z]\w+) (\d+) "
+    limits = {name: int(limit) for name, limit in re.findall(stages, GPU_CHECK.read_text(), flags=re.M)}
+    assert len(limits) == 13
+    assert sum(limits.values()) <= 600
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash and timeout")
+def test_gpu_check_goes_on_after_a_failure(tmp_path):
+    python = tmp_path / "python"  # in which one script fails
+    python.write_text(f'#!/bin/sh\ncase "$1" in */speed.py) echo no >&2; exit 3;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": "out"}
+    environment["STAGES"] = "speed_batch_1 training_step_grid_32 diffusers_suite"
+    environment.pop("DIFFUSERS_SOURCE", None)
+    run = subprocess.run(["bash", GPU_CHECK, "--small"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| speed_batch_1 | failed with exit code 3, see speed_batch_1.log |" in summary
+    assert (tmp_path / "out" / "speed_batch_1.log").read_text() == "no\n"
+    assert "| diffusers_suite | left out: DIFFUSERS_SOURCE is not set |" in summary
+    assert "| training_step_grid_32 | done |" in summary
+    assert "| markov, N x N mask |" in summary
+    assert f"torch {torch.__version__}" in summary
+    assert json.loads((tmp_path / "out" / "training_step_grid_32.json").read_text())["num_tokens"] == 5
+    assert json.loads((tmp_path / "out" / "speed_batch_1.json").read_text())["exit_code"] == 3
+
+
+@pytest.mark.slow
+def test_training_run(load, tmp_path, capsys):
+    training_run = load("training_run")
+    sizes = ["--max_train_steps", "3", "--train_batch_size", "4", "--num_layers", "1", "--num_attention_heads", "1"]
+    words = [*sizes, "--num_pictures", "8", "--logging_steps", "1", "--device", "cpu"]
+    training_run.main(training_run.parse_args([*words, "--output", str(tmp_path / "run.json")]))
+    results = json.loads((tmp_path / "run.json").read_text())
+    assert list(results["losses"]) == ["1", "2", "3"]
+    assert results["draws"]
+    assert "| yes |" in capsys.readouterr().out
 
 
 def test_timers_are_taken_off_again(load):
