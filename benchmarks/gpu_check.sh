@@ -4,10 +4,10 @@
 #     benchmarks/gpu_check.sh             # on CUDA
 #     benchmarks/gpu_check.sh --small     # the same stages on a CPU, at sizes that say nothing about speed
 #
-# Every stage has a time limit, and may use up what those before it have left over. Where one fails, the others go on.
-# Each writes OUT/STAGE.md, .json and .log, and OUT/summary.md has all tables so far. The script ends with 1 if a stage
-# has failed. It installs nothing: torch and what setup.py names (extras "train" and "test") must be there, the package
-# itself need not be. Set by environment variables:
+# Every stage has a time limit, longer on a CPU, and may use up what those before it have left over. Where one fails,
+# the others go on. Each writes OUT/STAGE.md, .json and .log, and OUT/summary.md has all tables so far. The script ends
+# with 1 if a stage has failed. It installs nothing: torch and what setup.py names (extras "train" and "test") must be
+# there, the package itself need not be. Set by environment variables:
 #
 #     OUT=gpu_check            the folder for all of that
 #     PYTHON=python3           the interpreter
@@ -26,7 +26,7 @@ export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH}
 
 # Sizes: on CUDA VAR's, on a CPU such that seven scales are drawn in a moment; a compiler would take minutes there.
 if [ -z "${SMALL:-}" ]; then
-    device=${DEVICE:-cuda} dtype=bfloat16 precision=bf16
+    device=${DEVICE:-cuda} dtype=bfloat16 precision=bf16 patience=1
     depth=16 deeper=30 medium=8 large=64 deeper_large=16 slices=64 layers=16 grids=(16 32 64) step_batches=(16 8 2)
     rounds=15 fewer_rounds=5
     model=(--image_size 256)
@@ -35,7 +35,7 @@ if [ -z "${SMALL:-}" ]; then
     training=(--max_train_steps 200)
     suite=tests/diffusers_suite
 else
-    device=cpu dtype=float32 precision=no
+    device=cpu dtype=float32 precision=no patience=5
     depth=1 deeper=2 medium=2 large=3 deeper_large=2 slices=2 layers=1 grids=(1 2 3) step_batches=(1 1 1)
     rounds=1 fewer_rounds=1
     model=(--image_size 128 --vae_channels 32 --codebook_size 1024 --compile_backend eager)
@@ -71,7 +71,7 @@ record() {
 
 # NAME SECONDS COMMAND...: run a stage. What it writes to the standard output is its table.
 stage() {
-    local name=$1 given=$2 started=$SECONDS code outcome=done
+    local name=$1 given=$(($2 * patience)) started=$SECONDS code outcome=done
     shift 2
     is_wanted "$name" || return
     time_given=$((time_given + given))
@@ -127,38 +127,36 @@ training_step() {
 }
 
 done=()
+about="import time, torch
+from importlib.metadata import version
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads'
+print(f'{device}, {time.strftime(\"%Y-%m-%d\")}, torch {torch.__version__}, diffusers {version(\"diffusers\")}', end=', ', flush=True)"
 {
-    "$PYTHON" - <<'PYTHON'
-import time
-import torch
-import diffusers
-from srdd import __version__
-
-device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-print(f"{device}, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, diffusers {diffusers.__version__}, srdd {__version__},", end=" ")
-PYTHON
-    echo "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)$([ -z "${SMALL:-}" ] || echo "; sizes that say nothing about speed")"
+    timeout 20 "$PYTHON" -c "$about" || printf '(see about.log), '
+    echo "srdd $(sed -n 's/^__version__ = "\(.*\)"$/\1/p' src/srdd/__init__.py), commit" \
+        "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)${SMALL:+; sizes that say nothing about speed}"
     echo
-} >"$OUT/about.md" 2>"$OUT/about.log" || exit 2
+} >"$OUT/about.md" 2>"$OUT/about.log"
 
-# The seconds add up to ten minutes.
-graphs graphs 40 float32 "${graph_rows[@]}"
+# The seconds, and 20 for what is above, add up to ten minutes.
+SECONDS=0
+graphs graphs 45 float32 "${graph_rows[@]}"
 marked=$(grep -rl --include="test_*.py" "mark\.cuda" tests)
 if [ -n "$marked" ]; then
     tests tests 40 -m cuda $marked
 else
     leave_out tests "no test is marked cuda"
 fi
-speed speed_batch_1 130 $depth $rounds rows 1
+speed speed_batch_1 125 $depth $rounds rows 1
 graphs graphs_compiled 30 $dtype sdd-compiled
-speed speed_batch_large 80 $depth $fewer_rounds rows_again $large
+speed speed_batch_large 75 $depth $fewer_rounds rows_again $large
 speed speed_batch_medium 40 $depth $fewer_rounds rows_again $medium
-speed speed_deeper 90 $deeper $fewer_rounds rows_again 1 $deeper_large
+speed speed_deeper 85 $deeper $fewer_rounds rows_again 1 $deeper_large
 training_step training_step_grid_16 20 0
 training_step training_step_grid_32 20 1
 training_step training_step_grid_64 30 2
 if "$PYTHON" -c "import datasets" 2>/dev/null; then
-    stage train 30 "$PYTHON" benchmarks/training_run.py --device $device --mixed_precision $precision \
+    stage train 25 "$PYTHON" benchmarks/training_run.py --device $device --mixed_precision $precision \
         "${training[@]}" --output "$OUT/train.json"
 else
     leave_out train "datasets is not installed"
@@ -172,7 +170,7 @@ fi
 if [ -n "${DIFFUSERS_SOURCE:-}" ]; then
     processes=
     [ -n "${SMALL:-}" ] || processes=$("$PYTHON" -c "import xdist; print('-n 8')" 2>/dev/null)
-    tests diffusers_suite 35 $processes $suite
+    tests diffusers_suite 30 $processes $suite
 else
     leave_out diffusers_suite "DIFFUSERS_SOURCE is not set"
 fi

@@ -95,6 +95,10 @@ class OfficialSampler:
         weight = (GUIDANCE_SCALE - 1) * scales / (len(sizes) - 1)
         return conditional + weight[None, :, None] * (conditional - unconditional)
 
+    def without_graphs(self) -> "OfficialSampler":
+        """Itself: there are none."""
+        return self
+
     def timed_calls(self) -> list[TimedCall]:
         return [
             *((block, "forward", "transformer") for block in self.var.blocks),

@@ -104,6 +104,13 @@ class PipelineSampler:
         self.token_ids = output.token_ids
         return output.images
 
+    def without_graphs(self) -> "PipelineSampler":
+        """The same without CUDA graphs, within which no component can be timed."""
+        pipe = SRDDPipeline(**self.pipe.components)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.disable_cuda_graphs()
+        return PipelineSampler(pipe, self.guidance_scale)
+
     def timed_calls(self) -> list[TimedCall]:
         scheduler, vqvae = self.pipe.scheduler, self.pipe.vqvae
         return [

@@ -16,7 +16,8 @@ Rows run in turn, round by round, in one process. Prints, as Markdown, medians, 
 the rounds, the first row being 1; the arithmetic, and its share of what a matrix product reaches on the machine; and,
 from one more run of each, where the time goes: of a run without CUDA graphs, as a component cannot be timed within
 one. `--output` takes JSON. Memory on a CPU is what `growth.py` measures. On CUDA it is what torch allocates at the
-peak of the calls before the clock starts, in which graphs are captured, and what it keeps after them, for graphs.
+peak of the calls before the clock starts, in which graphs are captured, and what it keeps after them beside what it
+kept before: graphs of all rows share their memory.
 
 Several depths and batch sizes are measured one after the other, and reported as they are. A row that fails, for want
 of memory or because it does not compile, is reported as failed, and the others go on.
@@ -260,8 +261,9 @@ def measure(args: argparse.Namespace, rows: Rows, batch_size: int) -> dict:
         return mebibytes, time.perf_counter() - started
 
     def time_components(sampler: Sampler) -> dict[str, float]:
+        call = partial(sampler.without_graphs(), labels)
         with component_times(sampler.timed_calls(), device) as spent:
-            total = seconds_of(partial(sampler, labels), device)
+            total = seconds_of(call, device)
         return {**spent, "other": total - sum(spent.values())}
 
     gigaflops, ready = rows.each(count), rows.each(warm_up)
@@ -270,8 +272,10 @@ def measure(args: argparse.Namespace, rows: Rows, batch_size: int) -> dict:
         for name, spent in rows.each(lambda sampler: seconds_of(partial(sampler, labels), device)).items():
             seconds[name].append(spent)
         peaks.append(matrix_product_speed(device, dtype))
-    operators = rows.each(lambda sampler: operator_times(partial(sampler, labels), device)) if args.profile else {}
-    components = rows.each(time_components)  # the last, as it changes what is called
+    where = Rows(rows.items)  # times that were taken stay, whatever fails from here on
+    operators = where.each(lambda sampler: operator_times(partial(sampler, labels), device)) if args.profile else {}
+    components = where.each(time_components)
+    rows.failures.update({f"{name}, where the time goes": text for name, text in where.failures.items()})
     return {
         "num_tokens": {name: sampler.token_ids.shape[1] for name, sampler in rows.items.items()},
         "gflop_per_second_of_matrix_products": max(peaks),
@@ -308,7 +312,7 @@ def report(args: argparse.Namespace, results: dict, setting: dict) -> str:
         about += f"{reference} In float32 greedy tokens agree ({agreement})."
     on_cuda = torch.device(args.device).type == "cuda"
     unit, factor, digits = ("ms", 1e3, 2) if on_cuda else ("s", 1, 3)
-    memory = ("peak MiB beside what was there", "MiB kept", "s before the clock") if on_cuda else ()
+    memory = ("peak MiB beside what was there", "more MiB kept", "s before the clock") if on_cuda else ()
     lines, first = [], next(iter(seconds), "")
     for name, times in seconds.items():
         median, work = statistics.median(times), setting["gflop"][name]
