@@ -29,7 +29,7 @@ if [ -z "${SMALL:-}" ]; then
     device=${DEVICE:-cuda} dtype=bfloat16 precision=bf16 patience=1
     depth=16 deeper=30 medium=8 large=64 deeper_large=16 slices=64 layers=16 grids=(16 32 64) step_batches=(16 8 2)
     rounds=15 fewer_rounds=5
-    model=(--image_size 256)
+    model=(--image_size 256) graph_model=(--image_size 256)
     rows=(causal sdd-eager sdd sdd-6 sdd-compiled sdd-6-compiled) rows_again=("${rows[@]}")
     graph_rows=(causal sdd sdd-6)
     training=(--max_train_steps 200)
@@ -39,12 +39,13 @@ else
     depth=1 deeper=2 medium=2 large=3 deeper_large=2 slices=2 layers=1 grids=(1 2 3) step_batches=(1 1 1)
     rounds=1 fewer_rounds=1
     model=(--image_size 128 --vae_channels 32 --codebook_size 1024 --compile_backend eager)
+    graph_model=("${model[@]}" --image_size 32)
     rows=(causal sdd-eager sdd sdd-6 sdd-compiled) rows_again=(sdd-eager sdd)
     graph_rows=(sdd)
     training=(--max_train_steps 3 --logging_steps 1 --num_pictures 8 --train_batch_size 4 --num_layers 1
         --num_attention_heads 1)
     suite=tests/diffusers_suite/test_scheduling_scale.py
-    export CUDA_VISIBLE_DEVICES=
+    export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 fi
 reference=()
 [ -n "${VAR:-}" ] && reference=(--reference "$VAR")
@@ -115,7 +116,7 @@ speed() {
 graphs() {
     local name=$1 given=$2 its_dtype=$3
     shift 3
-    stage "$name" "$given" "$PYTHON" benchmarks/graph_check.py --device $device --dtype "$its_dtype" "${model[@]}" \
+    stage "$name" "$given" "$PYTHON" benchmarks/graph_check.py --device $device --dtype "$its_dtype" "${graph_model[@]}" \
         --depth $depth --batch_size 1 --rows "$@" --output "$OUT/$name.json"
 }
 
