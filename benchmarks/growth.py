@@ -38,7 +38,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from measuring import device_name, peak_memory, seconds_of
+from measuring import WARM_UP_CALLS, device_name, error_text, peak_memory, seconds_of
 from official_var import OfficialSampler
 from samplers import GUIDANCE_SCALE, REFERENCE, add_model_arguments, random_pipeline, row_sampler
 from tqdm.auto import tqdm
@@ -81,7 +81,8 @@ class Cell:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.set_defaults(depth=8, image_size=128, rows=["causal", "sdd"])
+    parser.set_defaults(image_size=128, rows=["causal", "sdd"])
+    parser.add_argument("--depth", type=int, default=8, help="Width is 64 times this, 64 per head, as in VAR.")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--num_passes", type=int, default=0, help="Further passes at every scale.")
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
@@ -127,10 +128,12 @@ def measure(args: argparse.Namespace, cell: Cell) -> dict:
     if cell.row == REFERENCE:
         sampler = OfficialSampler(model)
     else:
-        sampler = row_sampler(random_pipeline(model), cell.row, cell.num_passes)
+        sampler = row_sampler(random_pipeline(model), cell.row, cell.num_passes, args.compile_backend)
     sampler(labels[:1])  # libraries load themselves, and weights are packed where kernels want that
     call = partial(sampler, labels)
     mebibytes = peak_memory(call, device)
+    for _ in range(WARM_UP_CALLS if device.type == "cuda" else 0):
+        call()
     seconds = [seconds_of(call, device)]
     while len(seconds) < args.num_rounds and sum(seconds) + seconds[-1] <= args.round_seconds:
         seconds.append(seconds_of(call, device))
@@ -155,8 +158,7 @@ def run_cell(args: argparse.Namespace, cell: Cell, num_threads: int, sender: Con
     except Exception as error:
         traceback.print_exc()
         no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        detail = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        result = {"failure": OUT_OF_MEMORY if no_memory else ERROR, "detail": detail}
+        result = {"failure": OUT_OF_MEMORY if no_memory else ERROR, "detail": error_text(error)}
     sender.send(result)
 
 

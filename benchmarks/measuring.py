@@ -1,4 +1,4 @@
-"""How the benchmarks measure: seconds of a call, seconds by component, and peak memory."""
+"""How the benchmarks measure: seconds of a call, seconds by component, memory, and what a failure was."""
 
 import contextlib
 import ctypes
@@ -14,6 +14,10 @@ import torch
 
 # A method or function to be timed: its owner, its name, and the component whose work it does.
 TimedCall = tuple[Any, str, str]
+
+# Calls on CUDA before anything is timed: pipelines draw eagerly in the first call, capture a CUDA graph in the second,
+# and what is compiled may be compiled again for it.
+WARM_UP_CALLS = 4
 
 
 def synchronize(device: torch.device) -> None:
@@ -32,6 +36,30 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def error_text(error: Exception) -> str:
+    """An error in one line: its kind, and the first lines of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """
+    float32 is float32 on CUDA, too, while the context is open: cuDNN's convolutions are in TF32 by default.
+
+    These are torch's older switches. Its compiler still reads them, which raises where a newer one was set.
+    """
+    switches = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, allowed in zip(switches, before):
+            switch.allow_tf32 = allowed
 
 
 @contextlib.contextmanager
@@ -89,3 +117,25 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> float:
     before = process_memory("VmRSS")
     call()
     return process_memory("VmHWM") - before
+
+
+@contextlib.contextmanager
+def cuda_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """
+    MiB beside what is there before, on CUDA: the most that torch allocates while the context is open, `"peak"`, and
+    what it has not given back at the end, `"kept"`, such as the memory of CUDA graphs. Nothing on a CPU.
+    """
+    mebibytes: dict[str, float] = {}
+    if device.type != "cuda":
+        yield mebibytes
+        return
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    yield mebibytes
+    torch.cuda.synchronize()
+    mebibytes["peak"] = (torch.cuda.max_memory_allocated() - allocated) / 2**20
+    gc.collect()
+    torch.cuda.empty_cache()
+    mebibytes["kept"] = (torch.cuda.memory_reserved() - reserved) / 2**20

@@ -35,6 +35,8 @@ def torch_restored() -> Iterator[None]:
 class OfficialSampler:
     """The official code, as it is in a checkout; in half precision under autocast, as its demo does."""
 
+    uncompiled = None
+
     def __init__(self, args: argparse.Namespace):
         self.device, self.dtype = torch.device(args.device), getattr(torch, args.dtype)
         torch.manual_seed(0)
@@ -92,6 +94,10 @@ class OfficialSampler:
             self.var.attn_bias_for_masking, self.var.cond_drop_rate = mask, dropout
         weight = (GUIDANCE_SCALE - 1) * scales / (len(sizes) - 1)
         return conditional + weight[None, :, None] * (conditional - unconditional)
+
+    def without_graphs(self) -> "OfficialSampler":
+        """Itself: there are none."""
+        return self
 
     def timed_calls(self) -> list[TimedCall]:
         return [

@@ -1,14 +1,14 @@
 """What the sampling benchmarks run: variants of a pipeline of VAR's shape."""
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from measuring import TimedCall
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
-from srdd.evaluation.pipeline_variants import VARIANT_WORDS, PipelineVariant, variant_of
+from srdd.evaluation.pipeline_variants import VARIANT_WORDS, PipelineVariant, sharing_parameters, variant_of
 from srdd.scales import default_scale_sizes
 from srdd.training.light_decoder import light_tokenizer
 
@@ -19,21 +19,28 @@ GUIDANCE_SCALE, TOP_K, TOP_P = 2.5, 900, 0.96
 REFERENCE = "reference"
 COMPONENTS = ("transformer", "sampling", "quantizer", "decoder")
 
-# In the name of a row, beside the words of a variant: a decoder as `distill_decoder.py` makes it, with random weights.
-LIGHT = "light"
+# In the name of a row, beside the words of a variant: a decoder as `distill_decoder.py` makes it, with random weights;
+# no CUDA graphs; compiled blocks and a compiled decoder. The last two change how images are drawn, not which.
+LIGHT, EAGER, COMPILED = OWN_WORDS = ("light", "eager", "compiled")
+
+# Rows, batch sizes and depths of one process share torch's limit of how often it compiles a layer, 8 by default.
+MOST_COMPILATIONS = 64
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", type=Path, help="A checkout of the official VAR code, for a row of its own.")
-    parser.add_argument("--depth", type=int, default=16, help="Width is 64 times this, 64 per head, as in VAR.")
+def add_model_arguments(parser: argparse.ArgumentParser, reference: bool = True) -> None:
+    if reference:
+        parser.add_argument(
+            "--reference", type=Path, help="A checkout of the official VAR code, for a row of its own."
+        )
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument(
         "--rows",
         type=row_name,
         nargs="+",
         default=["causal", "sdd", "sdd-6"],
-        help=f"Any of {', '.join([*VARIANT_WORDS, LIGHT])} with a '-' between them, such as sdd-6-unguided-light.",
+        help=f"Any of {', '.join([*VARIANT_WORDS, *OWN_WORDS])}, with a '-' between them, such as sdd-6-compiled.",
     )
+    parser.add_argument("--compile_backend", default="inductor", help="Of `torch.compile`, for compiled rows.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vae_channels", type=int, default=160, help="Channels at the full resolution.")
@@ -41,16 +48,32 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for all that was measured.")
 
 
-def variant_and_light(name: str) -> tuple[PipelineVariant, bool]:
-    """The variant of a row's name, and whether its decoder is a light one."""
+@dataclass(frozen=True)
+class Row:
+    """What the name of a row says: the variant, and which of `OWN_WORDS`."""
+
+    variant: PipelineVariant
+    words: frozenset[str]
+
+
+def row_of(name: str) -> Row:
+    """
+    The row of a name.
+
+    Raises:
+        ValueError: If a word is unknown, or is there twice.
+    """
     words = name.split("-")
-    return variant_of("-".join(word for word in words if word != LIGHT)), LIGHT in words
+    own = [word for word in words if word in OWN_WORDS]
+    if len(set(own)) < len(own):
+        raise ValueError(f"Rows must have every word once, got {name!r}.")
+    return Row(variant_of("-".join(word for word in words if word not in OWN_WORDS)), frozenset(own))
 
 
 def row_name(text: str) -> str:
     """The name of a row, from the command line."""
     try:
-        variant_and_light(text)
+        row_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
@@ -63,10 +86,16 @@ class PipelineSampler:
     Args:
         pipe ([`SRDDPipeline`]): Draws them.
         guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
+        uncompiled ([`PipelineSampler`], *optional*): The same before it was compiled, where it is.
     """
 
-    def __init__(self, pipe: SRDDPipeline, guidance_scale: float | None = None):
-        self.pipe, self.guidance_scale = pipe, guidance_scale
+    def __init__(
+        self,
+        pipe: SRDDPipeline,
+        guidance_scale: float | None = None,
+        uncompiled: "PipelineSampler | None" = None,
+    ):
+        self.pipe, self.guidance_scale, self.uncompiled = pipe, guidance_scale, uncompiled
         self.num_classes = pipe.transformer.config.num_classes
         self.token_ids: torch.LongTensor | None = None
 
@@ -74,6 +103,13 @@ class PipelineSampler:
         output = self.pipe(labels, guidance_scale=self.guidance_scale, output_type="pt")
         self.token_ids = output.token_ids
         return output.images
+
+    def without_graphs(self) -> "PipelineSampler":
+        """The same without CUDA graphs, within which no component can be timed."""
+        pipe = SRDDPipeline(**self.pipe.components)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.disable_cuda_graphs()
+        return PipelineSampler(pipe, self.guidance_scale)
 
     def timed_calls(self) -> list[TimedCall]:
         scheduler, vqvae = self.pipe.scheduler, self.pipe.vqvae
@@ -86,17 +122,38 @@ class PipelineSampler:
         ]
 
 
-def row_sampler(pipe: SRDDPipeline, name: str, num_further_passes: int = 0) -> PipelineSampler:
+def row_sampler(
+    pipe: SRDDPipeline, name: str, num_further_passes: int = 0, compile_backend: str = "inductor"
+) -> PipelineSampler:
     """A row of a pipeline, with so many passes that draw all tokens of every scale again."""
-    variant, is_light = variant_and_light(name)
-    if is_light:
+    row = row_of(name)
+    variant = row.variant
+    if LIGHT in row.words:
         light = light_tokenizer(pipe.vqvae).eval()
         draw_weights(light.decoder)
         pipe = SRDDPipeline(**{**pipe.components, "vqvae": light.to(pipe.device, pipe.vqvae.dtype)})
     if num_further_passes:
         passes = {"resampling_policy": "simple", "num_resampling_passes": num_further_passes}
         variant = replace(variant, scheduler={**variant.scheduler, **passes})
-    return PipelineSampler(variant.pipeline(pipe, num_examples=1), variant.guidance_scale)
+    sampler = PipelineSampler(variant.pipeline(pipe, num_examples=1), variant.guidance_scale)
+    if COMPILED in row.words:
+        sampler = PipelineSampler(compiled(sampler.pipe, compile_backend), variant.guidance_scale, uncompiled=sampler)
+    if EAGER in row.words:
+        sampler.pipe.disable_cuda_graphs()
+    return sampler
+
+
+def compiled(pipe: SRDDPipeline, backend: str) -> SRDDPipeline:
+    """A pipeline of the same parameters whose blocks and decoder are compiled, as `docs/performance.md` has it."""
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, MOST_COMPILATIONS)
+    transformer, vqvae = sharing_parameters(pipe.transformer), sharing_parameters(pipe.vqvae)
+    looks_back = transformer.needs_kv_cache  # through a cache, which is not compiled
+    transformer.compile_repeated_blocks(fullgraph=not looks_back, dynamic=True, backend=backend)
+    vqvae.decoder.compile(fullgraph=True, backend=backend)
+    made = SRDDPipeline(**{**pipe.components, "vqvae": vqvae, "transformer": transformer})
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 @torch.no_grad()

@@ -1,8 +1,12 @@
 """The sampling benchmarks run, on models far too small to say anything. Nothing here looks at a time."""
 
+import argparse
+import contextlib
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,8 +28,14 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("measuring", "samplers", "official_var", "speed", "training_step", "decoder_slices"):
+    names = ("measuring", "samplers", "official_var", "graph_check", "speed")
+    for name in (*names, "training_step", "training_run", "decoder_slices"):
         sys.modules.pop(name, None)
+
+
+def tiny_model(speed) -> argparse.Namespace:
+    """The arguments of one depth."""
+    return argparse.Namespace(**{**vars(speed.parse_args(TINY)), "depth": 1})
 
 
 def test_speed(load, tmp_path, capsys, monkeypatch):
@@ -34,23 +44,66 @@ def test_speed(load, tmp_path, capsys, monkeypatch):
     arguments = [*TINY, "--rows", "causal", "sdd", "--num_rounds", "1", "--output", str(tmp_path / "speed.json")]
     speed.main(speed.parse_args([*arguments, "--profile"]))
     report, results = capsys.readouterr().out, json.loads((tmp_path / "speed.json").read_text())
-    assert results["num_tokens"] == {"causal": 5, "sdd": 5}
-    assert results["agreement"] == {}  # there is no official code here
+    [setting] = results["settings"]
+    assert setting["num_tokens"] == {"causal": 5, "sdd": 5}
+    assert setting["agreement"] == setting["failures"] == {}  # there is no official code here
     assert "| row | tokens | median s | speed, causal = 1 (min–max) |" in report
     for name in ("causal", "sdd"):
         assert f"| {name} | 5 |" in report
-        assert len(results["seconds"][name]) == 1
-        assert set(results["seconds_by_component"][name]) == {
+        assert len(setting["seconds"][name]) == 1
+        assert setting["warm_up_seconds"][name] < 0.1  # there was nothing to warm up any more
+        assert set(setting["seconds_by_component"][name]) == {
             "transformer",
             "sampling",
             "quantizer",
             "decoder",
             "other",
         }
-        assert len(results["operator_shares"][name]) == 6
-        assert 0.3 < sum(results["operator_shares"][name].values()) <= 1
-        assert f"| {name} | {next(iter(results['operator_shares'][name])).removeprefix('aten::')} " in report
-    assert results["gflop"]["sdd"] < results["gflop"]["causal"]
+        assert len(setting["operator_shares"][name]) == 6
+        assert 0.3 < sum(setting["operator_shares"][name].values()) <= 1
+        assert setting["operator_seconds"][name] > 0
+        largest = next(iter(setting["operator_shares"][name])).removeprefix("aten::")
+        assert re.search(
+            rf"^\| {name} \| {setting['num_operators'][name]} \| [\d.]+ \| {largest} ", report, flags=re.M
+        )
+    assert setting["gflop"]["sdd"] < setting["gflop"]["causal"]
+
+
+def test_speed_of_several_sizes_goes_on_where_rows_fail(load, tmp_path, capsys, monkeypatch):
+    speed = load("speed")
+    monkeypatch.setitem(speed.MATRIX_SIDES, "cpu", 64)
+    official = speed.PipelineSampler.__call__
+
+    def out_of_memory(sampler, labels):
+        if len(labels) == 3 and sampler.pipe.transformer.config.attention_pattern == "causal":
+            raise torch.OutOfMemoryError("Tried to allocate\n\n1 | 2 GiB.\nMore.")
+        return official(sampler, labels)
+
+    monkeypatch.setattr(speed.PipelineSampler, "__call__", out_of_memory)
+    words = [
+        *TINY,
+        "--rows",
+        "sdd-6",
+        "causal",
+        "sdd-eager",
+        "--num_rounds",
+        "2",
+        "--output",
+        str(tmp_path / "speed.json"),
+    ]
+    speed.main(speed.parse_args([*words, "--depth", "1", "2", "--batch_size", "3", "1"]))
+    report, results = capsys.readouterr().out, json.loads((tmp_path / "speed.json").read_text())
+    assert [(x["depth"], x["batch_size"]) for x in results["settings"]] == [(1, 3), (1, 1), (2, 3), (2, 1)]
+    for setting in results["settings"]:
+        timed = ["sdd-eager"] if setting["batch_size"] == 3 else ["causal", "sdd-eager"]  # which can be tried again
+        assert list(setting["seconds"]) == list(setting["seconds_by_component"]) == timed
+        assert "`num_scales` must be in" in setting["failures"]["sdd-6"]
+        assert ("causal" in setting["failures"]) == (setting["batch_size"] == 3)
+    assert "| causal |  | failed: OutOfMemoryError: Tried to allocate 1 / 2 GiB. |  |  |  |" in report
+    assert "speed, sdd-eager = 1" in report
+    with pytest.raises(SystemExit, match="Not everything"):
+        speed.main(speed.parse_args([*TINY, "--rows", "sdd-6"]))
+    assert "Nothing was timed: sdd-6: ValueError: `num_scales`" in capsys.readouterr().out
 
 
 class Official:
@@ -80,7 +133,7 @@ class Official:
 @pytest.mark.parametrize(("change", "message"), [("none", None), ("transformer", "causal tokens"), ("decoder", "Pix")])
 def test_speed_refuses_to_time_what_differs(load, change, message):
     speed, samplers = load("speed"), load("samplers")
-    pipe, other = (samplers.random_pipeline(speed.parse_args(TINY)) for _ in range(2))
+    pipe, other = (samplers.random_pipeline(tiny_model(speed)) for _ in range(2))
     if change == "transformer":
         other.transformer.blocks[0].ff.net[2].weight.data.mul_(-1)
     elif change == "decoder":
@@ -93,6 +146,122 @@ def test_speed_refuses_to_time_what_differs(load, change, message):
         return
     with pytest.raises(RuntimeError, match=f"{message}.* nothing was timed"):
         speed.check_equal(pipe, official, labels)
+
+
+@pytest.mark.slow  # torch's compiler
+def test_rows_say_how_they_are_drawn(load):
+    speed, samplers = load("speed"), load("samplers")
+    pipe = samplers.random_pipeline(tiny_model(speed))
+    labels = torch.tensor([0, 1])
+    drawn = []
+    for name in ("sdd", "sdd-eager-compiled"):
+        sampler = samplers.row_sampler(pipe, name, compile_backend="eager")
+        drawn.append(sampler.pipe(labels, generator=torch.Generator().manual_seed(0), output_type="pt"))
+    plain, compiled = drawn
+    assert torch.equal(plain.token_ids, compiled.token_ids)
+    torch.testing.assert_close(plain.images, compiled.images, atol=1e-5, rtol=0)
+    ours, theirs = sampler.pipe.transformer, sampler.uncompiled.pipe.transformer
+    assert ours.proj_out.weight is theirs.proj_out.weight is pipe.transformer.proj_out.weight
+    assert sampler.pipe.vqvae.decoder.conv_in.weight is pipe.vqvae.decoder.conv_in.weight
+    compiled_modules = [ours.blocks[0], sampler.pipe.vqvae.decoder]
+    assert all(each._compiled_call_impl is not None for each in compiled_modules)
+    assert all(each._compiled_call_impl is None for each in (theirs.blocks[0], pipe.vqvae.decoder))
+    for name in ("sdd-eager-eager", "eager-sdd-compiled-compiled"):
+        with pytest.raises(ValueError, match="every word once"):
+            samplers.row_of(name)
+
+
+def test_float32_is_float32_while_it_is_compared(load):
+    measuring = load("measuring")
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    with contextlib.suppress(ValueError), measuring.without_tf32():
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        raise ValueError
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+def test_graph_check(load, tmp_path, capsys):
+    graph_check = load("graph_check")
+    words = [*TINY, "--rows", "causal", "sdd", "--output", str(tmp_path / "graphs.json")]
+    graph_check.main(graph_check.parse_args(words))
+    report, results = capsys.readouterr().out, json.loads((tmp_path / "graphs.json").read_text())
+    for name in ("causal", "sdd"):
+        assert re.search(rf"^\| {name} \| 22 \| [\d.]+ \| [\d.]+ \| 100.00%, 0e\+00 \| equal \|$", report, flags=re.M)
+        assert len(results["rows"][name]["draws"]) == 22
+    with pytest.raises(SystemExit):
+        graph_check.main(graph_check.parse_args([*TINY, "--rows", "sdd-6"]))
+    assert "| sdd-6 |  |  |  |  | failed: ValueError: `num_scales` must" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["old labels", "old guidance", "other pixels"])
+def test_graph_check_sees_a_graph_that_draws_something_else(load, what, monkeypatch):
+    graph_check, samplers = load("graph_check"), load("samplers")
+    pipe = samplers.random_pipeline(graph_check.parse_args(TINY))
+    draws = graph_check.draws_in_a_row(2)
+    assert graph_check.check_graphs(pipe, draws[:3]) == 0
+    assert len({(draw.batch_size, draw.guidance_scale == 1) for draw in draws}) == 3
+    own_call, eager = SRDDPipeline.__call__, set()
+    monkeypatch.setattr(SRDDPipeline, "disable_cuda_graphs", lambda pipe: eager.add(id(pipe)))
+
+    def replay(pipe, labels, guidance_scale, **kwargs):
+        if id(pipe) not in eager:
+            labels = labels * 0 + 3 if what == "old labels" else labels
+            guidance_scale = 2.5 if what == "old guidance" else guidance_scale
+        output = own_call(pipe, labels, guidance_scale=guidance_scale, **kwargs)
+        if id(pipe) not in eager and what == "other pixels":
+            output.images += 0.01
+        return output
+
+    monkeypatch.setattr(SRDDPipeline, "__call__", replay)
+    with pytest.raises(RuntimeError, match="With CUDA graphs .* nothing was timed"):
+        graph_check.check_graphs(pipe, draws[:3])
+
+
+GPU_CHECK = BENCHMARKS / "gpu_check.sh"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash and timeout")
+def test_gpu_check_takes_ten_minutes_at_most():
+    assert subprocess.run(["bash", "-n", GPU_CHECK]).returncode == 0
+    stages = r"^ *(?:graphs|tests|speed|training_step|stage) ([a-z]\w+) (\d+) "
+    limits = {name: int(limit) for name, limit in re.findall(stages, GPU_CHECK.read_text(), flags=re.M)}
+    assert len(limits) == 13
+    assert sum(limits.values()) <= 580
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs bash and timeout")
+def test_gpu_check_goes_on_after_a_failure(tmp_path):
+    python = tmp_path / "python"  # in which one script fails
+    python.write_text(f'#!/bin/sh\ncase "$1" in */speed.py) echo no >&2; exit 3;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": "out"}
+    environment["STAGES"] = "speed_batch_1 training_step_grid_32 diffusers_suite"
+    environment.pop("DIFFUSERS_SOURCE", None)
+    run = subprocess.run(["bash", GPU_CHECK, "--small"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "| speed_batch_1 | failed with exit code 3, see speed_batch_1.log |" in summary
+    assert (tmp_path / "out" / "speed_batch_1.log").read_text() == "no\n"
+    assert "| diffusers_suite | left out: DIFFUSERS_SOURCE is not set |" in summary
+    assert "| training_step_grid_32 | done |" in summary
+    assert "| markov, N x N mask |" in summary
+    assert f"torch {torch.__version__}" in summary
+    assert json.loads((tmp_path / "out" / "training_step_grid_32.json").read_text())["num_tokens"] == 5
+    assert json.loads((tmp_path / "out" / "speed_batch_1.json").read_text())["exit_code"] == 3
+
+
+@pytest.mark.slow
+def test_training_run(load, tmp_path, capsys):
+    training_run = load("training_run")
+    sizes = ["--max_train_steps", "3", "--train_batch_size", "4", "--num_layers", "1", "--num_attention_heads", "1"]
+    words = [*sizes, "--num_pictures", "8", "--logging_steps", "1", "--device", "cpu"]
+    training_run.main(training_run.parse_args([*words, "--output", str(tmp_path / "run.json")]))
+    results = json.loads((tmp_path / "run.json").read_text())
+    assert list(results["losses"]) == ["1", "2", "3"]
+    assert results["draws"]
+    assert "| yes |" in capsys.readouterr().out
 
 
 def test_timers_are_taken_off_again(load):
@@ -114,7 +283,7 @@ def test_speed_refuses_unknown_rows(load, capsys):
 
 def test_light_rows_have_another_decoder_and_nothing_else(load):
     speed, samplers = load("speed"), load("samplers")
-    pipe = samplers.random_pipeline(speed.parse_args(TINY))
+    pipe = samplers.random_pipeline(tiny_model(speed))
     labels = torch.tensor([0, 1])
     light = samplers.row_sampler(pipe, "sdd-light-unguided")
     assert light.guidance_scale == 1.0
