@@ -30,7 +30,7 @@ if [ -z "${SMALL:-}" ]; then
     depth=16 deeper=30 medium=8 large=64 deeper_large=16 slices=64 layers=16 grids=(16 32 64) step_batches=(16 8 2)
     rounds=15 fewer_rounds=5
     model=(--image_size 256) graph_model=(--image_size 256)
-    rows=(causal sdd-eager sdd sdd-6 sdd-compiled sdd-6-compiled) rows_again=("${rows[@]}")
+    rows=(causal sdd-eager sdd sdd-fused sdd-6 sdd-compiled sdd-6-compiled) rows_again=("${rows[@]}")
     graph_rows=(causal sdd sdd-6)
     training=(--max_train_steps 200)
     suite=tests/diffusers_suite

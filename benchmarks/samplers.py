@@ -20,8 +20,9 @@ REFERENCE = "reference"
 COMPONENTS = ("transformer", "sampling", "quantizer", "decoder")
 
 # In the name of a row, beside the words of a variant: a decoder as `distill_decoder.py` makes it, with random weights;
-# no CUDA graphs; compiled blocks and a compiled decoder. The last two change how images are drawn, not which.
-LIGHT, EAGER, COMPILED = OWN_WORDS = ("light", "eager", "compiled")
+# no CUDA graphs; fused projections of queries, keys and values; compiled blocks and a compiled decoder. The last three
+# change how images are drawn, not which.
+LIGHT, EAGER, FUSED, COMPILED = OWN_WORDS = ("light", "eager", "fused", "compiled")
 
 # Rows, batch sizes and depths of one process share torch's limit of how often it compiles a layer, 8 by default.
 MOST_COMPILATIONS = 64
@@ -136,6 +137,8 @@ def row_sampler(
         passes = {"resampling_policy": "simple", "num_resampling_passes": num_further_passes}
         variant = replace(variant, scheduler={**variant.scheduler, **passes})
     sampler = PipelineSampler(variant.pipeline(pipe, num_examples=1), variant.guidance_scale)
+    if FUSED in row.words:
+        sampler.pipe.transformer.fuse_qkv_projections()  # the variant's own
     if COMPILED in row.words:
         sampler = PipelineSampler(compiled(sampler.pipe, compile_backend), variant.guidance_scale, uncompiled=sampler)
     if EAGER in row.words:
@@ -148,8 +151,7 @@ def compiled(pipe: SRDDPipeline, backend: str) -> SRDDPipeline:
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, limit, MOST_COMPILATIONS)
     transformer, vqvae = sharing_parameters(pipe.transformer), sharing_parameters(pipe.vqvae)
-    looks_back = transformer.needs_kv_cache  # through a cache, which is not compiled
-    transformer.compile_repeated_blocks(fullgraph=not looks_back, dynamic=True, backend=backend)
+    transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=backend)
     vqvae.decoder.compile(fullgraph=True, backend=backend)
     made = SRDDPipeline(**{**pipe.components, "vqvae": vqvae, "transformer": transformer})
     made.set_progress_bar_config(disable=True)

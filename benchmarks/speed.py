@@ -26,9 +26,10 @@ A row names a variant (`srdd.evaluation.pipeline_variants`): `causal` (VAR) or `
 `6` and `5` visit so many of ten scales, as distilled models do; `unguided` has no unconditional half, as a student of
 the guided distribution; `interval` has none at the finest two of ten scales; `torch` leaves linear layers to torch;
 `int8` has torchao's int8 weights in them, all but `proj_in`'s; `bf16` is all in bfloat16; `int8vae` has int8 in the
-decoder's convolutions; `light` has a light decoder; `eager` has no CUDA graphs, which are on by default; `compiled`
-has compiled blocks and a compiled decoder, within the graph. They combine: `sdd-6-unguided-int8-light`. With `--table`
-rows are those of an ablation, so that what a setting costs stands next to what it is worth.
+decoder's convolutions; `light` has a light decoder; `eager` has no CUDA graphs, which are on by default; `fused`
+makes queries, keys and values by one matrix product; `compiled` has compiled blocks and a compiled decoder, within the
+graph. They combine: `sdd-6-unguided-int8-light`. With `--table` rows are those of an ablation, so that what a setting
+costs stands next to what it is worth.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """What all SRDD pipelines are: their components, and a run over the scales."""
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -127,7 +128,7 @@ class ScalePipeline(DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "ScalePipeline":
         """
         A pipeline of another one's components. They are shared and keep their dtypes (diffusers casts them all to
-        float32), as the progress bar keeps its settings.
+        float32), as the progress bar and CUDA graphs keep their settings.
 
         By name one may give components to take instead; `dtype` (or `torch_dtype`), to which components that are not
         quantized are cast, for the other pipeline, too; `custom_pipeline` and what belongs to it, as in diffusers.
@@ -158,6 +159,7 @@ class ScalePipeline(DiffusionPipeline):
         if pipeline.config.get("_name_or_path") is not None:
             made.register_to_config(_name_or_path=pipeline.config["_name_or_path"])
         made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        made._cuda_graphs = copy.copy(getattr(pipeline, "_cuda_graphs", made._cuda_graphs))  # without any recordings
         for component in made.components.values() if dtype is not None else ():
             if isinstance(component, torch.nn.Module) and not getattr(component, "is_quantized", False):
                 component.to(dtype)
@@ -165,15 +167,14 @@ class ScalePipeline(DiffusionPipeline):
 
     def enable_cuda_graphs(self) -> None:
         """
-        Let whole draws run as CUDA graphs, as they do by default: on CUDA, the second draw with a batch size, schedule
-        and dtype, and with or without guidance, is recorded, which takes about as long as ten draws, and later ones
-        are replayed, so that they do not wait for the host to launch kernels. Pictures are the same, and labels,
-        guidance, and generators may change.
+        Let whole draws run as CUDA graphs, as they do by default. On CUDA the second draw with a batch size, schedule
+        and dtype, and with or without guidance, is recorded, and later ones are replayed: they do not wait for the
+        host to launch kernels. A seed means the same picture as without; labels, guidance and generators may change.
 
-        Four graphs are kept, with the memory that one draw needs. Draws that look at their device go without: those
-        with a callback, of known tokens (inpainting, super-resolution), and with the policies "masked" and
-        "remasked". So do those under autocast, of models that are offloaded, quantized or watched by hooks, and those
-        for which there is no memory. While one thread records, others should not use torch's default generator.
+        Four graphs are kept, and memory for one draw with the noise of all. Draws that look at their device go
+        without: those with a callback, of known tokens (inpainting, super-resolution), and with the policies "masked"
+        and "remasked". So do those under autocast, of models that are offloaded, quantized or watched by hooks, and
+        those for which there is no memory. While one thread records, others should not use torch's default generator.
         """
         self._cuda_graphs.is_enabled = True
 

@@ -154,7 +154,7 @@ def test_rows_say_how_they_are_drawn(load):
     pipe = samplers.random_pipeline(tiny_model(speed))
     labels = torch.tensor([0, 1])
     drawn = []
-    for name in ("sdd", "sdd-eager-compiled"):
+    for name in ("sdd", "sdd-eager-fused-compiled"):
         sampler = samplers.row_sampler(pipe, name, compile_backend="eager")
         drawn.append(sampler.pipe(labels, generator=torch.Generator().manual_seed(0), output_type="pt"))
     plain, compiled = drawn
@@ -163,6 +163,8 @@ def test_rows_say_how_they_are_drawn(load):
     ours, theirs = sampler.pipe.transformer, sampler.uncompiled.pipe.transformer
     assert ours.proj_out.weight is theirs.proj_out.weight is pipe.transformer.proj_out.weight
     assert sampler.pipe.vqvae.decoder.conv_in.weight is pipe.vqvae.decoder.conv_in.weight
+    assert ours.blocks[0].attn.fused_projections
+    assert not pipe.transformer.blocks[0].attn.fused_projections
     compiled_modules = [ours.blocks[0], sampler.pipe.vqvae.decoder]
     assert all(each._compiled_call_impl is not None for each in compiled_modules)
     assert all(each._compiled_call_impl is None for each in (theirs.blocks[0], pipe.vqvae.decoder))

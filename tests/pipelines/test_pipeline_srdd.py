@@ -290,20 +290,35 @@ def test_scales_without_guidance_are_drawn_at_half_the_cost(pattern, interval, e
         assert torch.equal((cond + guided * (cond - uncond)).argmax(dim=-1), token_ids[:, tokens])
 
 
-def ten_scales(pattern: str, **overrides):
-    sizes = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    models = tiny_vqvae(scale_sizes=sizes, sample_size=20), tiny_transformer(pattern, scale_sizes=sizes, **overrides)
+def many_scales(pattern: str, num_scales: int = 10, **overrides):
+    sizes = list(range(1, num_scales + 1))
+    models = (
+        tiny_vqvae(scale_sizes=sizes, sample_size=2 * num_scales),
+        tiny_transformer(pattern, scale_sizes=sizes, **overrides),
+    )
     pipe = SRDDPipeline(*models, make_scheduler("none", scale_sizes=sizes))
     pipe.set_progress_bar_config(disable=True)
-    torch.compiler.reset()
-    counters.clear()
     return pipe
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_compiled_blocks_serve_all_scales(pattern):
-    pipe = ten_scales(pattern)
+def start_counting():
+    torch.compiler.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [
+        ("markov", torch.float32),
+        ("markov", torch.float16),
+        ("causal", torch.bfloat16),
+        ("banded", torch.float32),
+    ],
+)
+def test_compiled_blocks_serve_all_scales(pattern, dtype):
+    pipe = many_scales(pattern).to(dtype)
     expected = [latents_of(pipe, [1, 2], generator=generators(seed, seed + 1))[1] for seed in (0, 1, 2)]
+    start_counting()
     # The backend "eager" runs what was traced as it is: what is tested is how often something is traced.
     pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=True)
     found, counts = [], []
@@ -312,15 +327,20 @@ def test_compiled_blocks_serve_all_scales(pattern):
         counts.append(counters["stats"]["unique_graphs"])
     assert all(torch.equal(*pair) for pair in zip(found, expected))
     assert 0 < counts[0] == counts[1] == counts[2] <= 3  # of sizes of 1, and of a run's first forward
+    other = many_scales(pattern, num_scales=7).to(dtype)  # of another resolution
+    other.transformer.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=True)
+    latents_of(other, [1, 2], generator=generators(0, 1))
+    assert counters["stats"]["unique_graphs"] <= counts[0] + 1
 
 
 @pytest.mark.slow
 def test_blocks_compiled_for_any_shape_serve_all_batches():
-    pipe = ten_scales("markov", num_layers=1)
+    pipe = many_scales("markov", num_layers=1)
     draws = [([1, 2], 4.0), ([3], 4.0), ([1, 2], 1.0), ([1], 1.0), ([1, 2, 3], 4.0)]
     expected = [
         latents_of(pipe, labels, guidance_scale=scale, generator=generators(*labels)) for labels, scale in draws
     ]
+    start_counting()
     pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=True)
     for (labels, scale), (_, token_ids) in zip(draws, expected):
         found = latents_of(pipe, labels, guidance_scale=scale, generator=generators(*labels))[1]
@@ -343,13 +363,14 @@ def test_compiled_blocks_refine(policy):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
 def test_compiled_code_draws_the_same_tokens():
-    pipe = ten_scales("markov")
+    pipe = many_scales("markov")
 
     def draw(*seeds):
         class_labels = [1, 2][: len(seeds)]
         return latents_of(pipe, class_labels, guidance_scale=4.0, generator=generators(*seeds))[1]
 
     expected = [draw(*seeds) for seeds in ((0, 1), (2, 3), (4,), (5,))]
+    start_counting()
     # On a CPU this mode goes without CUDA graphs.
     pipe.transformer.compile_repeated_blocks(mode="reduce-overhead", fullgraph=True, dynamic=True)
     found, counts = [], []

@@ -271,11 +271,10 @@ def test_draws_that_look_at_the_device_go_without_graphs():
         for _ in range(3):
             assert_same_draw(pipe, [1, 2], generator=seeds(0, 1))
     inpaint = SRDDInpaintPipeline.from_pipe(pipe)
-    inpaint._cuda_graphs = pipe._cuda_graphs
     for _ in range(3):
         inpaint(torch.zeros(1, 3, 8, 8), torch.ones(1, 1, 8, 8), 1)
     assert len(seen) == 9
-    assert len(pipe._cuda_graphs) == 0
+    assert len(pipe._cuda_graphs) == len(inpaint._cuda_graphs) == 0
 
 
 def test_policies_that_make_no_further_pass_have_fixed_shapes():
@@ -299,9 +298,13 @@ def test_pipelines_of_the_same_components_and_copies_have_graphs_of_their_own():
     pipe = recording_pipeline()
     for _ in range(2):
         pipe(1, generator=seeds(0))
-    assert len(SRDDPipeline.from_pipe(pipe)._cuda_graphs) == 0
-    assert len(copy.deepcopy(pipe)._cuda_graphs) == 0
+    for other in (SRDDPipeline.from_pipe(pipe), copy.deepcopy(pipe)):
+        assert len(other._cuda_graphs) == 0
+        assert other._cuda_graphs.is_enabled
     assert replays(pipe) == [1]
+    pipe.disable_cuda_graphs()
+    for other in (SRDDPipeline.from_pipe(pipe), copy.deepcopy(pipe)):
+        assert not other._cuda_graphs.is_enabled
 
 
 @torch.no_grad()

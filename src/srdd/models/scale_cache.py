@@ -71,16 +71,20 @@ class ScaleKVCache:
         for states, stored in zip((key, value), self.buffers[layer]):
             stored[image_indices, tokens] = states
 
-    def seen_by(
-        self, layer: int, timestep: int, seen: Sequence[int], num_tokens: int, like: torch.Tensor
-    ) -> SeenStates | None:
+    def seen_by(self, layer: int, timestep: int, seen: Sequence[int], like: torch.Tensor) -> "SeenStates | None":
         """
         What a scale sees that is to be stored whole, and lies behind the others that it sees. `None` where that is not
         so. Compiled blocks want tensors rather than a cache that they would have to look through.
+
+        Args:
+            layer (`int`): The layer.
+            timestep (`int`): The scale.
+            seen (`Sequence[int]`): The scales that it sees, itself the last one.
+            like (`torch.Tensor` of shape `(batch, num_scale_tokens, heads, head_dim)`): What its keys are like.
         """
         if self.is_read_only or self.image_indices is not None or self.token_indices is not None:
             return None
-        place = self.make_room(layer, timestep, num_tokens, like)
+        place = self.make_room(layer, timestep, like.shape[1], like)
         places = [self.places[each] for each in seen]
         if any(each.stop != following.start for each, following in zip(places, places[1:])):
             return None

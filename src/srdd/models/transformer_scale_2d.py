@@ -453,11 +453,11 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         processor, attention_mask = self.blocks[0].attn.processor, None
         if isinstance(processor, MaskedScaleAttnProcessor):
             attention_mask = processor.attention_mask(segments, kv_cache, hidden_states.device)
-        heads = hidden_states.unflatten(-1, (self.config.num_attention_heads, -1))  # (B, N, H, D/H)
         for layer, block in enumerate(self.blocks):
             states = kv_cache
             if kv_cache is not None and len(segments) == 1:
-                states = kv_cache.seen_by(layer, timesteps[0], segments[0].seen, num_tokens[0], heads) or kv_cache
+                like = hidden_states.unflatten(-1, (block.attn.heads, -1))  # (B, N, H, D/H)
+                states = kv_cache.seen_by(layer, timesteps[0], segments[0].seen, like) or kv_cache
             modulations = stored.blocks[layer] if is_stored else None
             inputs = (hidden_states, conditioning, segments, states, modulations, attention_mask)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
