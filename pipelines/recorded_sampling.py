@@ -91,10 +91,9 @@ def empty_noise(
     scheduler: ScaleScheduler, batch_size: int, codebook_size: int, device: torch.device
 ) -> dict[int, torch.Tensor]:
     """Tensors for the noise of all passes; none where the most probable tokens are taken."""
-    if scheduler.config.temperature == 0:
-        return {}
     return {
         index: torch.empty(scheduler.noise_shape(scale, batch_size, codebook_size), device=device)
         for scale, passes in scheduler.passes
+        if scheduler.temperatures[scale.timestep] > 0
         for index in passes
     }

@@ -79,7 +79,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             there is no guidance, as in diffusers' guiders.
         guidance_stop (`float`, defaults to 1.0): The share of all scales from which on there is none. A Markov model
             then draws the scales outside at half the cost; the finest two of ten hold 62 % of the tokens.
-        temperature (`float`, defaults to 1.0): Temperature of the draw; 0 takes the most probable token.
+        temperature (`float` or `list[float]`, defaults to 1.0): Temperature of the draw; 0 takes the most probable
+            token. A list gives one number for each of `scale_sizes`.
         top_k (`int`, defaults to 0): Draw among this many most probable tokens; 0 is off.
         top_p (`float`, defaults to 1.0): Draw among the most probable tokens with this total probability; 1 is off.
         resampling_policy (`str`, defaults to `"none"`): Which tokens of a scale further passes draw again (paper,
@@ -107,7 +108,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         guidance_schedule: str = "linear",
         guidance_start: float = 0.0,
         guidance_stop: float = 1.0,
-        temperature: float = 1.0,
+        temperature: float | list[float] = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         resampling_policy: str = "none",
@@ -132,27 +133,34 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         self.num_tokens: int = self.visits[-1].tokens.stop
         check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
         check_choice("resampling_policy", resampling_policy, RESAMPLING_POLICIES)
-        if isinstance(num_resampling_passes, (list, tuple)):
-            if len(num_resampling_passes) != len(scale_sizes):
-                raise ValueError(
-                    f"`num_resampling_passes` must be an integer or a list of {len(scale_sizes)} of them, got"
-                    f" {num_resampling_passes}."
-                )
-            passes = [check_int("num_resampling_passes", count, 0, MAX_PASSES) for count in num_resampling_passes]
+        num_scales = len(scale_sizes)
+        if not isinstance(temperature, (list, tuple)):
+            temperature = check_number("temperature", temperature, 0)
         else:
+            _check_one_for_each("temperature", temperature, "a number", num_scales)
+            temperature = [check_number("temperature", each, 0) for each in temperature]
+        if not isinstance(num_resampling_passes, (list, tuple)):
             passes = check_int("num_resampling_passes", num_resampling_passes, 0, MAX_PASSES)
+        else:
+            _check_one_for_each("num_resampling_passes", num_resampling_passes, "an integer", num_scales)
+            passes = [check_int("num_resampling_passes", count, 0, MAX_PASSES) for count in num_resampling_passes]
         guidance_start = check_number("guidance_start", guidance_start, 0, 1)
         self.register_to_config(
             scale_sizes=scale_sizes,
             scales=scales,
             guidance_start=guidance_start,
             guidance_stop=check_number("guidance_stop", guidance_stop, guidance_start, 1),
-            temperature=check_number("temperature", temperature, 0),
+            temperature=temperature,
             top_k=check_int("top_k", top_k, 0),
             top_p=check_number("top_p", top_p, over=0, high=1),
             resampling_threshold=check_number("resampling_threshold", resampling_threshold, 0, 1),
             num_resampling_passes=passes,
         )
+        # By timestep.
+        self.temperatures: dict[int, float] = {
+            scale.timestep: temperature[-1 - scale.timestep] if isinstance(temperature, list) else temperature
+            for scale in self.visits
+        }
         self.set_timesteps()
 
     @property
@@ -394,8 +402,9 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             draw_mask = ~known_mask if resample_mask is None else resample_mask & ~known_mask
         image_mask = None if draw_mask is None else draw_mask.any(dim=1)
         if image_mask is None or image_mask.any():
+            temperature = self.temperatures[scale.timestep]
             drawn_ids = sample_tokens(
-                model_output, config.temperature, config.top_k, config.top_p, generator, image_mask, noise
+                model_output, temperature, config.top_k, config.top_p, generator, image_mask, noise
             )
             token_ids = drawn_ids if draw_mask is None else torch.where(draw_mask, drawn_ids, token_ids)
         chosen = model_output.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1).float()
@@ -456,6 +465,11 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.num_train_timesteps
+
+
+def _check_one_for_each(name: str, values: Sequence, kind: str, num_scales: int) -> None:
+    if len(values) != num_scales:
+        raise ValueError(f"`{name}` must be {kind} or a list of {num_scales} of them, got {shown(values)}.")
 
 
 def _readable(sizes: list[list[int]]) -> list:

@@ -147,6 +147,7 @@ SCHEDULES = {
     "fewer scales": {"scales": [1, 4]},
     "another temperature": {"temperature": 0.5},
     "the most probable tokens": {"temperature": 0.0},
+    "a temperature for each scale": {"temperature": [1.0, 0.0, 0.5]},
     "another top-k": {"top_k": 3},
     "another ramp": {"guidance_schedule": "constant"},
     "further passes": {"resampling_policy": "simple", "num_resampling_passes": 1},

@@ -247,6 +247,24 @@ def test_sampling_settings_reach_the_draw():
         assert torch.equal(drawn[:, TOKENS[0]], best)
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize("scales", [None, [1, 4]])
+def test_a_list_of_temperatures_is_one_for_each_scale_of_the_model(scales, settings):
+    temperatures = [0.5, 0.0, 2.0]
+    scheduler = tiny_scheduler(temperature=temperatures, scales=scales, **settings)
+    sample = random_token_ids(num_tokens=scheduler.num_tokens)
+    for scale in scheduler.visits:
+        own = tiny_scheduler(temperature=temperatures[-1 - scale.timestep], scales=scales, **settings)
+        logits = random_logits(scale.num_tokens)
+        drawn = [
+            each.step(logits, scale.timestep, sample, generator=torch.Generator().manual_seed(0)).prev_sample
+            for each in (scheduler, own)
+        ]
+        assert torch.equal(*drawn)
+    assert scheduler.config.temperature == temperatures
+    assert ScaleScheduler.from_config(scheduler.config).temperatures == scheduler.temperatures
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.02, 0.2, 1.0])
 def test_masked_policy_wants_the_tokens_below_the_threshold(threshold):
     scheduler = tiny_scheduler(resampling_policy="masked", resampling_threshold=threshold)
@@ -448,6 +466,9 @@ def test_forward_process_refuses_other_shapes(shape):
         ({"num_resampling_passes": True}, "`num_resampling_passes` must be an integer in .*got True"),
         ({"num_resampling_passes": "5"}, "`num_resampling_passes` must be an integer in .*got '5'"),
         ({"temperature": "1"}, "`temperature` must be a finite number .*got '1'"),
+        ({"temperature": [1.0, 0.5]}, r"`temperature` must be a number or a list of 3 of them, got \[1.0, 0.5\]"),
+        ({"temperature": [1.0, -1, 0.5]}, "`temperature` must be a finite number of at least 0, got -1"),
+        ({"temperature": []}, r"`temperature` must be a number or a list of 3 of them, got \[\]"),
         ({"top_p": None}, "`top_p` must be a finite number .*got None"),
         ({"guidance_schedule": None}, "`guidance_schedule` must be one of .*got None"),
         ({"resampling_threshold": 2}, r"`resampling_threshold` must be a finite number in \[0, 1\], got 2"),
