@@ -1,4 +1,4 @@
-"""What one forward of a sampling run leaves for the next: keys and values, and the modulations of the condition."""
+"""What one forward of a sampling run leaves for the next: keys and values, and what follows from the condition."""
 
 import copy
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class ScaleKVCache:
     """
     Keys and values of the scales already drawn, for the attention patterns that look back.
 
-    Pass one object to every [`ScaleTransformer2DModel.forward`] of a sampling run. A pass at a scale replaces what an
+    Pass one object to every forward of a transformer in a sampling run. A pass at a scale replaces what an
     earlier pass stored there; scales are kept apart, so that nothing of a finer scale is ever seen by a coarser one.
     Scales lie one behind the other in one buffer for each layer, so that looking back copies nothing. It is for
     inference: buffers are written in place.
@@ -132,21 +132,23 @@ class ScaleKVCache:
 @dataclass
 class ModulationCache:
     """
-    AdaLN modulations of some class labels. They are the same at all scales and passes of a sampling run.
+    What follows from a condition, class labels or texts: AdaLN modulations, and keys and values of a text. It is the
+    same at all scales and passes of a sampling run.
 
-    Pass one object to every [`ScaleTransformer2DModel.forward`] with the same `class_labels`; the first fills it. It
-    is for inference.
+    Pass one object to every forward of a transformer with the same condition; the first fills it. It is for inference.
 
     Args:
-        blocks (`list`): For each block the modulations, `(batch, 6, dim)`.
-        out (`torch.Tensor`, *optional*): Those of the last norm, `(batch, 2 * dim)`.
+        blocks (`list`): For each block what it returned beside its hidden states, `(batch, ...)` each: the
+            modulations, `(batch, 6, dim)`, and of a text keys and values, `(batch, heads, num_text_tokens, head_dim)`.
+        out (`torch.Tensor`, *optional*): The modulations of the last norm, `(batch, 2 * dim)`.
     """
 
-    blocks: list[torch.Tensor] = field(default_factory=list)
+    blocks: list[list[torch.Tensor]] = field(default_factory=list)
     out: torch.Tensor | None = None
 
     def select(self, image_indices: torch.Tensor) -> "ModulationCache":
-        """The modulations of some images, by their places in the batch."""
+        """What follows for some images, by their places in the batch."""
         if self.out is None:
             return ModulationCache()
-        return ModulationCache([modulations[image_indices] for modulations in self.blocks], self.out[image_indices])
+        blocks = [[tensor[image_indices] for tensor in block] for block in self.blocks]
+        return ModulationCache(blocks, self.out[image_indices])

@@ -4,8 +4,6 @@ Shape legend: B batch, K scales, N_k tokens in scale k, N tokens of the scales a
 channels, V codebook.
 """
 
-import math
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from types import NoneType
@@ -13,31 +11,20 @@ from types import NoneType
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.nn.attention.flex_attention import BlockMask
 
-from srdd.acceleration import accelerate, set_fast_linears
 from srdd.checks import described, shown
 from srdd.models.attention_scale import (
-    MaskedScaleAttnProcessor,
     ScaleAttention,
     ScaleSegment,
-    scale_segments,
 )
 from srdd.models.configuration import check_configuration, check_num_parameters
-from srdd.models.guidance import guide
-from srdd.models.saved_weights import SavedModelMixin
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache, SeenStates
+from srdd.models.scale_transformer import ScaleTransformer, Timesteps
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
-
-
-Timesteps = int | Sequence[int] | torch.Tensor
-
-# Modes of `torch.compile` that replay CUDA graphs.
-CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 class ScaleTransformerBlock(nn.Module):
@@ -81,8 +68,8 @@ class ScaleTransformerBlock(nn.Module):
         conditioning: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
-        modulations: torch.Tensor | None = None,
         attention_mask: torch.BoolTensor | BlockMask | None = None,
+        modulations: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -91,9 +78,9 @@ class ScaleTransformerBlock(nn.Module):
                 `(batch, 6 * dim)` and already projected if the model shares its AdaLN.
             segments (`Sequence[ScaleSegment]`): The packed scales and what they see.
             kv_cache ([`ScaleKVCache`] or [`SeenStates`], *optional*): Keys and values of scales not in the input.
+            attention_mask (`torch.BoolTensor` or `BlockMask`, *optional*): What the attention processor asked for.
             modulations (`torch.Tensor` of shape `(batch, 6, dim)`, *optional*): What follows from `conditioning`, from
                 an earlier call.
-            attention_mask (`torch.BoolTensor` or `BlockMask`, *optional*): What the attention processor asked for.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Hidden states and modulations.
@@ -115,11 +102,6 @@ class ScaleTransformerBlock(nn.Module):
         return hidden_states, modulations
 
 
-def begin_step(*_) -> None:
-    """A hook: outputs of earlier forwards may be overwritten from here on, those within this one may not."""
-    torch.compiler.cudagraph_mark_step_begin()
-
-
 def class_names(id2label: Mapping[int | str, str] | None, num_classes: int) -> dict[str, str]:
     """
     Names of classes as JSON has them: it turns integer keys into strings.
@@ -139,7 +121,7 @@ def class_names(id2label: Mapping[int | str, str] | None, num_classes: int) -> d
     return names
 
 
-class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
+class ScaleTransformer2DModel(ScaleTransformer):
     r"""
     Predicts the tokens of a scale from the latent state before it: `p_theta(z_k | x_k, k, y)`.
 
@@ -175,11 +157,9 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
             have more than 2 * 10^10 parameters.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["ScaleTransformerBlock"]
     _repeated_blocks = ["ScaleTransformerBlock"]
     _skip_layerwise_casting_patterns = ["class_embed", "scale_embed", "norm"]
-    _skip_keys = ["kv_cache", "modulation_cache"]
 
     @register_to_config
     def __init__(
@@ -236,125 +216,12 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         self.norm_out = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
         self.adaln_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, codebook_size)
-        self.gradient_checkpointing = False
         self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """VAR's initialisation: small gates, a small head and residual branches scaled by depth."""
-        std = math.sqrt(1 / (3 * self.pos_embed.shape[-1]))
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_embed, std=std)
-        nn.init.trunc_normal_(self.start_pos_embed, std=std)
-        self.proj_out.weight.mul_(0.02)
-        self.adaln_out.weight.mul_(0.5)
-        for block in self.blocks:
-            for linear in (block.attn.to_out[0], block.ff.net[-1]):
-                linear.weight.div_(math.sqrt(2 * len(self.blocks)))
-            six = block.adaln.weight.unflatten(0, (6, -1)) if hasattr(block, "adaln") else block.scale_shift_table
-            six[:2].mul_(1e-5)
-            six[2:].mul_(0.5)
 
     @property
     def id2label(self) -> dict[int, str]:
         """Names of the classes by id."""
         return {int(index): name for index, name in self.config.id2label.items()}
-
-    @property
-    def dim(self) -> int:
-        """Width of the hidden states."""
-        return self.config.num_attention_heads * self.config.attention_head_dim
-
-    @property
-    def needs_kv_cache(self) -> bool:
-        """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
-        return self.config.attention_pattern != "markov"
-
-    def compile_repeated_blocks(self, *args, **kwargs) -> None:
-        """
-        Compile the blocks, as [`~diffusers.ModelMixin.compile_repeated_blocks`] does, with the arguments of
-        `torch.compile`.
-
-        With CUDA graphs (`mode="reduce-overhead"`) every forward is then one step of them. Left alone, torch takes
-        each call of a compiled block for one, and frees what the block before has returned, which is its input.
-        """
-        super().compile_repeated_blocks(*args, **kwargs)
-        options = kwargs.get("options") or {}
-        if kwargs.get("mode") in CUDA_GRAPH_MODES or options.get("triton.cudagraphs"):
-            self.register_forward_pre_hook(begin_step)
-
-    def train(self, mode: bool = True) -> "ScaleTransformer2DModel":
-        """As torch has it. Kernels are chosen then, for what the weights have become: loaded, quantized or trained."""
-        accelerate(self)
-        return super().train(mode)
-
-    def enable_fast_linears(self) -> None:
-        """
-        Let linear layers use kernels of oneDNN on CPUs where no gradient is asked for. By default they do where it is
-        known to be faster: for float32 on AMD's CPUs from Zen 5 on, for torchao's int8 weights wherever there is VNNI.
-        Logits agree with torch's to rounding; no copies of float32 weights are kept.
-        """
-        set_fast_linears(self, True)
-
-    def disable_fast_linears(self) -> None:
-        """Leave linear layers to torch and torchao."""
-        set_fast_linears(self, False)
-
-    def _check_timesteps(self, timestep: Timesteps | None) -> list[int]:
-        last = len(self.token_slices) - 1
-        if timestep is None:
-            return list(range(last, -1, -1))
-        values = timestep.tolist() if hasattr(timestep, "tolist") else timestep  # tensors and arrays
-        values = list(values) if isinstance(values, (Sequence, range)) and not isinstance(values, str) else [values]
-        are_integers = all(isinstance(value, numbers.Integral) and not isinstance(value, bool) for value in values)
-        falling = are_integers and all(coarse > fine for coarse, fine in zip(values, values[1:]))
-        if not values or not falling or min(values) < 0 or max(values) > last:
-            raise ValueError(f"`timestep` must be falling integers in [0, {last}], got {shown(values)}.")
-        return [int(value) for value in values]
-
-    def _check_token_indices(
-        self, token_indices: torch.LongTensor, timesteps: list[int], kv_cache: ScaleKVCache | None
-    ) -> None:
-        if len(timesteps) > 1:
-            raise ValueError(f"`timestep` must be one scale's with `token_indices`, got {timesteps}.")
-        if kv_cache is None or kv_cache.is_read_only or timesteps[0] not in kv_cache.places:
-            read_only = kv_cache is not None and kv_cache.is_read_only
-            given = "a read-only one" if read_only else None if kv_cache is None else kv_cache.timesteps
-            raise ValueError(
-                f"`kv_cache` must hold the timestep {timesteps[0]} and not be read only with `token_indices`, got"
-                f" {given}."
-            )
-        tokens = self.token_slices[-1 - timesteps[0]]
-        low, high = (bound.item() for bound in token_indices.aminmax())
-        if low < 0 or high >= tokens.stop - tokens.start:
-            raise ValueError(
-                f"`token_indices` must lie in [0, {tokens.stop - tokens.start - 1}], got [{low}, {high}]."
-            )
-
-    def _embed(
-        self,
-        hidden_states: torch.Tensor,
-        class_embedding: torch.Tensor,
-        timesteps: list[int],
-        token_indices: torch.LongTensor | None,
-    ) -> torch.Tensor:
-        """Input, position and scale embeddings; the coarsest scale starts from the class embedding (SOS)."""
-        embedded = self.proj_in(hidden_states.to(self.pos_embed.dtype))  # (B, N, D)
-        if timesteps[0] == len(self.token_slices) - 1:
-            start_pos_embed = self.start_pos_embed if token_indices is None else self.start_pos_embed[0, token_indices]
-            start = class_embedding.unsqueeze(1) + start_pos_embed
-            embedded = torch.cat([start, embedded[:, start.shape[1] :]], dim=1)
-        # Ids are made on the device, so that the host need not send them; by way of `forward`, which brings in weights
-        # that are offloaded.
-        scales = self.scale_embed(torch.arange(len(self.token_slices), device=embedded.device))  # (K, D)
-        scale_ids = [len(self.token_slices) - 1 - timestep for timestep in timesteps]
-        positions = [self.pos_embed[:, self.token_slices[k]] + scales[k] for k in scale_ids]
-        positions = positions[0] if len(positions) == 1 else torch.cat(positions, dim=1)
-        return embedded + (positions if token_indices is None else positions[0, token_indices])
 
     def forward(
         self,
@@ -400,35 +267,10 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
                 finite number, or `token_indices` come without a cache that holds their scale. Labels are not read back
                 from accelerators, which would wait for it: on CUDA one out of range is a device-side assertion.
         """
-        timesteps = self._check_timesteps(timestep)
-        cached = [t for t in kv_cache.timesteps if t > timesteps[0]] if kv_cache is not None else []
-        num_tokens = [tokens.stop - tokens.start for tokens in (self.token_slices[-1 - t] for t in timesteps)]
-        segments = scale_segments(self.config.attention_pattern, timesteps, num_tokens, cached)
-        expected = (segments[-1].tokens.stop, self.config.latent_channels)
-        if token_indices is not None:
-            self._check_token_indices(token_indices, timesteps, kv_cache)
-            expected = (token_indices.shape[1], self.config.latent_channels)
-            kv_cache = kv_cache.select(kv_cache.image_indices, token_indices)
-        if not isinstance(hidden_states, torch.Tensor) or not hidden_states.is_floating_point():
-            raise ValueError(f"`hidden_states` must be a floating-point tensor, got {described(hidden_states)}.")
-        if hidden_states.ndim != 3 or tuple(hidden_states.shape[1:]) != expected:
-            raise ValueError(
-                f"`hidden_states` must have shape (batch, {expected[0]}, {expected[1]}) for the timesteps {timesteps},"
-                f" got {tuple(hidden_states.shape)}."
-            )
+        packed = self._check_inputs(hidden_states, timestep, kv_cache, guidance_weight, token_indices)
         null_class = self.config.num_classes
         if class_labels is None:
             class_labels = torch.full((hidden_states.shape[0],), null_class, device=hidden_states.device)
-        # A tensor is not looked at: that would wait for its device.
-        is_tensor = isinstance(guidance_weight, torch.Tensor) and guidance_weight.shape == ()
-        is_weight = isinstance(guidance_weight, numbers.Real) and math.isfinite(guidance_weight)
-        if guidance_weight is not None and not is_weight and not (is_tensor and guidance_weight.is_floating_point()):
-            raise ValueError(f"`guidance_weight` must be a finite number, got {shown(guidance_weight)}.")
-        if guidance_weight is not None and len(hidden_states) % 2:
-            raise ValueError(
-                "`hidden_states` must be two halves with `guidance_weight`, conditional and unconditional, got a batch"
-                f" of {len(hidden_states)}."
-            )
         if not isinstance(class_labels, torch.Tensor) or class_labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"`class_labels` must be an int64 or int32 tensor, got {described(class_labels)}.")
         if class_labels.shape != hidden_states.shape[:1]:
@@ -445,34 +287,8 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         except IndexError as error:
             low, high = (bound.item() for bound in class_labels.aminmax())
             raise ValueError(f"`class_labels` must lie in [0, {null_class}], got [{low}, {high}].") from error
-        hidden_states = self._embed(hidden_states, class_embedding, timesteps, token_indices)  # (B, N, D)
-        stored = modulation_cache if modulation_cache is not None else ModulationCache()
-        is_stored = stored.out is not None
-        condition = F.silu(class_embedding)
-        conditioning = condition if self.adaln is None or is_stored else self.adaln(condition)
-        processor, attention_mask = self.blocks[0].attn.processor, None
-        if isinstance(processor, MaskedScaleAttnProcessor):
-            attention_mask = processor.attention_mask(segments, kv_cache, hidden_states.device)
-        for layer, block in enumerate(self.blocks):
-            states = kv_cache
-            if kv_cache is not None and len(segments) == 1:
-                like = hidden_states.unflatten(-1, (block.attn.heads, -1))  # (B, N, H, D/H)
-                states = kv_cache.seen_by(layer, timesteps[0], segments[0].seen, like) or kv_cache
-            modulations = stored.blocks[layer] if is_stored else None
-            inputs = (hidden_states, conditioning, segments, states, modulations, attention_mask)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states, modulations = self._gradient_checkpointing_func(block, *inputs)
-            else:
-                hidden_states, modulations = block(*inputs)
-            if modulation_cache is not None and not is_stored:
-                # A copy: where a block is replayed as a CUDA graph, the next forward writes over what it returned.
-                modulation_cache.blocks.append(modulations.clone())
-        modulations = stored.out if is_stored else self.adaln_out(condition)
-        if modulation_cache is not None:
-            modulation_cache.out = modulations
-        scale, shift = modulations.unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
-        hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
-        if guidance_weight is not None:
-            hidden_states = guide(*hidden_states.chunk(2), guidance_weight)
-        logits = self.proj_out(hidden_states)  # (B, N, V)
+        conditioning = F.silu(class_embedding)
+        if self.adaln is not None and (modulation_cache is None or modulation_cache.out is None):
+            conditioning = self.adaln(conditioning)
+        logits = self._predict(packed, class_embedding, conditioning, modulation_cache, guidance_weight)
         return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
