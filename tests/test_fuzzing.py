@@ -18,6 +18,7 @@ from tiny_models import ID2LABEL, VQVAE_CONFIG, tiny_scheduler, tiny_transformer
 from srdd import (
     MultiScaleVQModel,
     ScaleScheduler,
+    ScaleTextTransformer2DModel,
     ScaleTransformer2DModel,
     SRDDInpaintPipeline,
     SRDDPipeline,
@@ -275,6 +276,7 @@ def arguments_of(model_class: type) -> dict[str, st.SearchStrategy]:
 
 
 TOKENIZER, TRANSFORMER = arguments_of(MultiScaleVQModel), arguments_of(ScaleTransformer2DModel)
+TEXT_TRANSFORMER = arguments_of(ScaleTextTransformer2DModel)
 
 
 def make_or_refuse(model_class: type, arguments: dict) -> None:
@@ -297,6 +299,12 @@ def test_tokenizers(arguments):
 @given(options(TRANSFORMER))
 def test_transformers(arguments):
     make_or_refuse(ScaleTransformer2DModel, {"codebook_size": 32, "latent_channels": 8, **arguments})
+
+
+@seeded(100)
+@given(options(TEXT_TRANSFORMER))
+def test_transformers_of_texts(arguments):
+    make_or_refuse(ScaleTextTransformer2DModel, {"codebook_size": 32, "latent_channels": 8, **arguments})
 
 
 VQVAE, TRANSFORMERS = tiny_vqvae(), {pattern: tiny_transformer(pattern) for pattern in ("markov", "causal")}

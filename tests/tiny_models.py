@@ -1,16 +1,25 @@
 """Real components, small enough for tests: scales 1-2-4, width 16, 2 layers, images of 8 x 8 pixels, 5 classes."""
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd import (
+    MultiScaleVQModel,
+    ScaleScheduler,
+    ScaleTextTransformer2DModel,
+    ScaleTransformer2DModel,
+    SRDDPipeline,
+)
 
 
 SCALE_SIZES = [1, 2, 4]
 CODEBOOK_SIZE = 32
 LATENT_CHANNELS = 8
 SAMPLE_SIZE = 8
+TEXT_DIM = 12
+POOLED_DIM = 6
 ID2LABEL = {0: "apple", 1: "banana", 2: "cherry", 3: "quince", 4: "tomato, love apple"}
 
 # Constructor overrides for a decoder that is smaller than the encoder.
@@ -43,8 +52,9 @@ def _redraw(model: Model, seed: int) -> Model:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Vectors are biases and the gains of norms: those move around the value that they start from.
-            start = 0.0 if parameter.ndim > 1 else parameter.mean().round()
+            # Vectors are biases and the gains of norms: those move around the value that they start from. What is not
+            # trained starts from chance.
+            start = 0.0 if parameter.ndim > 1 or not parameter.requires_grad else parameter.mean().round()
             parameter.copy_(start + 0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -71,6 +81,34 @@ def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrid
     if config["num_classes"] != len(ID2LABEL) and "id2label" not in overrides:
         config["id2label"] = None
     return _redraw(ScaleTransformer2DModel(**config), seed)
+
+
+def tiny_text_transformer(
+    attention_pattern: str = "markov", seed: int = 1, **overrides: Any
+) -> ScaleTextTransformer2DModel:
+    """A transformer for [`tiny_vqvae`] that draws from [`random_texts`]; `overrides` are config values."""
+    config = {
+        "codebook_size": CODEBOOK_SIZE,
+        "latent_channels": LATENT_CHANNELS,
+        "scale_sizes": SCALE_SIZES,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": TEXT_DIM,
+        "pooled_projection_dim": POOLED_DIM,
+        "attention_pattern": attention_pattern,
+    }
+    return _redraw(ScaleTextTransformer2DModel(**{**config, **overrides}), seed)
+
+
+def random_texts(lengths: Sequence[int] = (3, 5), num_tokens: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Texts of so many tokens, padded, as [`tiny_text_transformer`] is told them."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "encoder_hidden_states": torch.randn(len(lengths), num_tokens, TEXT_DIM, generator=generator),
+        "encoder_attention_mask": torch.arange(num_tokens) < torch.tensor(lengths).unsqueeze(1),
+        "pooled_projections": torch.randn(len(lengths), POOLED_DIM, generator=generator),
+    }
 
 
 def tiny_scheduler(**overrides: Any) -> ScaleScheduler:

@@ -1,7 +1,7 @@
 """Scale-wise discrete diffusion for the diffusers ecosystem."""
 
 from srdd.diffusers_registration import register, register_auto_pipelines
-from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTransformer2DModel
+from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTextTransformer2DModel, ScaleTransformer2DModel
 from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline, SRDDPipelineOutput, SRDDSuperResolutionPipeline
 from srdd.schedulers import ScaleScheduler, ScaleSchedulerOutput
 
@@ -17,8 +17,9 @@ __all__ = [
     "ScaleKVCache",
     "ScaleScheduler",
     "ScaleSchedulerOutput",
+    "ScaleTextTransformer2DModel",
     "ScaleTransformer2DModel",
     "register_auto_pipelines",
 ]
 
-register(["MultiScaleVQModel", "ScaleTransformer2DModel", "ScaleScheduler"])
+register(["MultiScaleVQModel", "ScaleTransformer2DModel", "ScaleTextTransformer2DModel", "ScaleScheduler"])

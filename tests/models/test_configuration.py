@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny_models import VQVAE_CONFIG, tiny_transformer, tiny_vqvae
+from tiny_models import VQVAE_CONFIG, tiny_text_transformer, tiny_transformer, tiny_vqvae
 
-from srdd import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd import MultiScaleVQModel, ScaleTextTransformer2DModel, ScaleTransformer2DModel
 from srdd.models.configuration import (
     BOOLEANS,
     CHOICES,
@@ -22,7 +22,11 @@ from srdd.models.configuration import (
 )
 
 
-MAKERS = {MultiScaleVQModel: tiny_vqvae, ScaleTransformer2DModel: tiny_transformer}
+MAKERS = {
+    MultiScaleVQModel: tiny_vqvae,
+    ScaleTransformer2DModel: tiny_transformer,
+    ScaleTextTransformer2DModel: tiny_text_transformer,
+}
 NO_INTEGERS = ["16", 16.0, 1.5, True, math.nan, math.inf, [16], (16,), {}, torch.tensor(16), -1, 10**9, -(10**30)]
 NO_NUMBERS = ["0.5", True, math.nan, math.inf, -math.inf, [0.5], {}, 1j, torch.tensor(0.5), -0.1, 1e9]
 NO_BOOLEANS = [0, 1, "True", "", [], 1.0, torch.tensor(True)]
@@ -104,6 +108,8 @@ def test_each_argument_refuses_what_it_cannot_be(model_class, name):
         (ScaleTransformer2DModel, {"num_attention_heads": 1024, "attention_head_dim": 4096}),
         (ScaleTransformer2DModel, {"codebook_size": 2**20, "attention_head_dim": 4096, "num_attention_heads": 8}),
         (ScaleTransformer2DModel, {"scale_sizes": [4096], "num_attention_heads": 16, "attention_head_dim": 512}),
+        (ScaleTextTransformer2DModel, {"num_attention_heads": 1024, "attention_head_dim": 4096}),
+        (ScaleTextTransformer2DModel, {"cross_attention_dim": 2**16, "num_layers": 256, "attention_head_dim": 512}),
         (MultiScaleVQModel, {"block_out_channels": [8192, 8192], "layers_per_block": 64}),
         (MultiScaleVQModel, {"decoder_block_out_channels": [8192, 8192], "decoder_layers_per_block": 64}),
         (MultiScaleVQModel, {"latent_channels": 4096, "num_residual_convs": 100, "quant_conv_kernel_size": 31}),

@@ -2,6 +2,7 @@ from srdd.models.attention_scale import ATTENTION_PATTERNS, MaskedScaleAttnProce
 from srdd.models.autoencoder_multiscale_vq import MultiScaleVQModel
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache
 from srdd.models.transformer_scale_2d import ScaleTransformer2DModel
+from srdd.models.transformer_scale_text_2d import ScaleTextTransformer2DModel
 
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "MultiScaleVQModel",
     "ScaleAttnProcessor",
     "ScaleKVCache",
+    "ScaleTextTransformer2DModel",
     "ScaleTransformer2DModel",
 ]

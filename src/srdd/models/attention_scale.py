@@ -22,6 +22,9 @@ from srdd.models.scale_cache import ScaleKVCache, SeenStates
 
 ATTENTION_PATTERNS = CHOICES["attention_pattern"]
 
+# Cosines and sines of the angles by which tokens turn.
+RotaryEmbedding = tuple[torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True)
 class ScaleSegment:
@@ -82,8 +85,9 @@ class ScaleAttnProcessor:
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
         attention_mask: torch.BoolTensor | BlockMask | None = None,
+        image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
-        query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
+        query, key, value = attn.project(hidden_states, image_rotary_emb)  # each (B, N, H, D/H)
         # Nothing but the shape differs from scale to scale in the first two, so that a compiled block serves them all.
         if isinstance(kv_cache, SeenStates):
             seen = [(query, *kv_cache.completed_by(key, value))]
@@ -187,10 +191,11 @@ class MaskedScaleAttnProcessor(ScaleAttnProcessor):
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
         attention_mask: torch.BoolTensor | BlockMask | None = None,
+        image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
         if attention_mask is None:
-            return super().__call__(attn, hidden_states, segments, kv_cache)
-        query, key, value = attn.project(hidden_states)  # each (B, N, H, D/H)
+            return super().__call__(attn, hidden_states, segments, kv_cache, None, image_rotary_emb)
+        query, key, value = attn.project(hidden_states, image_rotary_emb)  # each (B, N, H, D/H)
         attended = dispatch_attention_fn(
             query,
             key,
@@ -237,10 +242,12 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
         super().fuse_projections()
         accelerate(self)
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(
+        self, hidden_states: torch.Tensor, image_rotary_emb: RotaryEmbedding | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Query, key and value of hidden states `(B, N, D)`, `(B, N, H, D / H)` each; the first two normalised. Where
-        projections are fused, that is one step for both.
+        projections are fused, that is one step for both. Nothing is turned here: positions are embedded.
         """
         if self.fused_projections:
             states = self.to_qkv(hidden_states).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, D/H)
@@ -262,5 +269,6 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
         attention_mask: torch.BoolTensor | BlockMask | None = None,
+        image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
-        return self.processor(self, hidden_states, segments, kv_cache, attention_mask)
+        return self.processor(self, hidden_states, segments, kv_cache, attention_mask, image_rotary_emb)

@@ -17,6 +17,7 @@ from srdd.checks import check_bool, check_choice, check_int, check_list, check_n
 INTEGERS = {
     "attention_head_dim": (1, 4096),
     "codebook_size": (1, 2**20),
+    "cross_attention_dim": (1, 2**16),
     "in_channels": (1, 1024),
     "latent_channels": (1, 4096),
     "layers_per_block": (1, 64),
@@ -29,6 +30,7 @@ INTEGERS = {
     "num_residual_convs": (1, 100),
     "out_channels": (1, 1024),
     "patch_size": (1, 64),
+    "pooled_projection_dim": (1, 2**16),
     "quant_conv_kernel_size": (1, 31),
 }
 
@@ -39,6 +41,8 @@ NUMBERS = {
     "mlp_ratio": {"over": 0, "high": 64},
     "norm_eps": {"over": 0, "high": 1},
     "residual_ratio": {"low": 0, "high": 1},
+    "rope_extent": {"over": 0, "high": 10**6},
+    "rope_theta": {"over": 1, "high": 10**8},
 }
 
 BOOLEANS = (
