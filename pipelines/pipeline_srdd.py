@@ -6,7 +6,7 @@ from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` t
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 
 
-class SRDDPipeline(scale_pipeline.ScalePipeline):
+class SRDDPipeline(scale_pipeline.ClassPipeline):
     r"""
     Draws images scale by scale, coarse to fine, as a discrete diffusion.
 

@@ -18,7 +18,7 @@ from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
 MAX_FEATHER = 1024
 
 
-class SRDDInpaintPipeline(scale_pipeline.ScalePipeline):
+class SRDDInpaintPipeline(scale_pipeline.ClassPipeline):
     r"""
     Draws a part of an image anew, without fine-tuning: inpainting, outpainting and editing by class.
 

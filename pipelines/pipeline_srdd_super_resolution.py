@@ -17,7 +17,7 @@ from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
 logger = logging.get_logger(__name__)
 
 
-class SRDDSuperResolutionPipeline(scale_pipeline.ScalePipeline):
+class SRDDSuperResolutionPipeline(scale_pipeline.ClassPipeline):
     r"""
     Enlarges images without fine-tuning: the coarse scales that the small image determines are forced, the finer ones
     drawn (paper, Section 4.3).

@@ -73,7 +73,7 @@ class CallState(threading.local):
 
 class ScalePipeline(DiffusionPipeline):
     r"""
-    Base of the pipelines: components and their checks, conditions, runs over the scales, decoding.
+    Base of the pipelines: components and their checks, runs over the scales, decoding.
 
     Nothing of a call stays on the pipeline, and a call changes no component: several threads may draw with one.
 
@@ -189,11 +189,6 @@ class ScalePipeline(DiffusionPipeline):
         return super().to(*args, **kwargs)
 
     @property
-    def id2label(self) -> dict[int, str]:
-        """Names of the classes by id."""
-        return self.transformer.id2label
-
-    @property
     def _guidance_scale(self) -> float | None:
         return self._call.guidance_scale
 
@@ -234,15 +229,6 @@ class ScalePipeline(DiffusionPipeline):
         """`(height, width)` of the images that the model draws."""
         return tuple(side * self.vae_scale_factor for side in self.vqvae.config.scale_sizes[-1])
 
-    def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
-        """
-        Class ids of labels given by name or id, mixed as one likes.
-
-        Raises:
-            ValueError: If a label is unknown, ambiguous or out of range.
-        """
-        return label_ids(label, self.transformer.config.num_classes, self.id2label)
-
     def check_inputs(
         self,
         guidance_scale: float | None,
@@ -277,11 +263,6 @@ class ScalePipeline(DiffusionPipeline):
         if callback_on_step_end is not None or callback_on_step_end_tensor_inputs is not None:
             callback_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-    def encode_class_labels(self, class_labels: Any) -> Conditions:
-        """What the transformer is told of classes, one image each; `None` is one image without a class."""
-        config = self.transformer.config
-        return class_conditions(class_labels, config.num_classes, config.id2label, self._execution_device)
-
     def prepare_pixels(self, image: Pictures) -> torch.Tensor:
         """
         Images as one batch of pixels in [-1, 1], float32 of shape `(batch, 3, height, width)`.
@@ -291,26 +272,6 @@ class ScalePipeline(DiffusionPipeline):
                 ([`~srdd.pictures.read_pictures`]).
         """
         return read_pictures("image", image).to(self._execution_device) * 2 - 1
-
-    def prepare_batch(self, class_labels: Any, num_images_per_prompt: int, *images: torch.Tensor) -> tuple[Any, ...]:
-        """
-        Conditions and images, each repeated to one batch.
-
-        Raises:
-            ValueError: If there are several images and several labels, but not one for each.
-        """
-        conditions = self.encode_class_labels(class_labels)
-        num_labels, num_images = conditions.batch_size, len(images[0])
-        num_pairs = max(num_images, num_labels)
-        if num_images not in (1, num_pairs) or num_labels not in (1, num_pairs):
-            raise ValueError(
-                f"`class_labels` must hold 1 or {num_images} labels for {num_images} images, got {num_labels}."
-            )
-        batch_size = num_pairs * num_images_per_prompt
-        return (
-            conditions.repeat_interleave(batch_size // num_labels),
-            *(image.repeat_interleave(batch_size // num_images, dim=0) for image in images),
-        )
 
     def prepare_latents(self, batch_size: int, latents: torch.Tensor | None = None) -> torch.Tensor:
         """The latent state to start from, float32: zeros, or the caller's."""
@@ -408,3 +369,55 @@ class ScalePipeline(DiffusionPipeline):
                 f" timestep {timestep}."
             )
         return pixels if decodes else output.latents, output.token_ids
+
+
+class ClassPipeline(ScalePipeline):
+    r"""
+    Base of the pipelines that draw by class.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
+        transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
+        scheduler ([`ScaleScheduler`]): The scale schedule.
+    """
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes by id."""
+        return self.transformer.id2label
+
+    def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
+        """
+        Class ids of labels given by name or id, mixed as one likes.
+
+        Raises:
+            ValueError: If a label is unknown, ambiguous or out of range.
+        """
+        return label_ids(label, self.transformer.config.num_classes, self.id2label)
+
+    def encode_class_labels(self, class_labels: Any) -> Conditions:
+        """What the transformer is told of classes, one image each; `None` is one image without a class."""
+        config = self.transformer.config
+        if "num_classes" not in config:
+            raise ValueError(f"`transformer` must draw by class, got a {type(self.transformer).__name__}.")
+        return class_conditions(class_labels, config.num_classes, config.id2label, self._execution_device)
+
+    def prepare_batch(self, class_labels: Any, num_images_per_prompt: int, *images: torch.Tensor) -> tuple[Any, ...]:
+        """
+        Conditions and images, each repeated to one batch.
+
+        Raises:
+            ValueError: If there are several images and several labels, but not one for each.
+        """
+        conditions = self.encode_class_labels(class_labels)
+        num_labels, num_images = conditions.batch_size, len(images[0])
+        num_pairs = max(num_images, num_labels)
+        if num_images not in (1, num_pairs) or num_labels not in (1, num_pairs):
+            raise ValueError(
+                f"`class_labels` must hold 1 or {num_images} labels for {num_images} images, got {num_labels}."
+            )
+        batch_size = num_pairs * num_images_per_prompt
+        return (
+            conditions.repeat_interleave(batch_size // num_labels),
+            *(image.repeat_interleave(batch_size // num_images, dim=0) for image in images),
+        )
