@@ -2,6 +2,13 @@ from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 from srdd.pipelines.pipeline_srdd import SRDDPipeline
 from srdd.pipelines.pipeline_srdd_inpaint import SRDDInpaintPipeline
 from srdd.pipelines.pipeline_srdd_super_resolution import SRDDSuperResolutionPipeline
+from srdd.pipelines.pipeline_srdd_text import SRDDTextPipeline
 
 
-__all__ = ["SRDDInpaintPipeline", "SRDDPipeline", "SRDDPipelineOutput", "SRDDSuperResolutionPipeline"]
+__all__ = [
+    "SRDDInpaintPipeline",
+    "SRDDPipeline",
+    "SRDDPipelineOutput",
+    "SRDDSuperResolutionPipeline",
+    "SRDDTextPipeline",
+]

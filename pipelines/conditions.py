@@ -1,4 +1,4 @@
-"""What the transformer is told of the images to draw: labels become ids, ids become conditions."""
+"""What the transformer is told of the images to draw: conditions of labels, by their ids, and of encoded texts."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Set
@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from srdd.checks import shown
+from srdd.checks import described, shown
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,79 @@ def class_conditions(
         return Conditions(1, {"class_labels": torch.tensor([num_classes], device=device)})
     told = torch.tensor(label_ids(class_labels, num_classes, id2label), device=device)
     return Conditions(len(told), {"class_labels": told}, {"class_labels": torch.full_like(told, num_classes)})
+
+
+def text_conditions(
+    conditional: Mapping[str, torch.Tensor | None],
+    unconditional: Mapping[str, torch.Tensor | None] | None = None,
+    device: torch.device | None = None,
+) -> Conditions:
+    """
+    Conditions of encoded texts. Both halves are padded to one length, which their masks tell.
+
+    Args:
+        conditional (`Mapping`): "encoder_hidden_states" `(batch, num_text_tokens, width)`, "pooled_projections"
+            `(batch, pooled_width)`, and "encoder_attention_mask" `(batch, num_text_tokens)`, false at padding; without
+            it there is none.
+        unconditional (`Mapping`, *optional*): The same of what is guided away from, of a batch of 1 or as many.
+        device (`torch.device`, *optional*): Where the tensors lie; where they are by default.
+
+    Raises:
+        ValueError: If something is missing or does not fit; it is named as pipelines name it.
+    """
+    halves = [checked_texts("", conditional, device)]
+    batch_size = len(halves[0]["encoder_hidden_states"])
+    if unconditional is not None:
+        half = checked_texts("negative_", unconditional, device)
+        count = len(half["encoder_hidden_states"])
+        if count not in (1, batch_size):
+            raise ValueError(
+                f"`negative_prompt` and its embeddings must be one or {batch_size}, one for each image, got {count}."
+            )
+        halves.append({name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in half.items()})
+    longest = max(half["encoder_hidden_states"].shape[1] for half in halves)
+    for half in halves:
+        missing = longest - half["encoder_hidden_states"].shape[1]
+        half["encoder_hidden_states"] = F.pad(half["encoder_hidden_states"], (0, 0, 0, missing))
+        half["encoder_attention_mask"] = F.pad(half["encoder_attention_mask"], (0, missing))
+    return Conditions(batch_size, *halves)
+
+
+def checked_texts(
+    prefix: str, texts: Mapping[str, torch.Tensor | None], device: torch.device | None
+) -> dict[str, torch.Tensor]:
+    """
+    Encoded texts with a mask.
+
+    Raises:
+        ValueError: If something is missing or does not fit. Pipelines' names of it start with `prefix`.
+    """
+    states, pooled, mask = (
+        texts.get(name) for name in ("encoder_hidden_states", "pooled_projections", "encoder_attention_mask")
+    )
+    for name, tensor, ndim, shape in (
+        ("prompt_embeds", states, 3, "(batch, num_text_tokens, width)"),
+        ("pooled_prompt_embeds", pooled, 2, "(batch, width)"),
+    ):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim != ndim:
+            raise ValueError(
+                f"`{prefix}{name}` must be a floating-point tensor of shape {shape}, got {described(tensor)}."
+            )
+    if len(pooled) != len(states) or not states.shape[0] * states.shape[1]:
+        raise ValueError(
+            f"`{prefix}prompt_embeds` and `{prefix}pooled_prompt_embeds` must be of as many texts, at least one, got"
+            f" {tuple(states.shape)} and {tuple(pooled.shape)}."
+        )
+    mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"`{prefix}prompt_attention_mask` must be a boolean tensor of shape {tuple(states.shape[:2])}, got"
+            f" {described(mask)}."
+        )
+    if not mask.any(dim=1).all():
+        raise ValueError(f"`{prefix}prompt_attention_mask` must leave at least one token of each text.")
+    told = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "pooled_projections": pooled}
+    return {name: tensor.to(device) for name, tensor in told.items()}
 
 
 def label_ids(class_labels: Any, num_classes: int, id2label: Mapping[int | str, str]) -> list[int]:

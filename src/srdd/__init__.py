@@ -2,7 +2,13 @@
 
 from srdd.diffusers_registration import register, register_auto_pipelines
 from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTextTransformer2DModel, ScaleTransformer2DModel
-from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline, SRDDPipelineOutput, SRDDSuperResolutionPipeline
+from srdd.pipelines import (
+    SRDDInpaintPipeline,
+    SRDDPipeline,
+    SRDDPipelineOutput,
+    SRDDSuperResolutionPipeline,
+    SRDDTextPipeline,
+)
 from srdd.schedulers import ScaleScheduler, ScaleSchedulerOutput
 
 
@@ -14,6 +20,7 @@ __all__ = [
     "SRDDPipeline",
     "SRDDPipelineOutput",
     "SRDDSuperResolutionPipeline",
+    "SRDDTextPipeline",
     "ScaleKVCache",
     "ScaleScheduler",
     "ScaleSchedulerOutput",

@@ -1,0 +1,244 @@
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from srdd.checks import shown
+from srdd.models import MultiScaleVQModel, ScaleTextTransformer2DModel
+from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
+from srdd.pipelines.conditions import Conditions, text_conditions
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.schedulers import ScaleScheduler
+
+
+logger = logging.get_logger(__name__)
+
+
+class SRDDTextPipeline(scale_pipeline.ScalePipeline):
+    r"""
+    Draws images from texts, scale by scale, coarse to fine, as a discrete diffusion.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
+        transformer ([`ScaleTextTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it
+            and a text.
+        scheduler ([`ScaleScheduler`]): The scale schedule.
+        text_encoder (`CLIPTextModel`, *optional*): The first text encoder; without both, texts come as embeddings.
+        text_encoder_2 (`CLIPTextModel`, *optional*): The second one, whose pooled output is used, too.
+        tokenizer (`CLIPTokenizer`, *optional*): The first encoder's tokenizer.
+        tokenizer_2 (`CLIPTokenizer`, *optional*): The second encoder's tokenizer, which says what is padding.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer"
+    _optional_components = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
+
+    def __init__(
+        self,
+        vqvae: MultiScaleVQModel,
+        transformer: ScaleTextTransformer2DModel,
+        scheduler: ScaleScheduler,
+        text_encoder: CLIPTextModel | None = None,
+        text_encoder_2: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+    ):
+        super().__init__(vqvae, transformer, scheduler)
+        self.register_modules(
+            text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer_2
+        )
+
+    @property
+    def default_guidance_scale(self) -> float:
+        """The guidance of calls that name none: Switti's."""
+        return 1.0 if self.transformer.config.guidance_distilled else 7.0
+
+    @property
+    def encodes_texts(self) -> bool:
+        """Whether the pipeline has what it needs to encode texts."""
+        return all(getattr(self, name) is not None for name in self._optional_components)
+
+    def check_texts(self, name: str, texts: Any) -> list[str]:
+        """
+        Texts as a list.
+
+        Raises:
+            ValueError: If there are none, they are no strings, or the pipeline cannot encode them.
+        """
+        listed = [texts] if isinstance(texts, str) else texts
+        if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(text, str) for text in listed):
+            raise ValueError(f"`{name}` must be a text or a list of texts, got {shown(texts)}.")
+        if not self.encodes_texts:
+            missing = [part for part in self._optional_components if getattr(self, part) is None]
+            raise ValueError(f"`{name}` must be given as embeddings to a pipeline without {', '.join(missing)}.")
+        encoders, config = (self.text_encoder.config, self.text_encoder_2.config), self.transformer.config
+        width, pooled_width = sum(encoder.hidden_size for encoder in encoders), encoders[1].hidden_size
+        if (width, pooled_width) != (config.cross_attention_dim, config.pooled_projection_dim):
+            raise ValueError(
+                f"`text_encoder` and `text_encoder_2` must have {config.cross_attention_dim} channels together and"
+                f" {config.pooled_projection_dim} in the second, got {width} and {pooled_width}."
+            )
+        return list(listed)
+
+    def encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """
+        What the transformer is told of texts, by the names of its arguments: the last states of both encoders side by
+        side, what is no padding for the second, and its pooled output.
+
+        Texts that are longer than the tokenizers allow are cut, with a warning.
+        """
+        encoded, cut, device = [], [], self._execution_device
+        for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
+            length = tokenizer.model_max_length
+            whole = tokenizer(texts, verbose=False).input_ids
+            cut += [text for text, ids in zip(texts, whole) if len(ids) > length and text not in cut]
+            tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            tokens = tokens.to(device)
+            output = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            encoded.append((output.last_hidden_state, tokens.attention_mask, output.pooler_output))
+        if cut:
+            logger.warning(f"Texts of more than {length} tokens are cut: {shown(cut)}.")
+        (states, _, _), (states_2, mask, pooled) = encoded
+        return {
+            "encoder_hidden_states": torch.cat([states, states_2], dim=-1),
+            "encoder_attention_mask": mask.bool(),
+            "pooled_projections": pooled,
+        }
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.BoolTensor | None = None,
+        negative_prompt_attention_mask: torch.BoolTensor | None = None,
+    ) -> Conditions:
+        """
+        What the transformer is told of texts, one image each.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): As in `__call__`, as all others are.
+            negative_prompt (`str` or `list[str]`, *optional*): The empty text by default, where texts are encoded.
+            prompt_embeds (`torch.Tensor`, *optional*): In place of `prompt`.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): In place of `negative_prompt`.
+            pooled_prompt_embeds (`torch.Tensor`, *optional*): Belongs to `prompt_embeds`.
+            negative_pooled_prompt_embeds (`torch.Tensor`, *optional*): Belongs to `negative_prompt_embeds`.
+            prompt_attention_mask (`torch.BoolTensor`, *optional*): Belongs to `prompt_embeds`.
+            negative_prompt_attention_mask (`torch.BoolTensor`, *optional*): Belongs to `negative_prompt_embeds`.
+
+        Returns:
+            [`Conditions`]: Without an unconditional half if there is no negative prompt and none can be encoded.
+
+        Raises:
+            ValueError: If a prompt is given twice or not at all, something does not fit, or the transformer does not
+                draw from texts.
+        """
+        if "cross_attention_dim" not in self.transformer.config:
+            raise ValueError(f"`transformer` must draw from texts, got a {type(self.transformer).__name__}.")
+        halves = {}
+        for start, texts, states, mask, pooled in (
+            ("", prompt, prompt_embeds, prompt_attention_mask, pooled_prompt_embeds),
+            (
+                "negative_",
+                negative_prompt,
+                negative_prompt_embeds,
+                negative_prompt_attention_mask,
+                negative_pooled_prompt_embeds,
+            ),
+        ):
+            embeddings = {
+                f"{start}prompt_embeds": states,
+                f"{start}pooled_prompt_embeds": pooled,
+                f"{start}prompt_attention_mask": mask,
+            }
+            given = [name for name, tensor in embeddings.items() if tensor is not None]
+            if texts is not None and given:
+                raise ValueError(f"`{start}prompt` must be left out with {', '.join(map('`{}`'.format, given))}.")
+            if given:
+                halves[start] = dict(
+                    zip(("encoder_hidden_states", "pooled_projections", "encoder_attention_mask"), embeddings.values())
+                )
+            elif texts is not None or not start or self.encodes_texts:
+                texts = "" if texts is None and start else texts
+                halves[start] = self.encode_texts(self.check_texts(f"{start}prompt", texts))
+        return text_conditions(halves[""], halves.get("negative_"), self._execution_device)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.BoolTensor | None = None,
+        negative_prompt_attention_mask: torch.BoolTensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["SRDDTextPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> SRDDPipelineOutput | tuple:
+        r"""
+        Draw images.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): Texts to draw; one image each.
+            guidance_scale (`float`, *optional*):
+                Classifier-free guidance, as in [`SRDDPipeline`]; 1 and below is off. By default 7, or 1 with a
+                guidance-distilled transformer.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                Texts to guide away from, one for all images or one for each; the empty text by default.
+            num_images_per_prompt (`int`, defaults to 1): Images per text.
+            generator (`torch.Generator` or a list, *optional*): As in [`SRDDPipeline`].
+            latents (`torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`, *optional*):
+                Latent state that the drawn scales are added to; zeros by default.
+            prompt_embeds (`torch.Tensor` of shape `(batch, num_text_tokens, cross_attention_dim)`, *optional*):
+                States of the texts' tokens, in place of `prompt`.
+            negative_prompt_embeds (`torch.Tensor`, *optional*):
+                The same of the texts to guide away from, of a batch of 1 or as many; without text encoders there is no
+                guidance if it is left out.
+            pooled_prompt_embeds (`torch.Tensor` of shape `(batch, pooled_projection_dim)`, *optional*):
+                Pooled texts; they belong to `prompt_embeds`.
+            negative_pooled_prompt_embeds (`torch.Tensor`, *optional*): They belong to `negative_prompt_embeds`.
+            prompt_attention_mask (`torch.BoolTensor` of shape `(batch, num_text_tokens)`, *optional*):
+                False where `prompt_embeds` are padding; nowhere by default.
+            negative_prompt_attention_mask (`torch.BoolTensor`, *optional*): The same of `negative_prompt_embeds`.
+            output_type (`str`, defaults to `"pil"`): "pil", "np", "pt" (both in [0, 1]) or "latent".
+            return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*): As in [`SRDDPipeline`].
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`SRDDPipeline`].
+
+        Returns:
+            [`SRDDPipelineOutput`] or `(images, token_ids)`.
+
+        Raises:
+            ValueError: If an argument, what a callback returns, or the schedule does not fit.
+        """
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        self.check_inputs(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
+        conditions = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+        )
+        conditions = conditions.repeat_interleave(num_images_per_prompt)
+        decodes = output_type != "latent"
+        images, token_ids = self.draw(conditions, guidance_scale, generator, latents, None, *callback, decodes=decodes)
+        if decodes:
+            images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
