@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import torch
 
-from srdd.models import ModulationCache, ScaleKVCache, ScaleTransformer2DModel
+from srdd.models import ModulationCache, ScaleKVCache, ScaleTransformer
 from srdd.pipelines.conditions import Conditions
 from srdd.scales import Scale
 from srdd.schedulers import ScaleScheduler
@@ -38,7 +38,7 @@ class GuidedTransformer:
     what one forward leaves for the next.
 
     Args:
-        transformer ([`ScaleTransformer2DModel`]): The model.
+        transformer ([`ScaleTransformer`]): The model.
         conditions ([`Conditions`]): What it is told.
         guidance ([`Guidance`]): Of the run as it begins; it may be replaced later.
         num_tokens (`int`): Tokens of all scales of the run.
@@ -48,7 +48,7 @@ class GuidedTransformer:
 
     def __init__(
         self,
-        transformer: ScaleTransformer2DModel,
+        transformer: ScaleTransformer,
         conditions: Conditions,
         guidance: Guidance,
         num_tokens: int,

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from srdd.acceleration import CudaGraphs
 from srdd.area_means import windows
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models import MultiScaleVQModel, ScaleTransformer
 from srdd.pipelines.conditions import Conditions
 from srdd.pipelines.guided_transformer import Guidance
 from srdd.pipelines.scale_sampling import SamplingInputs, SamplingOutput, sample_scales
@@ -18,7 +18,7 @@ from srdd.schedulers.token_sampling import Generators, exponential_noise
 def sample_recorded(
     graphs: CudaGraphs,
     vqvae: MultiScaleVQModel,
-    transformer: ScaleTransformer2DModel,
+    transformer: ScaleTransformer,
     scheduler: ScaleScheduler,
     inputs: SamplingInputs,
     generator: Generators = None,
@@ -33,7 +33,7 @@ def sample_recorded(
     Args:
         graphs ([`~srdd.acceleration.CudaGraphs`]): What was recorded before.
         vqvae ([`MultiScaleVQModel`]): As in `sample_scales`.
-        transformer ([`ScaleTransformer2DModel`]): As in `sample_scales`.
+        transformer ([`ScaleTransformer`]): As in `sample_scales`.
         scheduler ([`ScaleScheduler`]): As in `sample_scales`; every pass draws all tokens of its scale.
         inputs ([`SamplingInputs`]): As in `sample_scales`.
         generator (`torch.Generator` or a list with one for each image, *optional*): The only source of randomness.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models import MultiScaleVQModel, ScaleTransformer
 from srdd.pipelines.conditions import Conditions
 from srdd.pipelines.guided_transformer import Guidance, GuidedTransformer
 from srdd.pipelines.refinement import RefinedScale
@@ -63,7 +63,7 @@ class SamplingOutput:
 
 def sample_scales(
     vqvae: MultiScaleVQModel,
-    transformer: ScaleTransformer2DModel,
+    transformer: ScaleTransformer,
     scheduler: ScaleScheduler,
     inputs: SamplingInputs,
     progress_bar: tqdm,
@@ -79,7 +79,7 @@ def sample_scales(
 
     Args:
         vqvae ([`MultiScaleVQModel`]): Turns tokens into latent states.
-        transformer ([`ScaleTransformer2DModel`]): Predicts tokens.
+        transformer ([`ScaleTransformer`]): Predicts tokens.
         scheduler ([`ScaleScheduler`]): Says which scales, how tokens are drawn, and which are drawn again.
         inputs ([`SamplingInputs`]): What to draw.
         progress_bar (`tqdm`): Follows the passes, those that a scale does not need among them.
