@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny_models import random_texts
 
-from srdd import ScaleScheduler
-from srdd.conversion.switti_checkpoints import convert_switti_transformer
+from srdd import MultiScaleVQModel, ScaleScheduler, SRDDTextPipeline
+from srdd.conversion.official_layout import tokenizer_origins
+from srdd.conversion.switti_checkpoints import convert_switti, convert_switti_transformer
 from srdd.conversion.switti_layout import is_switti, switti_sampling, switti_scale_sizes
 
 
@@ -124,6 +125,58 @@ def test_a_converted_model_is_saved_and_loaded(tmp_path):
     assert logits.std() > 0.1
     model.save_pretrained(tmp_path)
     assert torch.equal(type(model).from_pretrained(tmp_path)(inputs, **random_texts()).sample, logits)
+
+
+def tokenizer_state(**changes) -> dict[str, torch.Tensor]:
+    """Of VAR's layout, whose conversion is tested elsewhere."""
+    config = {
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [32, 32],
+        "layers_per_block": 1,
+        "norm_num_groups": 32,
+        "latent_channels": CHANNELS,
+        "codebook_size": CODES,
+        "scale_sizes": SIDES,
+        "sample_size": 8,
+        "quant_conv_kernel_size": 3,
+        "num_residual_convs": 4,
+    }
+    shapes = {k: tuple(v.shape) for k, v in MultiScaleVQModel(**{**config, **changes}).state_dict().items()}
+    generator, state = torch.Generator().manual_seed(1), {}
+    for origin in tokenizer_origins(shapes, "quantize.quant_resi.qresi_ls.{}.").values():
+        state[origin.key] = torch.randn(origin.shape, generator=generator) / 8
+    return state
+
+
+def test_a_pair_of_checkpoints_becomes_a_pipeline_that_draws(tmp_path):
+    pipe = convert_switti(tokenizer_state(), official_state("causal"))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config.top_k == 400
+    assert pipe.transformer.config.attention_pattern == "causal"
+    texts = random_texts()
+    told = {
+        "prompt_embeds": texts["encoder_hidden_states"],
+        "pooled_prompt_embeds": texts["pooled_projections"],
+        "prompt_attention_mask": texts["encoder_attention_mask"],
+    }
+    away = {f"negative_{name}": tensor.flip(0) for name, tensor in told.items()}
+    images = pipe(**told, **away, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert images.shape == (2, 3, 8, 8)
+    pipe.save_pretrained(tmp_path)
+    again = SRDDTextPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    drawn = again(**told, **away, generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert torch.equal(drawn.images, images)
+
+
+def test_tokenizers_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="The tokenizer must have `codebook_size` 32, got 16"):
+        convert_switti(tokenizer_state(codebook_size=16), official_state())
+    with pytest.raises(ValueError, match="The tokenizer must be an official Switti, but extra is unknown"):
+        convert_switti({**tokenizer_state(), "extra": torch.ones(1)}, official_state())
+    with pytest.raises(ValueError, match="The tokenizer must be an official one"):
+        convert_switti({}, official_state())
 
 
 def test_another_dtype_leaves_the_frequencies_in_float32():

@@ -2,10 +2,66 @@ import torch
 from accelerate import init_empty_weights
 
 from srdd.checks import check_choice, shown
-from srdd.conversion.official_checkpoints import MAX_LINES, StateDict, _dtype_of
-from srdd.conversion.switti_layout import SWITTI_BUFFERS, switti_config, switti_origins
-from srdd.models import ATTENTION_PATTERNS, ScaleTextTransformer2DModel
+from srdd.conversion.official_checkpoints import MAX_LINES, StateDict, _discrepancies, _dtype_of, _fill, _shapes
+from srdd.conversion.official_config import residual_conv_layout, tokenizer_config
+from srdd.conversion.official_layout import TOKENIZER_BUFFERS, tokenizer_origins
+from srdd.conversion.switti_layout import (
+    SWITTI_BUFFERS,
+    switti_config,
+    switti_origins,
+    switti_sampling,
+    switti_scale_sizes,
+)
+from srdd.models import ATTENTION_PATTERNS, MultiScaleVQModel, ScaleTextTransformer2DModel
 from srdd.models.saved_weights import tensor_fault
+from srdd.pipelines import SRDDTextPipeline
+from srdd.schedulers import ScaleScheduler
+
+
+def refuse(model_name: str, wrong: list[str]) -> None:
+    """Raise the error that names what is wrong with a state dict, if anything is."""
+    if wrong:
+        more = f"; … and {len(wrong) - MAX_LINES} more" if len(wrong) > MAX_LINES else ""
+        raise ValueError(f"The {model_name} must be an official Switti, but {'; '.join(wrong[:MAX_LINES])}{more}.")
+
+
+def convert_switti(
+    vae_state: StateDict,
+    state: StateDict,
+    attention_pattern: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SRDDTextPipeline:
+    """
+    Turn the state dicts of an official Switti and its tokenizer into a pipeline, without text encoders: these and
+    their tokenizers, of CLIP ViT-L/14 and OpenCLIP ViT-bigG/14, are as their authors publish them.
+
+    The scheduler draws a published model's scales as the official pipeline does.
+
+    Args:
+        vae_state (`dict[str, torch.Tensor]`): The tokenizer's state dict, of VAR's layout.
+        state (`dict[str, torch.Tensor]`): The transformer's.
+        attention_pattern (`str`, *optional*): As in [`convert_switti_transformer`].
+        dtype (`torch.dtype`, *optional*): As in [`convert_switti_transformer`].
+
+    Returns:
+        [`SRDDTextPipeline`]
+
+    Raises:
+        ValueError: As [`convert_switti_transformer`], or if the tokenizer is none or does not fit.
+    """
+    transformer, scale_sizes = convert_switti_transformer(state, attention_pattern, dtype), switti_scale_sizes(state)
+    vae_shapes = _shapes(vae_state)
+    config = tokenizer_config(vae_shapes, scale_sizes)
+    for name in ("codebook_size", "latent_channels"):
+        if config[name] != transformer.config[name]:
+            raise ValueError(f"The tokenizer must have `{name}` {transformer.config[name]}, got {config[name]}.")
+    with init_empty_weights():
+        vqvae = MultiScaleVQModel(**config)
+    conv_name, _ = residual_conv_layout(vae_shapes)
+    origins, dtype = tokenizer_origins(_shapes(vqvae.state_dict()), conv_name), dtype or _dtype_of(vae_state)
+    refuse("tokenizer", _discrepancies(vae_state, origins, TOKENIZER_BUFFERS, dtype))
+    scheduler = ScaleScheduler(scale_sizes=scale_sizes, **switti_sampling(scale_sizes))
+    return SRDDTextPipeline(_fill(vqvae, vae_state, origins, dtype), transformer, scheduler)
 
 
 def convert_switti_transformer(
@@ -35,16 +91,14 @@ def convert_switti_transformer(
         config["attention_pattern"] = check_choice("attention_pattern", attention_pattern, ATTENTION_PATTERNS)
     with init_empty_weights():
         model = ScaleTextTransformer2DModel(**config)
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    shapes = _shapes(model.state_dict())
     origins, dtype = switti_origins(shapes), dtype or _dtype_of(state)
     expected = {key: shape for origin in origins.values() for key, shape in origin.shapes.items()}
     wrong = [f"{key} is missing" for key in expected if key not in state]
     wrong += [f"{key} is unknown" for key in state if key not in expected and not SWITTI_BUFFERS.fullmatch(key)]
     faults = {key: tensor_fault(state[key], shape, dtype) for key, shape in expected.items() if key in state}
     wrong += [f"{key} {fault}" for key, fault in faults.items() if fault]
-    if wrong:
-        more = f"; … and {len(wrong) - MAX_LINES} more" if len(wrong) > MAX_LINES else ""
-        raise ValueError(f"The transformer must be an official Switti, but {'; '.join(wrong[:MAX_LINES])}{more}.")
+    refuse("transformer", wrong)
     kept = {key: torch.float32 for key in shapes if key.split(".")[-1] in model._keep_in_fp32_modules}
     tensors = {key: origin.take(state, shapes[key]).to(kept.get(key, dtype)) for key, origin in origins.items()}
     model.load_state_dict(tensors, assign=True)
