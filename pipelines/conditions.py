@@ -59,27 +59,36 @@ def class_conditions(
 
 
 def text_conditions(
-    conditional: Mapping[str, torch.Tensor | None],
-    unconditional: Mapping[str, torch.Tensor | None] | None = None,
+    prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
+    pooled_prompt_embeds: torch.Tensor,
+    negative_pooled_prompt_embeds: torch.Tensor | None,
+    prompt_attention_mask: torch.BoolTensor | None = None,
+    negative_prompt_attention_mask: torch.BoolTensor | None = None,
     device: torch.device | None = None,
 ) -> Conditions:
     """
     Conditions of encoded texts. Both halves are padded to one length, which their masks tell.
 
     Args:
-        conditional (`Mapping`): "encoder_hidden_states" `(batch, num_text_tokens, width)`, "pooled_projections"
-            `(batch, pooled_width)`, and "encoder_attention_mask" `(batch, num_text_tokens)`, false at padding; without
-            it there is none.
-        unconditional (`Mapping`, *optional*): The same of what is guided away from, of a batch of 1 or as many.
+        prompt_embeds (`torch.Tensor` of shape `(batch, num_text_tokens, width)`): States of the texts' tokens.
+        negative_prompt_embeds (`torch.Tensor`, *optional*): The same of what is guided away from, of a batch of 1 or
+            as many. Without it and all else of it there is no guidance.
+        pooled_prompt_embeds (`torch.Tensor` of shape `(batch, width)`): Pooled texts.
+        negative_pooled_prompt_embeds (`torch.Tensor`, *optional*): Likewise.
+        prompt_attention_mask (`torch.BoolTensor` of shape `(batch, num_text_tokens)`, *optional*): False at padding;
+            by default there is none.
+        negative_prompt_attention_mask (`torch.BoolTensor`, *optional*): Likewise.
         device (`torch.device`, *optional*): Where the tensors lie; where they are by default.
 
     Raises:
-        ValueError: If something is missing or does not fit; it is named as pipelines name it.
+        ValueError: If something is missing or does not fit.
     """
-    halves = [checked_texts("", conditional, device)]
-    batch_size = len(halves[0]["encoder_hidden_states"])
-    if unconditional is not None:
-        half = checked_texts("negative_", unconditional, device)
+    halves = [checked_texts("", prompt_embeds, pooled_prompt_embeds, prompt_attention_mask, device)]
+    batch_size = len(prompt_embeds)
+    negative = negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask
+    if any(tensor is not None for tensor in negative):
+        half = checked_texts("negative_", *negative, device)
         count = len(half["encoder_hidden_states"])
         if count not in (1, batch_size):
             raise ValueError(
@@ -95,39 +104,40 @@ def text_conditions(
 
 
 def checked_texts(
-    prefix: str, texts: Mapping[str, torch.Tensor | None], device: torch.device | None
+    prefix: str,
+    embeds: torch.Tensor | None,
+    pooled_embeds: torch.Tensor | None,
+    mask: torch.BoolTensor | None,
+    device: torch.device | None,
 ) -> dict[str, torch.Tensor]:
     """
-    Encoded texts with a mask.
+    Encoded texts and their mask, by the names of the transformer's arguments.
 
     Raises:
         ValueError: If something is missing or does not fit. Pipelines' names of it start with `prefix`.
     """
-    states, pooled, mask = (
-        texts.get(name) for name in ("encoder_hidden_states", "pooled_projections", "encoder_attention_mask")
-    )
     for name, tensor, ndim, shape in (
-        ("prompt_embeds", states, 3, "(batch, num_text_tokens, width)"),
-        ("pooled_prompt_embeds", pooled, 2, "(batch, width)"),
+        ("prompt_embeds", embeds, 3, "(batch, num_text_tokens, width)"),
+        ("pooled_prompt_embeds", pooled_embeds, 2, "(batch, width)"),
     ):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.ndim != ndim:
             raise ValueError(
                 f"`{prefix}{name}` must be a floating-point tensor of shape {shape}, got {described(tensor)}."
             )
-    if len(pooled) != len(states) or not states.shape[0] * states.shape[1]:
+    shape = embeds.shape[:2]
+    if len(pooled_embeds) != shape[0] or 0 in shape:
         raise ValueError(
             f"`{prefix}prompt_embeds` and `{prefix}pooled_prompt_embeds` must be of as many texts, at least one, got"
-            f" {tuple(states.shape)} and {tuple(pooled.shape)}."
+            f" {tuple(embeds.shape)} and {tuple(pooled_embeds.shape)}."
         )
-    mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != states.shape[:2]:
+    mask = torch.ones(shape, dtype=torch.bool, device=embeds.device) if mask is None else mask
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != shape:
         raise ValueError(
-            f"`{prefix}prompt_attention_mask` must be a boolean tensor of shape {tuple(states.shape[:2])}, got"
-            f" {described(mask)}."
+            f"`{prefix}prompt_attention_mask` must be a boolean tensor of shape {tuple(shape)}, got {described(mask)}."
         )
     if not mask.any(dim=1).all():
         raise ValueError(f"`{prefix}prompt_attention_mask` must leave at least one token of each text.")
-    told = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "pooled_projections": pooled}
+    told = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "pooled_projections": pooled_embeds}
     return {name: tensor.to(device) for name, tensor in told.items()}
 
 

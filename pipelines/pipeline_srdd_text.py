@@ -8,7 +8,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from srdd.checks import shown
 from srdd.models import MultiScaleVQModel, ScaleTextTransformer2DModel
 from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
-from srdd.pipelines.conditions import Conditions, text_conditions
+from srdd.pipelines.conditions import text_conditions
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 from srdd.schedulers import ScaleScheduler
 
@@ -72,19 +72,31 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
         if not self.encodes_texts:
             missing = [part for part in self._optional_components if getattr(self, part) is None]
             raise ValueError(f"`{name}` must be given as embeddings to a pipeline without {', '.join(missing)}.")
-        encoders, config = (self.text_encoder.config, self.text_encoder_2.config), self.transformer.config
-        width, pooled_width = sum(encoder.hidden_size for encoder in encoders), encoders[1].hidden_size
-        if (width, pooled_width) != (config.cross_attention_dim, config.pooled_projection_dim):
-            raise ValueError(
-                f"`text_encoder` and `text_encoder_2` must have {config.cross_attention_dim} channels together and"
-                f" {config.pooled_projection_dim} in the second, got {width} and {pooled_width}."
-            )
         return list(listed)
 
-    def encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+    def check_text_components(self) -> None:
         """
-        What the transformer is told of texts, by the names of its arguments: the last states of both encoders side by
-        side, what is no padding for the second, and its pooled output.
+        Make sure that transformer and text encoders belong together.
+
+        Raises:
+            ValueError: If the transformer does not draw from texts, or widths differ.
+        """
+        config = self.transformer.config
+        if "cross_attention_dim" not in config:
+            raise ValueError(f"`transformer` must draw from texts, got a {type(self.transformer).__name__}.")
+        if not self.encodes_texts:
+            return
+        widths = [encoder.config.hidden_size for encoder in (self.text_encoder, self.text_encoder_2)]
+        if (sum(widths), widths[1]) != (config.cross_attention_dim, config.pooled_projection_dim):
+            raise ValueError(
+                f"`text_encoder` and `text_encoder_2` must have {config.cross_attention_dim} channels together and"
+                f" {config.pooled_projection_dim} in the second, got {sum(widths)} and {widths[1]}."
+            )
+
+    def encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.BoolTensor]:
+        """
+        What the transformer is told of texts: the last states of both encoders side by side, the pooled output of the
+        second, and what is no padding for it.
 
         Texts that are longer than the tokenizers allow are cut, with a warning.
         """
@@ -100,11 +112,35 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
         if cut:
             logger.warning(f"Texts of more than {length} tokens are cut: {shown(cut)}.")
         (states, _, _), (states_2, mask, pooled) = encoded
-        return {
-            "encoder_hidden_states": torch.cat([states, states_2], dim=-1),
-            "encoder_attention_mask": mask.bool(),
-            "pooled_projections": pooled,
+        return torch.cat([states, states_2], dim=-1), pooled, mask.bool()
+
+    def encode_unless_given(
+        self,
+        prefix: str,
+        texts: str | list[str] | None,
+        embeds: torch.Tensor | None,
+        pooled_embeds: torch.Tensor | None,
+        attention_mask: torch.BoolTensor | None,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """
+        States, pooled output and mask of one half's texts: encoded, or what was given in their place.
+
+        Raises:
+            ValueError: If there are both, or neither where there must be one. Names of arguments start with `prefix`.
+        """
+        given = {
+            f"{prefix}prompt_embeds": embeds,
+            f"{prefix}pooled_prompt_embeds": pooled_embeds,
+            f"{prefix}prompt_attention_mask": attention_mask,
         }
+        names = [f"`{name}`" for name, tensor in given.items() if tensor is not None]
+        if texts is not None and names:
+            raise ValueError(f"`{prefix}prompt` must be left out with {', '.join(names)}.")
+        if texts is None and prefix and self.encodes_texts:
+            texts = ""
+        if names or (texts is None and prefix):
+            return tuple(given.values())
+        return self.encode_texts(self.check_texts(f"{prefix}prompt", texts))
 
     def encode_prompt(
         self,
@@ -116,9 +152,10 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.BoolTensor | None = None,
         negative_prompt_attention_mask: torch.BoolTensor | None = None,
-    ) -> Conditions:
+    ) -> tuple[torch.Tensor | None, ...]:
         """
-        What the transformer is told of texts, one image each.
+        Encode texts. It needs no other components than text encoders and tokenizers, and what it returns is what
+        `__call__` takes by these names.
 
         Args:
             prompt (`str` or `list[str]`, *optional*): As in `__call__`, as all others are.
@@ -131,41 +168,26 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
             negative_prompt_attention_mask (`torch.BoolTensor`, *optional*): Belongs to `negative_prompt_embeds`.
 
         Returns:
-            [`Conditions`]: Without an unconditional half if there is no negative prompt and none can be encoded.
+            `tuple[torch.Tensor, ...]`: Embeddings of the prompt and the negative one, both pooled, and both masks;
+            `None` for a negative prompt that is neither given nor can be encoded.
 
         Raises:
-            ValueError: If a prompt is given twice or not at all, something does not fit, or the transformer does not
-                draw from texts.
+            ValueError: If a prompt is given twice or not at all, or cannot be encoded.
         """
-        if "cross_attention_dim" not in self.transformer.config:
-            raise ValueError(f"`transformer` must draw from texts, got a {type(self.transformer).__name__}.")
-        halves = {}
-        for start, texts, states, mask, pooled in (
-            ("", prompt, prompt_embeds, prompt_attention_mask, pooled_prompt_embeds),
-            (
-                "negative_",
-                negative_prompt,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-                negative_pooled_prompt_embeds,
-            ),
-        ):
-            embeddings = {
-                f"{start}prompt_embeds": states,
-                f"{start}pooled_prompt_embeds": pooled,
-                f"{start}prompt_attention_mask": mask,
-            }
-            given = [name for name, tensor in embeddings.items() if tensor is not None]
-            if texts is not None and given:
-                raise ValueError(f"`{start}prompt` must be left out with {', '.join(map('`{}`'.format, given))}.")
-            if given:
-                halves[start] = dict(
-                    zip(("encoder_hidden_states", "pooled_projections", "encoder_attention_mask"), embeddings.values())
-                )
-            elif texts is not None or not start or self.encodes_texts:
-                texts = "" if texts is None and start else texts
-                halves[start] = self.encode_texts(self.check_texts(f"{start}prompt", texts))
-        return text_conditions(halves[""], halves.get("negative_"), self._execution_device)
+        prompt_embeds, pooled_prompt_embeds, prompt_attention_mask = self.encode_unless_given(
+            "", prompt, prompt_embeds, pooled_prompt_embeds, prompt_attention_mask
+        )
+        negative = negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask
+        negative = self.encode_unless_given("negative_", negative_prompt, *negative)
+        negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask = negative
+        return (
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -225,7 +247,8 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
         """
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
         self.check_inputs(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
-        conditions = self.encode_prompt(
+        self.check_text_components()
+        encoded = self.encode_prompt(
             prompt,
             negative_prompt,
             prompt_embeds,
@@ -235,7 +258,7 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
             prompt_attention_mask,
             negative_prompt_attention_mask,
         )
-        conditions = conditions.repeat_interleave(num_images_per_prompt)
+        conditions = text_conditions(*encoded, device=self._execution_device).repeat_interleave(num_images_per_prompt)
         decodes = output_type != "latent"
         images, token_ids = self.draw(conditions, guidance_scale, generator, latents, None, *callback, decodes=decodes)
         if decodes:

@@ -12,6 +12,14 @@ from srdd.pipelines.conditions import text_conditions
 
 
 WITHOUT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+ENCODED = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_attention_mask",
+)
 NAMES = {
     "encoder_hidden_states": "prompt_embeds",
     "pooled_projections": "pooled_prompt_embeds",
@@ -35,16 +43,16 @@ def embeddings(texts: dict[str, torch.Tensor], prefix: str = "") -> dict[str, to
 @torch.no_grad()
 def test_texts_are_the_last_states_of_both_encoders_and_the_pooled_output_of_the_second():
     pipe = tiny_text_pipeline()
-    told = pipe.encode_texts(["red", "a cat", ""])
-    assert told["encoder_hidden_states"].shape == (3, MAX_LENGTH, TEXT_DIM)
-    assert told["encoder_attention_mask"].sum(dim=1).tolist() == [5, 6, 2]
+    told, pooled, mask = pipe.encode_texts(["red", "a cat", ""])
+    assert told.shape == (3, MAX_LENGTH, TEXT_DIM)
+    assert mask.sum(dim=1).tolist() == [5, 6, 2]
     for index, text in enumerate(["red", "a cat", ""]):
-        length = told["encoder_attention_mask"][index].sum()
+        length = mask[index].sum()
         ids = torch.tensor([pipe.tokenizer(text).input_ids])
         first, second = pipe.text_encoder(ids), pipe.text_encoder_2(ids)
         states = torch.cat([first.last_hidden_state, second.last_hidden_state], dim=-1)
-        torch.testing.assert_close(told["encoder_hidden_states"][index, :length], states[0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(told["pooled_projections"][index], second.pooler_output[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(told[index, :length], states[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(pooled[index], second.pooler_output[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("pattern", ["causal", "markov"])
@@ -77,22 +85,17 @@ def test_the_empty_text_is_guided_away_from_by_default():
 @torch.no_grad()
 def test_embeddings_take_the_place_of_texts():
     pipe = tiny_text_pipeline()
-    texts, negative = pipe.encode_texts(["red", "a cat"]), pipe.encode_texts(["ugly"])
     expected = draw(pipe, ["red", "a cat"], negative_prompt="ugly")
+    given = dict(zip(ENCODED, pipe.encode_prompt(["red", "a cat"], "ugly")))
     for each in (pipe, tiny_text_pipeline(**WITHOUT_ENCODERS)):
-        given = {**embeddings(texts), **embeddings(negative, "negative_")}
         assert torch.equal(draw(each, **given).token_ids, expected.token_ids)
     # Halves of other lengths, and without a mask where there is no padding.
-    short = {
-        name: tensor[:, :6] if tensor.ndim == 3 else tensor
-        for name, tensor in embeddings(negative, "negative_").items()
-    }
+    short = {**given, "negative_prompt_embeds": given["negative_prompt_embeds"][:, :6]}
     del short["negative_prompt_attention_mask"]
-    drawn = draw(pipe, **embeddings(texts), **short)
-    assert torch.equal(drawn.token_ids, expected.token_ids)
+    assert torch.equal(draw(pipe, **short).token_ids, expected.token_ids)
     # Nothing to guide away from.
     bare = tiny_text_pipeline(**WITHOUT_ENCODERS)
-    unguided = draw(bare, **embeddings(texts))
+    unguided = draw(bare, **{name: tensor for name, tensor in given.items() if "negative" not in name})
     assert bare.guidance_scale == 1.0
     assert torch.equal(unguided.token_ids, draw(pipe, ["red", "a cat"], guidance_scale=1.0).token_ids)
 
@@ -100,13 +103,13 @@ def test_embeddings_take_the_place_of_texts():
 def test_texts_that_are_too_long_are_cut_with_a_warning(caplog):
     pipe = tiny_text_pipeline()
     with torch.no_grad():
-        told = pipe.encode_texts(["abcdefghijkl", "abcdefg"])
-        whole = pipe.encode_texts(["abcdefg"])["encoder_hidden_states"][0]
+        told, _, mask = pipe.encode_texts(["abcdefghijkl", "abcdefg"])
+        whole, _, _ = pipe.encode_texts(["abcdefg"])
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [f"Texts of more than {MAX_LENGTH} tokens are cut: ['abcdefghijkl']."]
     # The start and six letters; the seventh is a word's last one, and then comes the end.
-    torch.testing.assert_close(told["encoder_hidden_states"][0, :7], whole[:7], atol=1e-5, rtol=0)
-    assert told["encoder_attention_mask"].all()
+    torch.testing.assert_close(told[0, :7], whole[0, :7], atol=1e-5, rtol=0)
+    assert mask.all()
 
 
 @pytest.mark.parametrize("components", [{}, WITHOUT_ENCODERS], ids=["whole", "without encoders"])
@@ -200,9 +203,11 @@ def test_components_that_do_not_fit_are_refused():
 
 
 def test_conditions_of_texts_have_one_length():
-    conditions = text_conditions(random_texts([2, 3], num_tokens=3), random_texts([5], num_tokens=5))
+    states, mask, pooled = random_texts([2, 3], num_tokens=3).values()
+    away, _, pooled_away = random_texts([5], num_tokens=5).values()
+    conditions = text_conditions(states, away, pooled, pooled_away, mask)
     halves = conditions.conditional, conditions.unconditional
     assert [half["encoder_hidden_states"].shape for half in halves] == [(2, 5, TEXT_DIM)] * 2
     assert conditions.conditional["encoder_attention_mask"].sum(dim=1).tolist() == [2, 3]
     assert conditions.unconditional["encoder_attention_mask"].sum(dim=1).tolist() == [5, 5]
-    assert text_conditions(random_texts()).unconditional is None
+    assert text_conditions(states, None, pooled, None).unconditional is None
