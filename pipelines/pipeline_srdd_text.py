@@ -98,11 +98,11 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
         What the transformer is told of texts: the last states of both encoders side by side, the pooled output of the
         second, and what is no padding for it.
 
-        Texts that are longer than the tokenizers allow are cut, with a warning.
+        Texts that are longer than tokenizers and encoders allow are cut, with a warning.
         """
         encoded, cut, device = [], [], self._execution_device
         for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
-            length = tokenizer.model_max_length
+            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
             whole = tokenizer(texts, verbose=False).input_ids
             cut += [text for text, ids in zip(texts, whole) if len(ids) > length and text not in cut]
             tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
