@@ -10,13 +10,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from no_host import RefuseTransfers
 from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, tiny_transformer
 from torch._dynamo.utils import counters
 
 from srdd import ScaleKVCache, ScaleTransformer2DModel
 from srdd.models import MaskedScaleAttnProcessor, ScaleAttnProcessor
+from srdd.models.attention_scale import scale_segments
 from srdd.models.neighbourhoods import Neighbourhood, neighbourhood_mask
 
 
@@ -106,6 +107,18 @@ def test_logits_are_those_of_dense_masked_attention(way, scales):
     torch.testing.assert_close(logits, plain_logits(model, inputs, labels, scales), atol=1e-5, rtol=0)
     whole = make_transformer([0, 0, 0, 0])(inputs, [LAST - scale for scale in scales], labels).sample
     assert (logits - whole).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scales", [(0, 1, 2, 3), (1, 3)])
+def test_masks_for_one_call_allow_what_windows_do(scales):
+    timesteps, processor = [LAST - scale for scale in scales], MaskedScaleAttnProcessor()
+    counts = [TOKENS[scale].stop - TOKENS[scale].start for scale in scales]
+    segments = scale_segments("markov", timesteps, counts, (), make_transformer().neighbourhoods(timesteps))
+    expected, places = plain_mask(scales), torch.arange(sum(counts))
+    assert torch.equal(processor.attention_mask(segments, None, CPU)[0, 0], expected)
+    processor._attention_backend = AttentionBackendName.FLEX
+    block_mask = processor.attention_mask(segments, None, CPU)
+    assert torch.equal(block_mask.mask_mod(0, 0, places[:, None], places), expected)
 
 
 @torch.no_grad()

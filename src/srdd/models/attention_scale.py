@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from srdd.acceleration import accelerate
 from srdd.models.configuration import CHOICES
@@ -162,10 +162,14 @@ def block_mask(layout: MaskLayout, device: torch.device) -> BlockMask:
     def is_seen(batch, head, query, key):
         return (first[query] <= key) & (key < last[query])
 
-    if any(neighbourhood is not None for *_, neighbourhood in layout):
-        is_seen = and_masks(is_seen, near(layout, device))
+    is_near = near(layout, device) if any(neighbourhood for *_, neighbourhood in layout) else None
+
+    def is_seen_nearby(batch, head, query, key):
+        return is_seen(batch, head, query, key) & is_near(batch, head, query, key)
+
+    is_seen_at_all = is_seen if is_near is None else is_seen_nearby
     num_tokens = layout[-1][1]
-    return create_block_mask(is_seen, None, None, num_tokens, num_tokens, device)
+    return create_block_mask(is_seen_at_all, None, None, num_tokens, num_tokens, device)
 
 
 def near(layout: MaskLayout, device: torch.device) -> Callable[..., torch.Tensor]:
