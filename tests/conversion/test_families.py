@@ -198,8 +198,12 @@ def same_weights(left: SRDDPipeline, right: SRDDPipeline) -> bool:
 
 
 CASES = {
-    "mvar": (lambda: {"mvar_wo_ddp": var_state(pattern="markov")}, WINDOWS, {"top_k": 1200, "top_p": 0.99}),
-    "hmar": (hmar_state, None, {"top_k": 1000, "top_p": 0.99}),
+    "mvar": (
+        lambda: {"mvar_wo_ddp": var_state(pattern="markov")},
+        WINDOWS,
+        {"top_k": 1200, "top_p": 0.99, "guidance_scale": 3.7},
+    ),
+    "hmar": (hmar_state, None, {"top_k": 1000, "top_p": 0.99, "guidance_scale": 2.7}),
 }
 
 
@@ -212,6 +216,7 @@ def test_folders_compute_what_the_plain_network_does(family, vae, tmp_path):
     assert pipe.transformer.config.attention_pattern == "markov"
     assert pipe.transformer.config.attention_windows == windows
     assert {name: pipe.scheduler.config[name] for name in sampling} == sampling
+    assert pipe.default_guidance_scale == sampling["guidance_scale"]
     state, mask, labels = var_state(), allowed(SIDES, windows), torch.tensor([1, 7])
     inputs = torch.randn(2, len(mask), CHANNELS, generator=torch.Generator().manual_seed(0))
     for given in (labels, torch.tensor([3, NUM_CLASSES])):

@@ -33,7 +33,7 @@ def converted_card(converted: Converted, name: str) -> str:
     snippet = [
         "from srdd import SRDDPipeline\n",
         f"pipe = SRDDPipeline.from_pretrained({json.dumps(name, ensure_ascii=False)})",
-        f"image = pipe({json.dumps(label)}, guidance_scale={converted.settings.guidance_scale}).images[0]",
+        f"image = pipe({json.dumps(label)}).images[0]",
     ]
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
@@ -66,9 +66,9 @@ def _settings(converted: Converted) -> str:
         [f"`{each.name}`", each.guidance_scale, each.top_k, each.top_p] for each in converted.family.of_depth(depth)
     ]
     text = (
-        f"The scheduler draws with top-k {settings.top_k} and top-p {settings.top_p} unless told otherwise."
-        " `guidance_scale` is 1 + the `cfg` of the authors' code, and its weight grows linearly over the scales; the"
-        " pipeline takes it as an argument, as above."
+        f"Unless told otherwise, the pipeline draws with guidance {settings.guidance_scale}, top-k {settings.top_k}"
+        f" and top-p {settings.top_p}, as its scheduler says. `guidance_scale` is 1 + the `cfg` of the authors' code;"
+        " its weight grows linearly over the scales."
     )
     if depth != settings.depth:
         text = f"None are published for {depth} blocks, these are those of the nearest number. {text}"

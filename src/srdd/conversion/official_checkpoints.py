@@ -197,8 +197,8 @@ def convert_checkpoints(
     Turn a pair of official checkpoints, VAR's or of a family that builds on it, into a pipeline.
 
     The architecture follows from the shapes in the files. The tokenizer takes the scales of the transformer, so that
-    one official tokenizer serves the models of 256 and of 512 pixels; the scheduler draws with the top-k and top-p of
-    the published numbers. Models of 1000 classes get ImageNet's names.
+    one official tokenizer serves the models of 256 and of 512 pixels; the scheduler draws with the guidance, top-k
+    and top-p of the published numbers. Models of 1000 classes get ImageNet's names.
 
     The tensors stay mapped from the files: keep these until the pipeline is saved.
 
@@ -286,6 +286,11 @@ def convert(
     pipeline = SRDDPipeline(
         vqvae=_fill(vqvae, vae_state, vae_origins, vae_dtype),
         transformer=_fill(transformer, state, origins, transformer_dtype),
-        scheduler=ScaleScheduler(scale_sizes=scale_sizes, top_k=settings.top_k, top_p=settings.top_p),
+        scheduler=ScaleScheduler(
+            scale_sizes=scale_sizes,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            guidance_scale=settings.guidance_scale,
+        ),
     )
     return Converted(pipeline, known, (Path(vae_path).name, Path(transformer_path).name), settings)
