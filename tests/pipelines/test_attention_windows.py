@@ -111,3 +111,18 @@ def test_folders_keep_windows(tmp_path):
     assert loaded.transformer.config.attention_windows == [0, 0, 3]
     images = [each(1, generator=generators(0)[0], output_type="pt").images for each in (pipe, loaded)]
     assert torch.equal(*images)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_recorded_pictures_are_the_same(dtype):
+    pipe, plain = windowed_pipeline().to("cuda", dtype), windowed_pipeline().to("cuda", dtype)
+    plain.disable_cuda_graphs()
+    for seed in range(4):
+        drawn, expected = (
+            each([1, 2], generator=torch.Generator("cuda").manual_seed(seed), output_type="pt")
+            for each in (pipe, plain)
+        )
+        assert torch.equal(drawn.token_ids, expected.token_ids)
+        assert torch.equal(drawn.images, expected.images)
+    assert len(pipe._cuda_graphs) == 1
