@@ -258,7 +258,7 @@ def convert(
     windows = config.get("attention_windows") if config["attention_pattern"] == known.attention_pattern else None
     if attention_windows is not None:
         windows = check_windows(attention_windows, normalize_scale_sizes(scale_sizes), config["attention_pattern"])
-    elif windows is not None and scale_sizes not in KNOWN_SCALES.values():
+    elif windows is not None and scale_sizes != KNOWN_SCALES[256]:
         logger.warning(
             f"Windows leave no trace in the weights of {known.title}. For scales {scale_sizes}, which are those of no"
             f" published model, they are taken to be {windows}; `attention_windows` says otherwise."

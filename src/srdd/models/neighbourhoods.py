@@ -48,14 +48,12 @@ def check_windows(windows: Any, scale_sizes: Sequence[Sequence[int]], attention_
     """
     if windows is None:
         return None
-    checked = []
-    for index, (window, size) in enumerate(
-        zip(check_list("attention_windows", windows, len(scale_sizes)), scale_sizes)
-    ):
+    checked = check_list("attention_windows", windows, len(scale_sizes))
+    for index, (window, size) in enumerate(zip(checked, scale_sizes)):
         name = f"attention_windows[{index}]"
-        checked.append(check_int(name, window, 0, min(size)))
-        if checked[-1] > 0 and checked[-1] % 2 == 0:
-            raise ValueError(f"`{name}` must be 0 or an odd integer in [1, {min(size)}], got {checked[-1]}.")
+        checked[index] = check_int(name, window, 0, min(size))
+        if window > 0 and window % 2 == 0:
+            raise ValueError(f"`{name}` must be 0 or an odd integer in [1, {min(size)}], got {window}.")
     if attention_pattern != "markov":
         raise ValueError(
             f"`attention_windows` must be None with the attention pattern {attention_pattern!r}, they belong to"
