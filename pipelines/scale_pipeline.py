@@ -221,8 +221,11 @@ class ScalePipeline(DiffusionPipeline):
 
     @property
     def default_guidance_scale(self) -> float:
-        """The guidance of calls that name none."""
-        return 1.0 if self.transformer.config.guidance_distilled else 2.5
+        """The guidance of calls that name none: 1 with a distilled transformer, or else the scheduler's, or 2.5."""
+        if self.transformer.config.guidance_distilled:
+            return 1.0
+        guidance_scale = self.scheduler.config.guidance_scale
+        return 2.5 if guidance_scale is None else guidance_scale
 
     @property
     def num_timesteps(self) -> int:

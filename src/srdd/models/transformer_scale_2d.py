@@ -17,11 +17,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch.nn.attention.flex_attention import BlockMask
 
 from srdd.acceleration import accelerate, set_fast_linears
 from srdd.checks import described, shown
 from srdd.models.attention_scale import (
+    AttentionMask,
     MaskedScaleAttnProcessor,
     ScaleAttention,
     ScaleSegment,
@@ -29,6 +29,7 @@ from srdd.models.attention_scale import (
 )
 from srdd.models.configuration import check_configuration, check_num_parameters
 from srdd.models.guidance import guide
+from srdd.models.neighbourhoods import Neighbourhood, check_windows, scale_masks
 from srdd.models.saved_weights import SavedModelMixin
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache, SeenStates
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
@@ -82,7 +83,7 @@ class ScaleTransformerBlock(nn.Module):
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
         modulations: torch.Tensor | None = None,
-        attention_mask: torch.BoolTensor | BlockMask | None = None,
+        attention_mask: AttentionMask | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -93,7 +94,8 @@ class ScaleTransformerBlock(nn.Module):
             kv_cache ([`ScaleKVCache`] or [`SeenStates`], *optional*): Keys and values of scales not in the input.
             modulations (`torch.Tensor` of shape `(batch, 6, dim)`, *optional*): What follows from `conditioning`, from
                 an earlier call.
-            attention_mask (`torch.BoolTensor` or `BlockMask`, *optional*): What the attention processor asked for.
+            attention_mask (`torch.BoolTensor`, `BlockMask` or `tuple`, *optional*): What the attention processor
+                asked for, or the masks of the scales' windows.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Hidden states and modulations.
@@ -168,11 +170,15 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         id2label (`dict`, *optional*): Names of the classes.
         guidance_distilled (`bool`, defaults to `False`): The model learned a teacher's guided distribution: pipelines
             then use no guidance unless asked to.
+        attention_windows (`list[int]`, *optional*): With the pattern "markov", the side of the square that a token
+            sees of its own scale, one odd number for each of `scale_sizes`; 0 is the whole scale (MVAR). Weights fit
+            any.
 
     Raises:
         ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`],
-            `scale_sizes` is no growing list of scales, `id2label` names classes that do not exist, or the model would
-            have more than 2 * 10^10 parameters.
+            `scale_sizes` is no growing list of scales, `id2label` names classes that do not exist,
+            `attention_windows` do not fit the scales or the pattern, or the model would have more than 2 * 10^10
+            parameters.
     """
 
     _supports_gradient_checkpointing = True
@@ -200,11 +206,18 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         norm_eps: float = 1e-6,
         id2label: dict[int, str] | None = None,
         guidance_distilled: bool = False,
+        attention_windows: list[int] | None = None,
     ):
         super().__init__()
         checked = check_configuration(self.config)
         scale_sizes = normalize_scale_sizes(scale_sizes)
-        self.register_to_config(**checked, scale_sizes=scale_sizes, id2label=class_names(id2label, num_classes))
+        attention_windows = check_windows(attention_windows, scale_sizes, attention_pattern)
+        self.register_to_config(
+            **checked,
+            scale_sizes=scale_sizes,
+            id2label=class_names(id2label, num_classes),
+            attention_windows=attention_windows,
+        )
 
         self.token_slices = scale_slices(scale_sizes)
         dim = num_attention_heads * attention_head_dim
@@ -273,6 +286,18 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
     def needs_kv_cache(self) -> bool:
         """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
         return self.config.attention_pattern != "markov"
+
+    def neighbourhoods(self, timesteps: Sequence[int]) -> list[Neighbourhood | None]:
+        """
+        What the tokens of scales see of their own scale; `None` where that is all of it.
+
+        Raises:
+            ValueError: If there are windows, and the pattern is not "markov".
+        """
+        sizes, pattern = self.config.scale_sizes, self.config.attention_pattern
+        windows = check_windows(self.config.attention_windows, sizes, pattern) or [0] * len(sizes)
+        scales = [(sizes[-1 - timestep], windows[-1 - timestep]) for timestep in timesteps]
+        return [Neighbourhood(tuple(size), window) if window else None for size, window in scales]
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """
@@ -403,7 +428,8 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         timesteps = self._check_timesteps(timestep)
         cached = [t for t in kv_cache.timesteps if t > timesteps[0]] if kv_cache is not None else []
         num_tokens = [tokens.stop - tokens.start for tokens in (self.token_slices[-1 - t] for t in timesteps)]
-        segments = scale_segments(self.config.attention_pattern, timesteps, num_tokens, cached)
+        neighbourhoods = self.neighbourhoods(timesteps) if self.config.attention_windows else ()
+        segments = scale_segments(self.config.attention_pattern, timesteps, num_tokens, cached, neighbourhoods)
         expected = (segments[-1].tokens.stop, self.config.latent_channels)
         if token_indices is not None:
             self._check_token_indices(token_indices, timesteps, kv_cache)
@@ -453,6 +479,8 @@ class ScaleTransformer2DModel(SavedModelMixin, ConfigMixin, AttentionMixin, Peft
         processor, attention_mask = self.blocks[0].attn.processor, None
         if isinstance(processor, MaskedScaleAttnProcessor):
             attention_mask = processor.attention_mask(segments, kv_cache, hidden_states.device)
+        if attention_mask is None and neighbourhoods:
+            attention_mask = scale_masks(neighbourhoods, hidden_states.device, token_indices)
         for layer, block in enumerate(self.blocks):
             states = kv_cache
             if kv_cache is not None and len(segments) == 1:
