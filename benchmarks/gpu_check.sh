@@ -33,6 +33,7 @@ if [ -z "${SMALL:-}" ]; then
     rows=(causal sdd-eager sdd sdd-fused sdd-6 sdd-compiled sdd-6-compiled) rows_again=("${rows[@]}")
     graph_rows=(causal sdd sdd-6)
     training=(--max_train_steps 200)
+    slicing=(--images_per_slice 1 4 11 32 64 --num_rounds 3)
     suite=tests/diffusers_suite
 else
     device=cpu dtype=float32 precision=no patience=5
@@ -44,6 +45,7 @@ else
     graph_rows=(sdd)
     training=(--max_train_steps 3 --logging_steps 1 --num_pictures 8 --train_batch_size 4 --num_layers 1
         --num_attention_heads 1)
+    slicing=(--image_size 32 --vae_channels 32 --images_per_slice 1 2 --num_rounds 1)
     suite=tests/diffusers_suite/test_scheduling_scale.py
     export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 fi
@@ -148,7 +150,7 @@ if [ -n "$marked" ]; then
 else
     leave_out tests "no test is marked cuda"
 fi
-speed speed_batch_1 125 $depth $rounds rows 1
+speed speed_batch_1 120 $depth $rounds rows 1
 graphs graphs_compiled 30 $dtype sdd-compiled
 speed speed_batch_large 75 $depth $fewer_rounds rows_again $large
 speed speed_batch_medium 40 $depth $fewer_rounds rows_again $medium
@@ -162,12 +164,8 @@ if "$PYTHON" -c "import datasets" 2>/dev/null; then
 else
     leave_out train "datasets is not installed"
 fi
-if [ -f benchmarks/decoder_slices.py ]; then
-    stage decoder_slices 15 "$PYTHON" benchmarks/decoder_slices.py --device $device --dtype $dtype \
-        --batch_size $slices --output "$OUT/decoder_slices.json"
-else
-    leave_out decoder_slices "benchmarks/decoder_slices.py is missing"
-fi
+stage decoder_slices 20 "$PYTHON" benchmarks/decoder_slices.py --device $device --dtype $dtype \
+    --batch_size $slices "${slicing[@]}" --output "$OUT/decoder_slices.json"
 if [ -n "${DIFFUSERS_SOURCE:-}" ]; then
     processes=
     [ -n "${SMALL:-}" ] || processes=$("$PYTHON" -c "import xdist; print('-n 8')" 2>/dev/null)

@@ -115,7 +115,7 @@ def convert(official: OfficialSampler) -> SRDDPipeline:
         paths = [Path(folder, name) for name in ("vae.pth", "var.pth")]
         for model, path in zip((official.vae, official.var), paths):
             torch.save(model.state_dict(), path)
-        pipe = convert_checkpoints(*paths)
+        pipe = convert_checkpoints(*paths, family="var")
         for model in (pipe.vqvae, pipe.transformer):
             for parameter in model.parameters():
                 parameter.data = parameter.data.clone()  # out of the file

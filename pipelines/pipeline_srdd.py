@@ -50,8 +50,8 @@ class SRDDPipeline(scale_pipeline.ClassPipeline):
                 Classes by id or name; one image each. `None` draws without a class.
             guidance_scale (`float`, *optional*):
                 Classifier-free guidance `uncond + g (cond - uncond)`, ramped over the scales by the scheduler; 1 and
-                below is off. VAR's and the paper's `cfg` is `guidance_scale - 1`. By default 2.5, or 1 with a
-                guidance-distilled transformer.
+                below is off. VAR's and the paper's `cfg` is `guidance_scale - 1`. By default that of the scheduler's
+                config, or 2.5 if it has none; 1 with a guidance-distilled transformer.
             num_images_per_prompt (`int`, defaults to 1): Images per label.
             generator (`torch.Generator` or a list, *optional*):
                 The only source of randomness. With one generator for each image, an image does not depend on the

@@ -32,6 +32,7 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer"
+    _usual_guidance_scale = 7.0  # Switti's
     _optional_components = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
 
     def __init__(
@@ -48,11 +49,6 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
         self.register_modules(
             text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer_2
         )
-
-    @property
-    def default_guidance_scale(self) -> float:
-        """The guidance of calls that name none: Switti's."""
-        return 1.0 if self.transformer.config.guidance_distilled else 7.0
 
     @property
     def encodes_texts(self) -> bool:
@@ -215,8 +211,8 @@ class SRDDTextPipeline(scale_pipeline.ScalePipeline):
         Args:
             prompt (`str` or `list[str]`, *optional*): Texts to draw; one image each.
             guidance_scale (`float`, *optional*):
-                Classifier-free guidance, as in [`SRDDPipeline`]; 1 and below is off. By default 7, or 1 with a
-                guidance-distilled transformer.
+                Classifier-free guidance, as in [`SRDDPipeline`]; 1 and below is off. By default that of the
+                scheduler's config, or 7 if it has none; 1 with a guidance-distilled transformer.
             negative_prompt (`str` or `list[str]`, *optional*):
                 Texts to guide away from, one for all images or one for each; the empty text by default.
             num_images_per_prompt (`int`, defaults to 1): Images per text.

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from srdd.acceleration import CudaGraphs
 from srdd.area_means import windows
 from srdd.models import MultiScaleVQModel, ScaleTransformer
+from srdd.models.neighbourhoods import scale_masks
 from srdd.pipelines.conditions import Conditions
 from srdd.pipelines.guided_transformer import Guidance
 from srdd.pipelines.scale_sampling import SamplingInputs, SamplingOutput, sample_scales
@@ -74,6 +75,9 @@ def sample_recorded(
         for scale in scheduler.visits
         for side, new_side in zip(grid_size, scale.size)
     ]
+    if transformer.config.get("attention_windows"):
+        neighbourhoods = transformer.neighbourhoods([scale.timestep for scale in scheduler.visits])
+        constants.append(scale_masks(neighbourhoods, inputs.latents.device))
     outputs = graphs(run, (vqvae, transformer), key, allocate, fill, constants)
     if outputs is None:
         return None

@@ -86,6 +86,7 @@ class ScalePipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer"
     _exclude_from_cpu_offload = ["vqvae"]  # it is needed after every scale, so it stays on the device
     _callback_tensor_inputs = list(TENSOR_INPUTS)
+    _usual_guidance_scale = 2.5  # where neither the call nor the scheduler says another
 
     def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
         super().__init__()
@@ -216,8 +217,14 @@ class ScalePipeline(DiffusionPipeline):
 
     @property
     def default_guidance_scale(self) -> float:
-        """The guidance of calls that name none."""
-        return 1.0 if self.transformer.config.guidance_distilled else 2.5
+        """
+        The guidance of calls that name none: 1 with a distilled transformer, or else the scheduler's, or what is usual
+        with such models.
+        """
+        if self.transformer.config.guidance_distilled:
+            return 1.0
+        guidance_scale = self.scheduler.config.guidance_scale
+        return self._usual_guidance_scale if guidance_scale is None else guidance_scale
 
     @property
     def num_timesteps(self) -> int:

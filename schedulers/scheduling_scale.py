@@ -92,6 +92,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         resampling_threshold (`float`, defaults to 0.01): The threshold of `"masked"` and `"remasked"`.
         num_resampling_passes (`int` or `list[int]`, defaults to 5): Most further passes at a scale; a list gives one
             number for each of `scale_sizes`.
+        guidance_scale (`float`, *optional*): The guidance of calls that name none, which was found best with the
+            options above; the pipeline's own by default. A guidance-distilled transformer needs none all the same.
 
     Raises:
         ValueError: If a value is not one of those above.
@@ -114,6 +116,7 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
         resampling_policy: str = "none",
         resampling_threshold: float = 0.01,
         num_resampling_passes: int | list[int] = 5,
+        guidance_scale: float | None = None,
     ):
         scale_sizes = normalize_scale_sizes(scale_sizes)
         if scales is not None:
@@ -155,6 +158,9 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
             top_p=check_number("top_p", top_p, over=0, high=1),
             resampling_threshold=check_number("resampling_threshold", resampling_threshold, 0, 1),
             num_resampling_passes=passes,
+            guidance_scale=guidance_scale
+            if guidance_scale is None
+            else check_number("guidance_scale", guidance_scale),
         )
         # By timestep.
         self.temperatures: dict[int, float] = {

@@ -212,6 +212,7 @@ OPTIONS = {
     "resampling_policy": usually(st.sampled_from(["none", "simple", "masked", "remasked"])),
     "resampling_threshold": usually(st.floats(0, 1)),
     "num_resampling_passes": usually(st.one_of(st.integers(0, 3), st.lists(st.integers(0, 3), max_size=4))),
+    "guidance_scale": usually(st.floats(0, 8)),
 }
 
 

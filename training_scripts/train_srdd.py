@@ -64,6 +64,8 @@ def build_model(args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict) ->
     if args.pretrained_model_name_or_path:
         if args.attention_pattern:
             training["attention_pattern"] = args.attention_pattern
+        if args.attention_pattern not in (None, "markov"):
+            training["attention_windows"] = None  # of MVAR; a token sees more than its own scale then
         model = ScaleTransformer2DModel.from_pretrained(args.pretrained_model_name_or_path, **training)
         for name in ("scale_sizes", "codebook_size", "latent_channels"):
             ours, theirs = model.config[name], vqvae.config[name]

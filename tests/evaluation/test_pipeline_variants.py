@@ -43,6 +43,13 @@ def test_variants_draw_and_leave_the_pipeline(name):
     assert torch.equal(images(pipe, PipelineVariant()), before)
 
 
+def test_windows_go_with_the_pattern_that_has_them():
+    pipe = tiny_pipeline(transformer=tiny_transformer(attention_windows=[0, 0, 3]))
+    kept, gone = (variant_of(name).pipeline(pipe).transformer.config for name in ("sdd", "causal"))
+    assert (kept.attention_windows, gone.attention_windows) == ([0, 0, 3], None)
+    assert pipe.transformer.config.attention_windows == [0, 0, 3]
+
+
 def test_what_is_not_changed_is_shared():
     pipe = tiny_pipeline()
     changed = variant_of("causal-torch").pipeline(pipe)

@@ -76,6 +76,21 @@ def wrong_values(name: str) -> list:
         return NO_SCALES
     if name == "id2label":
         return [["x"], "x", 3, {9: "x"}, {0: 1}, {-1: "x"}, {None: "x"}, {10**30: "x"}]
+    if name == "attention_windows":
+        return [
+            3,
+            "003",
+            [0, 0],
+            [0, 0, 2],
+            [0, 0, 5],
+            [0, 0, -1],
+            [0, 0, 1.0],
+            [0, 0, True],
+            [0, 0, [3]],
+            {},
+            [],
+            math.nan,
+        ]
     assert name in {*LISTS_OF_INTEGERS, *LISTS_OF_CHOICES}
     return NO_LISTS
 
@@ -96,7 +111,7 @@ def test_each_argument_refuses_what_it_cannot_be(model_class, name):
             MAKERS[model_class](**{name: value})
         assert len(str(caught.value)) < 500
         assert " got " in str(caught.value)
-    if not name.startswith("decoder_") and name != "id2label":
+    if not name.startswith("decoder_") and name not in ("id2label", "attention_windows"):
         with pytest.raises(ValueError, match=f"^`{name}` must .* got None"):
             MAKERS[model_class](**{name: None})
     assert time.perf_counter() - started < 2

@@ -753,6 +753,18 @@ def test_guidance_of_a_call_can_be_read_after_it():
     assert copy.deepcopy(pipe).guidance_scale is None
 
 
+def test_the_scheduler_may_say_what_guidance_is_the_default():
+    pipe = tiny_pipeline(scheduler=tiny_scheduler(guidance_scale=4.0))
+    plain = tiny_pipeline()
+    for labels in (1, None):
+        drawn = pipe(labels, generator=generators(0)[0]).token_ids
+        assert pipe.guidance_scale == (1.0 if labels is None else 4.0)
+        assert torch.equal(drawn, plain(labels, guidance_scale=4.0, generator=generators(0)[0]).token_ids)
+    assert pipe.scheduler.from_config(pipe.scheduler.config, top_k=3).config.guidance_scale == 4.0
+    pipe.transformer.register_to_config(guidance_distilled=True)
+    assert pipe.default_guidance_scale == 1.0
+
+
 def test_arguments_of_numpy_and_tuples_of_generators_are_what_they_say():
     pipe = tiny_pipeline()
     plain = latents_of(pipe, [1, 2], guidance_scale=3, num_images_per_prompt=2, generator=generators(0, 1, 2, 3))[1]

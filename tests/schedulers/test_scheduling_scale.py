@@ -445,6 +445,8 @@ def test_forward_process_refuses_other_shapes(shape):
             {"guidance_start": 0.5, "guidance_stop": 0.4},
             r"`guidance_stop` must be .* in \[0.5, 1\], got 0.4",
         ),
+        ({"guidance_scale": math.nan}, "`guidance_scale` must be a finite number, got nan"),
+        ({"guidance_scale": "4"}, "`guidance_scale` must be a finite number, got '4'"),
         ({"guidance_stop": 1.1}, r"`guidance_stop` must be a finite number in \[0.0, 1\], got 1.1"),
         ({"resampling_policy": "MR"}, r"`resampling_policy` must be one of \('none', .*'remasked'\), got 'MR'"),
         ({"num_resampling_passes": -1}, "`num_resampling_passes` must be an integer in .*got -1"),

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, load_script, read_log, train_transformer, weights
 
 from srdd import MultiScaleVQModel, ScaleTransformer2DModel, SRDDPipeline
-from srdd.training.lora import load_lora
+from srdd.training.lora import load_lora, save_lora
 
 
 SCRIPT = load_script("train_srdd")
@@ -235,6 +236,16 @@ def test_a_pretrained_transformer_keeps_its_sizes_and_takes_the_options(run, pla
     assert (after.config.class_dropout_prob, after.config.drop_path_rate) == (0.4, 0.1)
     assert after.config.attention_pattern == "causal"
     assert before.config.attention_pattern == "markov"
+
+
+@pytest.mark.parametrize(("pattern", "windows"), [(None, [0, 0, 3]), ("markov", [0, 0, 3]), ("causal", None)])
+def test_windows_of_a_pretrained_transformer_go_with_their_pattern(pattern, windows, tmp_path):
+    base = tiny_transformer(attention_windows=[0, 0, 3])
+    base.save_pretrained(tmp_path)
+    options = ["--attention_pattern", pattern] if pattern else []
+    args = parse("--pretrained_model_name_or_path", tmp_path, *options)
+    config = SCRIPT.build_model(args, tiny_vqvae(), base.id2label).config
+    assert (config.attention_pattern, config.attention_windows) == (pattern or "markov", windows)
 
 
 # Options of a run
@@ -482,6 +493,23 @@ def test_diffusers_own_loading_leaves_nothing_out(run, plain):
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=0)
     assert torch.equal(outputs[1], outputs[2])
     assert (outputs[3] - outputs[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("windows", [[0, 0, 3], None])
+def test_an_adapter_brings_its_windows(windows, tmp_path):
+    trained = tiny_transformer(attention_windows=windows)
+    trained.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
+    save_lora(trained, tmp_path)
+    if windows is None:  # of version 0.1
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["attention_windows"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    base = tiny_transformer()
+    load_lora(base, tmp_path)
+    assert base.config.attention_windows == windows
+    inputs = torch.randn(2, 21, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(base(inputs).sample, trained(inputs).sample, atol=1e-5, rtol=0)
 
 
 def test_an_adapter_needs_a_base_of_its_sizes(plain, lora, tmp_path):

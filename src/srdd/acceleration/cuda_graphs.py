@@ -195,8 +195,8 @@ class CudaGraphs:
         self.device_type = device_type
         self._record, self._max_recordings = record, max_recordings
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        # Calls that came once, and those that could not be recorded.
-        self._seen: deque[Hashable] = deque(maxlen=64)
+        # What calls that were not recorded depended on: where that changes from call to call, none is.
+        self._seen: OrderedDict[Hashable, ModuleState] = OrderedDict()
         self._refused: deque[Hashable] = deque(maxlen=64)
 
     def __reduce__(self):
@@ -221,7 +221,7 @@ class CudaGraphs:
         constants: Any = None,
     ) -> Outputs | None:
         """
-        Replay a call, or record it if it is the second of its kind.
+        Replay a call, or record it if it is the second of its kind in a row that depends on the same.
 
         Args:
             call (`Callable`): What is recorded. It must not look at the device.
@@ -247,10 +247,11 @@ class CudaGraphs:
             if recording is None:
                 if key in self._refused:
                     return None
-                if key not in self._seen:
-                    self._seen.append(key)
-                    return None
-                return self._record_and_replay(call, modules, key, allocate, fill, constants)
+                state = self._seen.pop(key, None)
+                if state is not None and state.is_that_of(modules):
+                    return self._record_and_replay(call, state, key, allocate, fill, constants)
+                self._see(key, modules)
+                return None
             self._recordings.move_to_end(key)
             with recording.graph.in_turn():
                 fill(recording.inputs)
@@ -259,10 +260,15 @@ class CudaGraphs:
                 if recording.state.is_that_of(modules):
                     return tuple(output.clone() for output in recording.graph.outputs)
                 del self._recordings[key]
+                self._see(key, modules)
                 return call(recording.inputs)
 
-    def _record_and_replay(self, call, modules, key, allocate, fill, constants) -> Outputs | None:
-        state = ModuleState(modules)
+    def _see(self, key: Hashable, modules: Sequence[nn.Module]) -> None:
+        self._seen[key] = ModuleState(modules)
+        if len(self._seen) > 2 * self._max_recordings:
+            self._seen.popitem(last=False)
+
+    def _record_and_replay(self, call, state, key, allocate, fill, constants) -> Outputs | None:
         is_recordable = state.is_plain and not state.is_watched
         if not is_recordable or [device.type for device in state.devices] != [self.device_type]:
             return None
@@ -279,9 +285,7 @@ class CudaGraphs:
             return call(inputs) if inputs is not None else None
         self._recordings[key] = Recording(graph, inputs, state, constants)
         if len(self._recordings) > self._max_recordings:
-            dropped, _ = self._recordings.popitem(last=False)
-            if dropped in self._seen:
-                self._seen.remove(dropped)
+            self._recordings.popitem(last=False)
         with graph.in_turn():
             graph.replay()
             return tuple(output.clone() for output in graph.outputs)

@@ -1,17 +1,17 @@
 """
-Official VAR checkpoints (MIT, github.com/FoundationVision/VAR) as srdd pipelines.
+Official checkpoints of VAR and of models that build on it as srdd pipelines; `families.py` is the table of them.
 
 On the command line:
 
-    python -m srdd.conversion --vae vae_ch160v4096z32.pth --transformer var_d16.pth --output var-d16
+    python -m srdd.conversion --vae vae_ch160v4096z32.pth --transformer mvar-d16.pth --output mvar-d16
 
 In Python:
 
 ```py
 >>> from srdd.conversion import convert_checkpoints
 
->>> pipe = convert_checkpoints("vae_ch160v4096z32.pth", "var_d16.pth")
->>> pipe.save_pretrained("var-d16")
+>>> pipe = convert_checkpoints("vae_ch160v4096z32.pth", "mvar-d16.pth")
+>>> pipe.save_pretrained("mvar-d16")
 ```
 """
 

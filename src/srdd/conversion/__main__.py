@@ -5,43 +5,74 @@ from pathlib import Path
 
 import torch
 
-from srdd.conversion import convert_checkpoints
+from srdd.console import write_text
+from srdd.conversion.converted_card import converted_card
+from srdd.conversion.families import FAMILIES
+from srdd.conversion.official_checkpoints import Converted, convert
 from srdd.models import ATTENTION_PATTERNS
-from srdd.pipelines import SRDDPipeline
 
 
 # Bounds what older versions of safetensors copy while they write.
 MAX_SHARD_SIZE = "5GB"
 
+# What messages about arguments call them, and what the command does.
+OPTIONS = {
+    "vae_path": "vae",
+    "transformer_path": "transformer",
+    "family": "family",
+    "attention_windows": "attention-windows",
+}
 
-def save_whole(pipeline: SRDDPipeline, folder: Path) -> None:
+
+def save_whole(converted: Converted, folder: Path) -> None:
     """Write a folder whole or not at all; it must not exist yet, or be empty."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
         unfinished = Path(beside) / folder.name
-        pipeline.save_pretrained(unfinished, max_shard_size=MAX_SHARD_SIZE)
+        converted.pipeline.save_pretrained(unfinished, max_shard_size=MAX_SHARD_SIZE)
+        (unfinished / "README.md").write_text(converted_card(converted, folder.name), encoding="utf-8")
         if folder.is_dir():
             folder.rmdir()
         os.replace(unfinished, folder)
 
 
+def as_options(message: str) -> str:
+    """A message about arguments of [`convert`], about options of the command."""
+    for name, option in OPTIONS.items():
+        message = message.replace(f"`{name}`", f"`--{option}`").replace(f"`{name}[", f"`--{option}[")
+    return message
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m srdd.conversion",
-        description="Convert official VAR checkpoints into a folder for SRDDPipeline.",
+        description="Convert official checkpoints of VAR and of models that build on it into a folder for"
+        " SRDDPipeline, with a model card.",
     )
     parser.add_argument("--vae", required=True, help="The official tokenizer, vae_ch160v4096z32.pth.")
     parser.add_argument(
         "--transformer",
         required=True,
-        help="The official transformer, var_d16.pth to var_d36.pth, or a checkpoint of the official trainer.",
+        help="The official transformer, as var_d16.pth or mvar-d16.pth, or a checkpoint of an official trainer.",
     )
     parser.add_argument("--output", required=True, help="Folder to write, which must not exist yet, or be empty.")
     parser.add_argument(
+        "--family",
+        choices=FAMILIES,
+        help="What the transformer is of; recognised by default. A state dict alone may not tell VAR from MVAR.",
+    )
+    parser.add_argument(
         "--attention-pattern",
         choices=ATTENTION_PATTERNS,
-        default="causal",
-        help="'causal' (the default) is the checkpoint's model; the others start a fine-tuning from its weights.",
+        help="The default is the checkpoint's model; the others start a fine-tuning from its weights.",
+    )
+    parser.add_argument(
+        "--attention-windows",
+        nargs="+",
+        type=int,
+        metavar="SIDE",
+        help="For each scale, the side of the square that a token sees of it, an odd number; 0 is the whole scale. The"
+        " default is that of the family's published models.",
     )
     parser.add_argument(
         "--dtype",
@@ -54,13 +85,16 @@ def main(arguments: list[str] | None = None) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             parser.error(f"`--output` must be a new or an empty folder, got {args.output}.")
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
-        pipeline = convert_checkpoints(args.vae, args.transformer, args.attention_pattern, dtype)
+        converted = convert(
+            args.vae, args.transformer, args.attention_pattern, dtype, args.family, args.attention_windows
+        )
     except (OSError, ValueError) as error:
-        parser.error(str(error).replace("`vae_path`", "`--vae`").replace("`transformer_path`", "`--transformer`"))
+        parser.error(as_options(str(error)))
     try:
-        save_whole(pipeline, output)
+        save_whole(converted, output)
     except OSError as error:
         parser.error(f"`--output` must be a folder that can be written, got {args.output}: {error}")
+    write_text(f"{args.output}: {converted.family.title}. {converted.family.about}".rstrip() + "\n")
 
 
 if __name__ == "__main__":

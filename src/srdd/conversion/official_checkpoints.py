@@ -4,44 +4,43 @@ import os
 import re
 import statistics
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
+from diffusers.utils import logging
 from safetensors.torch import load_file
 
 from srdd.checks import check_choice, shown
+from srdd.conversion.families import FAMILIES, MODEL_NAMES, recognise
+from srdd.conversion.family import Family, PublishedSettings
 from srdd.conversion.official_config import (
+    KNOWN_SCALES,
     Shapes,
     residual_conv_layout,
     tokenizer_config,
-    transformer_config,
     transformer_scale_sizes,
 )
-from srdd.conversion.official_layout import (
-    TOKENIZER_BUFFERS,
-    TRANSFORMER_BUFFERS,
-    Origin,
-    tokenizer_origins,
-    transformer_origins,
-)
+from srdd.conversion.official_layout import TOKENIZER_BUFFERS, Origin, tokenizer_origins
 from srdd.models import ATTENTION_PATTERNS, MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models.neighbourhoods import check_windows
 from srdd.models.saved_weights import tensor_fault
 from srdd.pipelines import SRDDPipeline
+from srdd.scales import normalize_scale_sizes
 from srdd.schedulers import ScaleScheduler
 
+
+logger = logging.get_logger(__name__)
 
 ModelType = TypeVar("ModelType", bound=ModelMixin)
 StateDict = dict[str, torch.Tensor]
 
 # How many faults of checkpoints a message lists.
 MAX_LINES = 50
-
-# How the official code samples for its published numbers.
-OFFICIAL_SAMPLING = {"top_k": 900, "top_p": 0.96}
 
 
 @contextlib.contextmanager
@@ -96,17 +95,18 @@ def _is_plain(tensor: Any) -> bool:
     )
 
 
-def read_checkpoint(path: str | os.PathLike, model_name: str) -> StateDict:
+def read_checkpoint(path: str | os.PathLike, model_names: Sequence[str]) -> tuple[StateDict, str | None]:
     """
     Read the state dict of one model without copying it into memory and without running code from the file.
 
     Args:
-        path (`str` or `os.PathLike`): A state dict (`.pth` or `.safetensors`), or a training checkpoint of the
-            official trainer.
-        model_name (`str`): What the model is called in a training checkpoint: `"var_wo_ddp"` or `"vae_local"`.
+        path (`str` or `os.PathLike`): A state dict (`.pth` or `.safetensors`), or a checkpoint that holds it under one
+            of the names, as such or of an official trainer.
+        model_names (`Sequence[str]`): What the model is called in checkpoints.
 
     Returns:
-        `dict[str, torch.Tensor]`: Tensors that are mapped from the file.
+        `tuple[dict[str, torch.Tensor], str]`: Tensors that are mapped from the file, and the name that they have
+        there, if any.
 
     Raises:
         ValueError: If there is no such file, or it holds anything but a state dict of plain tensors.
@@ -114,13 +114,17 @@ def read_checkpoint(path: str | os.PathLike, model_name: str) -> StateDict:
     if not isinstance(path, (str, os.PathLike)) or not Path(path).is_file():
         raise ValueError(f"must be a file, got {shown(path)}")
     path = Path(path)
-    rule = f"{path} must hold a state dict, or a training checkpoint with trainer.{model_name}, but it"
+    places = " or ".join(f"trainer.{name}" for name in model_names)
+    rule = f"{path} must hold a state dict, or a training checkpoint with {places}, but it"
     try:
         content = _load(path)
     except Exception as error:  # whatever a pickle, an archive or a header that is none leads torch to
         raise ValueError(f"{rule} is {_kind(path)}") from error
-    if isinstance(content, dict) and isinstance(content.get("trainer"), dict):
-        content = content["trainer"].get(model_name)
+    model_name = None
+    if isinstance(content, dict):
+        holder = content["trainer"] if isinstance(content.get("trainer"), dict) else content
+        model_name = next((name for name in model_names if isinstance(holder.get(name), dict)), None)
+        content = holder if model_name is None else holder[model_name]
     if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
         raise ValueError(f"{rule} holds something else")
     if not all(isinstance(key, str) for key in content):
@@ -130,7 +134,7 @@ def read_checkpoint(path: str | os.PathLike, model_name: str) -> StateDict:
         raise ValueError(
             f"{path} must hold plain tensors, but these are quantized, sparse or repeated: {shown(strange)}"
         )
-    return dict(content)
+    return dict(content), model_name
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> Shapes:
@@ -163,75 +167,130 @@ def _fill(model: ModelType, state: StateDict, origins: Mapping[str, Origin], dty
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Converted:
+    """
+    A converted pair of checkpoints.
+
+    Args:
+        pipeline ([`SRDDPipeline`]): The pipeline, whose tensors stay mapped from the files.
+        family ([`Family`]): What the transformer is of.
+        files (`tuple[str, str]`): Names of the files, the tokenizer's first.
+        settings ([`PublishedSettings`]): How the scheduler draws.
+    """
+
+    pipeline: SRDDPipeline
+    family: Family
+    files: tuple[str, str]
+    settings: PublishedSettings
+
+
 def convert_checkpoints(
     vae_path: str | os.PathLike,
     transformer_path: str | os.PathLike,
-    attention_pattern: str = "causal",
+    attention_pattern: str | None = None,
     dtype: torch.dtype | None = None,
+    family: str | None = None,
+    attention_windows: Sequence[int] | None = None,
 ) -> SRDDPipeline:
     """
-    Turn a pair of official VAR checkpoints into a pipeline.
+    Turn a pair of official checkpoints, VAR's or of a family that builds on it, into a pipeline.
 
     The architecture follows from the shapes in the files. The tokenizer takes the scales of the transformer, so that
-    one official tokenizer serves the models of 256 and of 512 pixels; the scheduler draws as the official code does
-    (top-k 900, top-p 0.96). Models of 1000 classes get ImageNet's names.
+    one official tokenizer serves the models of 256 and of 512 pixels; the scheduler draws with the guidance, top-k
+    and top-p of the published numbers. Models of 1000 classes get ImageNet's names.
 
     The tensors stay mapped from the files: keep these until the pipeline is saved.
 
     Args:
         vae_path (`str` or `os.PathLike`): The tokenizer, `vae_ch160v4096z32.pth`.
-        transformer_path (`str` or `os.PathLike`): The transformer, `var_d16.pth` … `var_d36.pth`, or a training
+        transformer_path (`str` or `os.PathLike`): The transformer, as `var_d16.pth` or `mvar-d16.pth`, or a training
             checkpoint of the official trainer.
-        attention_pattern (`str`, defaults to `"causal"`): `"causal"` is the checkpoint's model. `"markov"` and
-            `"banded"` take its weights as a start for fine-tuning.
+        attention_pattern (`str`, *optional*): That of the family by default, which is the checkpoint's model; the
+            others take its weights as a start for fine-tuning.
         dtype (`torch.dtype`, *optional*): The weights' dtype; the checkpoint's by default.
+        family (`str`, *optional*): One of `FAMILIES`; recognised by default. A state dict that stands alone can be
+            VAR's or MVAR's, where nothing else tells.
+        attention_windows (`Sequence[int]`, *optional*): As in [`ScaleTransformer2DModel`]; those of the family's
+            published models by default.
 
     Returns:
         [`SRDDPipeline`]
 
     Raises:
-        ValueError: If a file is no checkpoint or has not the official layout, or an argument is of another kind. The
-            message names unknown and missing keys, and tensors that are misshapen, no floating-point numbers or not
-            finite in `dtype`, of both files, up to 50 of them.
+        ValueError: If a file is no checkpoint or has not the official layout, its family is not to be recognised, or
+            an argument is of another kind. The message names unknown and missing keys, and tensors that are misshapen,
+            no floating-point numbers or not finite in `dtype`, of both files, up to 50 of them.
     """
-    check_choice("attention_pattern", attention_pattern, ATTENTION_PATTERNS)
+    return convert(vae_path, transformer_path, attention_pattern, dtype, family, attention_windows).pipeline
+
+
+def convert(
+    vae_path: str | os.PathLike,
+    transformer_path: str | os.PathLike,
+    attention_pattern: str | None = None,
+    dtype: torch.dtype | None = None,
+    family: str | None = None,
+    attention_windows: Sequence[int] | None = None,
+) -> Converted:
+    """[`convert_checkpoints`], with what else is known of the weights."""
+    if attention_pattern is not None:
+        check_choice("attention_pattern", attention_pattern, ATTENTION_PATTERNS)
+    if family is not None:
+        check_choice("family", family, FAMILIES)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`dtype` must be a floating-point torch.dtype, got {shown(dtype)}.")
     with naming("vae_path"):
-        vae_state = read_checkpoint(vae_path, "vae_local")
+        vae_state, _ = read_checkpoint(vae_path, ["vae_local"])
     with naming("transformer_path"):
-        state = read_checkpoint(transformer_path, "var_wo_ddp")
-    vae_shapes = _shapes(vae_state)
+        state, model_name = read_checkpoint(transformer_path, MODEL_NAMES)
+    vae_shapes, shapes = _shapes(vae_state), _shapes(state)
 
     with naming("transformer_path", transformer_path):
+        known = recognise(state, model_name) if family is None else FAMILIES[family]
         scale_sizes = transformer_scale_sizes(state)
     with naming("vae_path", vae_path), init_empty_weights():
         vae_config = tokenizer_config(vae_shapes, scale_sizes)
         vqvae = MultiScaleVQModel(**vae_config)
-    with naming("transformer_path", transformer_path), init_empty_weights():
-        config = transformer_config(
-            _shapes(state), scale_sizes, vae_config["codebook_size"], vae_config["latent_channels"]
+    with naming("transformer_path", transformer_path):
+        config = known.config(shapes, scale_sizes, vae_config["codebook_size"], vae_config["latent_channels"])
+    config["attention_pattern"] = attention_pattern or known.attention_pattern
+    windows = config.get("attention_windows") if config["attention_pattern"] == known.attention_pattern else None
+    if attention_windows is not None:
+        windows = check_windows(attention_windows, normalize_scale_sizes(scale_sizes), config["attention_pattern"])
+    elif windows is not None and scale_sizes != KNOWN_SCALES[256]:
+        logger.warning(
+            f"Windows leave no trace in the weights of {known.title}. For scales {scale_sizes}, which are those of no"
+            f" published model, they are taken to be {windows}; `attention_windows` says otherwise."
         )
+    config["attention_windows"] = windows
+    with naming("transformer_path", transformer_path), init_empty_weights():
         id2label = imagenet_class_names() if config["num_classes"] == 1000 else None
-        transformer = ScaleTransformer2DModel(**config, attention_pattern=attention_pattern, id2label=id2label)
+        transformer = ScaleTransformer2DModel(**config, id2label=id2label)
 
     conv_name, _ = residual_conv_layout(vae_shapes)
     vae_origins = tokenizer_origins(_shapes(vqvae.state_dict()), conv_name)
-    origins = transformer_origins(_shapes(transformer.state_dict()))
+    origins = known.origins(_shapes(transformer.state_dict()), shapes)
     vae_dtype, transformer_dtype = dtype or _dtype_of(vae_state), dtype or _dtype_of(state)
     vae_wrong = _discrepancies(vae_state, vae_origins, TOKENIZER_BUFFERS, vae_dtype)
     wrong = [f"  {vae_path}: {line}" for line in vae_wrong]
     wrong += [
-        f"  {transformer_path}: {line}"
-        for line in _discrepancies(state, origins, TRANSFORMER_BUFFERS, transformer_dtype)
+        f"  {transformer_path}: {line}" for line in _discrepancies(state, origins, known.left_out, transformer_dtype)
     ]
     if wrong:
         more = [f"  … and {len(wrong) - MAX_LINES} more"] if len(wrong) > MAX_LINES else []
         rule = "`vae_path` and `transformer_path` must be checkpoints of the official layout, but"
         raise ValueError("\n".join([rule, *wrong[:MAX_LINES], *more]))
 
-    return SRDDPipeline(
+    settings = known.settings(config["num_layers"], Path(transformer_path))
+    pipeline = SRDDPipeline(
         vqvae=_fill(vqvae, vae_state, vae_origins, vae_dtype),
         transformer=_fill(transformer, state, origins, transformer_dtype),
-        scheduler=ScaleScheduler(scale_sizes=scale_sizes, **OFFICIAL_SAMPLING),
+        scheduler=ScaleScheduler(
+            scale_sizes=scale_sizes,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            guidance_scale=settings.guidance_scale,
+        ),
     )
+    return Converted(pipeline, known, (Path(vae_path).name, Path(transformer_path).name), settings)

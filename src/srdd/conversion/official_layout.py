@@ -94,12 +94,16 @@ def _third(key: str) -> int | None:
     return "qkv".index(projection[1]) if projection else None
 
 
-def transformer_origins(shapes: Mapping[str, Shape]) -> dict[str, Origin]:
+def transformer_origins(
+    shapes: Mapping[str, Shape], official_shapes: Mapping[str, Shape] | None = None
+) -> dict[str, Origin]:
     """
     Origins of a [`ScaleTransformer2DModel`]'s tensors.
 
     Args:
         shapes (`Mapping[str, tuple[int, ...]]`): Its state dict's keys and shapes.
+        official_shapes (`Mapping[str, tuple[int, ...]]`, *optional*): Those of the checkpoint; VAR's keys do not
+            depend on them.
 
     Returns:
         `dict[str, Origin]`: By our key.

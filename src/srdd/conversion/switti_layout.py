@@ -185,12 +185,13 @@ def switti_config(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 def switti_sampling(scale_sizes: list[int]) -> dict[str, Any]:
     """
-    Scheduler options by which a published Switti draws; its guidance scale is 7. The finest scales, those of 512
-    pixels from the ninth and those of 1024 from the twelfth on, are drawn without guidance and nearly greedily.
+    Scheduler options by which a published Switti draws. The finest scales, those of 512 pixels from the ninth and
+    those of 1024 from the twelfth on, are drawn without guidance and nearly greedily.
     """
     num_scales = len(scale_sizes)
     first_unguided = {10: 8, 14: 11}.get(num_scales, num_scales)
     return {
+        "guidance_scale": 7.0,
         "top_k": 400,
         "top_p": 0.95,
         "guidance_stop": first_unguided / num_scales,

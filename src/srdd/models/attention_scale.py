@@ -5,7 +5,7 @@ Shape legend: B batch, N_k tokens in scale k, N tokens of the scales at hand, D 
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from srdd.acceleration import accelerate
 from srdd.models.configuration import CHOICES
+from srdd.models.neighbourhoods import Neighbourhood, neighbourhood_mask
 from srdd.models.scale_cache import ScaleKVCache, SeenStates
 
 
@@ -25,12 +26,16 @@ ATTENTION_PATTERNS = CHOICES["attention_pattern"]
 # Cosines and sines of the angles by which tokens turn.
 RotaryEmbedding = tuple[torch.Tensor, torch.Tensor]
 
+# What is forbidden: to all packed tokens in one call, or scale by scale, `None` for one that sees its whole context.
+AttentionMask = torch.BoolTensor | BlockMask | tuple[torch.BoolTensor | None, ...]
+
 
 @dataclass(frozen=True)
 class ScaleSegment:
     """
     Where one scale lies in the packed input, and what its tokens may see: cached scales and a part of the packed
-    tokens, which `seen` names together, as timesteps.
+    tokens, which `seen` names together, as timesteps. Where there is a neighbourhood, they see that part of their own
+    scale and nothing else.
     """
 
     timestep: int
@@ -38,10 +43,15 @@ class ScaleSegment:
     context: slice
     cached: tuple[int, ...]
     seen: tuple[int, ...]
+    neighbourhood: Neighbourhood | None = None
 
 
 def scale_segments(
-    pattern: str, timesteps: Sequence[int], num_tokens: Sequence[int], cached: Sequence[int] = ()
+    pattern: str,
+    timesteps: Sequence[int],
+    num_tokens: Sequence[int],
+    cached: Sequence[int] = (),
+    neighbourhoods: Sequence[Neighbourhood | None] = (),
 ) -> list[ScaleSegment]:
     """
     What each packed scale sees under an attention pattern.
@@ -51,6 +61,8 @@ def scale_segments(
         timesteps (`Sequence[int]`): The packed scales, coarse to fine.
         num_tokens (`Sequence[int]`): How many tokens each has.
         cached (`Sequence[int]`, defaults to `()`): Timesteps of coarser scales that a cache holds, coarse to fine.
+        neighbourhoods (`Sequence[Neighbourhood]`, defaults to `()`): What the packed scales see of themselves, for the
+            pattern "markov"; all of it where there are none.
 
     Returns:
         `list[ScaleSegment]`
@@ -67,13 +79,14 @@ def scale_segments(
             seen_cached = tuple(cached[-1:])
         seen_from = segments[first].tokens.start if first < index else start
         seen = (*seen_cached, *timesteps[first : index + 1])
-        segments.append(ScaleSegment(timestep, tokens, slice(seen_from, tokens.stop), seen_cached, seen))
+        context, neighbourhood = slice(seen_from, tokens.stop), neighbourhoods[index] if neighbourhoods else None
+        segments.append(ScaleSegment(timestep, tokens, context, seen_cached, seen, neighbourhood))
         start = tokens.stop
     return segments
 
 
 class ScaleAttnProcessor:
-    """One dense attention call per scale: no pattern ever needs an N x N mask."""
+    """One dense attention call per scale: no pattern ever needs an N x N mask. Windows need one of their scale's."""
 
     _attention_backend = None
     _parallel_config = None
@@ -84,7 +97,7 @@ class ScaleAttnProcessor:
         hidden_states: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
-        attention_mask: torch.BoolTensor | BlockMask | None = None,
+        attention_mask: AttentionMask | None = None,
         image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
         query, key, value = attn.project(hidden_states, image_rotary_emb)  # each (B, N, H, D/H)
@@ -102,8 +115,10 @@ class ScaleAttnProcessor:
         is_flex = self._attention_backend == AttentionBackendName.FLEX
         backend = AttentionBackendName.NATIVE if is_flex else self._attention_backend
         attended = [
-            dispatch_attention_fn(*states, scale=attn.scale, backend=backend, parallel_config=self._parallel_config)
-            for states in seen
+            dispatch_attention_fn(
+                *states, attn_mask=mask, scale=attn.scale, backend=backend, parallel_config=self._parallel_config
+            )
+            for states, mask in zip(seen, attention_mask or [None] * len(seen))
         ]
         joined = attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
         return attn.to_out[0](joined.flatten(2, 3))  # (B, N, D)
@@ -124,8 +139,8 @@ class ScaleAttnProcessor:
         return tuple(torch.cat(pair, dim=1) for pair in zip(past, packed))
 
 
-# Of each packed scale: where its queries start and stop, and where the keys that they see do.
-MaskLayout = tuple[tuple[int, int, int, int], ...]
+# Of each packed scale: where its queries start and stop, where the keys that they see do, and their neighbourhood.
+MaskLayout = tuple[tuple[int, int, int, int, Neighbourhood | None], ...]
 
 
 @functools.lru_cache(maxsize=8)
@@ -133,25 +148,54 @@ def dense_mask(layout: MaskLayout, device: torch.device) -> torch.BoolTensor:
     """`(1, 1, N, N)`, true where attention is allowed. Masks are made once for all layers and calls."""
     num_tokens = layout[-1][1]
     mask = torch.zeros(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=device)
-    for start, stop, first, last in layout:
-        mask[..., start:stop, first:last] = True
+    for start, stop, first, last, neighbourhood in layout:
+        sees = True if neighbourhood is None else neighbourhood_mask(neighbourhood, device)
+        mask[..., start:stop, first:last] = sees
     return mask
 
 
 @functools.lru_cache(maxsize=8)
 def block_mask(layout: MaskLayout, device: torch.device) -> BlockMask:
     """[`dense_mask`] as FlexAttention reads it: tiles that it forbids altogether are not computed."""
-    sizes = torch.tensor([stop - start for start, stop, _, _ in layout])
+    sizes = torch.tensor([stop - start for start, stop, *_ in layout])
     first, last = (
         torch.tensor(bounds).repeat_interleave(sizes).to(device)  # (N,)
-        for bounds in zip(*(keys for _, _, *keys in layout))
+        for bounds in zip(*((first, last) for _, _, first, last, _ in layout))
     )
 
     def is_seen(batch, head, query, key):
         return (first[query] <= key) & (key < last[query])
 
+    is_near = near(layout, device) if any(neighbourhood for *_, neighbourhood in layout) else None
+
+    def is_seen_nearby(batch, head, query, key):
+        return is_seen(batch, head, query, key) & is_near(batch, head, query, key)
+
+    is_seen_at_all = is_seen if is_near is None else is_seen_nearby
     num_tokens = layout[-1][1]
-    return create_block_mask(is_seen, None, None, num_tokens, num_tokens, device)
+    return create_block_mask(is_seen_at_all, None, None, num_tokens, num_tokens, device)
+
+
+def near(layout: MaskLayout, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Whether a key of a token's scale lies in the token's neighbourhood, as FlexAttention asks it."""
+    tables = []
+    for start, stop, _, _, neighbourhood in layout:
+        if neighbourhood is None:  # one place, which all tokens see
+            tables.append(torch.tensor([0, 0, 0, 0, 1]).to(device).unsqueeze(1).expand(-1, stop - start))
+            continue
+        (height, width), window = neighbourhood.size, neighbourhood.window
+        rows, columns = (torch.arange(side, device=device) for side in (height, width))
+        top, left = (neighbourhood.starts(axis, device) for axis in (0, 1))
+        by_row, by_column = (torch.stack(pair) for pair in ((rows, top), (columns, left)))
+        table = [*by_row.repeat_interleave(width, dim=1), *by_column.repeat(1, height)]
+        tables.append(torch.stack([*table, torch.full_like(table[0], window)]))
+    row, top, column, left, window = (values.contiguous() for values in torch.cat(tables, dim=1))  # (N,) each
+
+    def is_near(batch, head, query, key):
+        below, right = row[key] - top[query], column[key] - left[query]
+        return (below >= 0) & (below < window[query]) & (right >= 0) & (right < window[query])
+
+    return is_near
 
 
 class MaskedScaleAttnProcessor(ScaleAttnProcessor):
@@ -169,7 +213,7 @@ class MaskedScaleAttnProcessor(ScaleAttnProcessor):
     transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
     ```
 
-    Inputs of a single scale, and calls with a cache, need no mask. They go the usual way, and under "flex" to
+    Inputs of a single scale, and calls with a cache, need none of these. They go the usual way, and under "flex" to
     torch's own attention.
     """
 
@@ -179,7 +223,9 @@ class MaskedScaleAttnProcessor(ScaleAttnProcessor):
         """The mask that all layers of a forward want, made ahead of it: compiled blocks do not make it."""
         if kv_cache is not None or len(segments) == 1:
             return None
-        layout = tuple((s.tokens.start, s.tokens.stop, s.context.start, s.context.stop) for s in segments)
+        layout = tuple(
+            (s.tokens.start, s.tokens.stop, s.context.start, s.context.stop, s.neighbourhood) for s in segments
+        )
         make_mask = block_mask if self._attention_backend == AttentionBackendName.FLEX else dense_mask
         with torch.inference_mode(False):  # training may want what an evaluation has made
             return make_mask(layout, device)
@@ -190,11 +236,11 @@ class MaskedScaleAttnProcessor(ScaleAttnProcessor):
         hidden_states: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
-        attention_mask: torch.BoolTensor | BlockMask | None = None,
+        attention_mask: AttentionMask | None = None,
         image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
-        if attention_mask is None:
-            return super().__call__(attn, hidden_states, segments, kv_cache, None, image_rotary_emb)
+        if attention_mask is None or isinstance(attention_mask, tuple):
+            return super().__call__(attn, hidden_states, segments, kv_cache, attention_mask, image_rotary_emb)
         query, key, value = attn.project(hidden_states, image_rotary_emb)  # each (B, N, H, D/H)
         attended = dispatch_attention_fn(
             query,
@@ -268,7 +314,7 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
         hidden_states: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
-        attention_mask: torch.BoolTensor | BlockMask | None = None,
+        attention_mask: AttentionMask | None = None,
         image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
         return self.processor(self, hidden_states, segments, kv_cache, attention_mask, image_rotary_emb)

@@ -20,6 +20,7 @@ from srdd.acceleration import accelerate, set_fast_linears
 from srdd.checks import described, shown
 from srdd.models.attention_scale import MaskedScaleAttnProcessor, ScaleSegment, scale_segments
 from srdd.models.guidance import guide
+from srdd.models.neighbourhoods import scale_masks
 from srdd.models.saved_weights import SavedModelMixin
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache
 
@@ -149,7 +150,8 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         timesteps = [int(value) for value in values]
         cached = [t for t in kv_cache.timesteps if t > timesteps[0]] if kv_cache is not None else []
         num_tokens = [tokens.stop - tokens.start for tokens in (self.token_slices[-1 - t] for t in timesteps)]
-        segments = scale_segments(self.config.attention_pattern, timesteps, num_tokens, cached)
+        neighbourhoods = self.neighbourhoods(timesteps) if self.config.get("attention_windows") else ()
+        segments = scale_segments(self.config.attention_pattern, timesteps, num_tokens, cached, neighbourhoods)
         expected = (segments[-1].tokens.stop, self.config.latent_channels)
         if token_indices is not None:
             self._check_token_indices(token_indices, timesteps, kv_cache)
@@ -236,6 +238,9 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         processor, attention_mask = self.blocks[0].attn.processor, None
         if isinstance(processor, MaskedScaleAttnProcessor):
             attention_mask = processor.attention_mask(segments, kv_cache, hidden_states.device)
+        if attention_mask is None and any(segment.neighbourhood for segment in segments):
+            neighbourhoods = [segment.neighbourhood for segment in segments]
+            attention_mask = scale_masks(neighbourhoods, hidden_states.device, token_indices)
         for layer, block in enumerate(self.blocks):
             states = kv_cache
             if kv_cache is not None and len(segments) == 1:

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch.nn.attention.flex_attention import BlockMask
 
 from srdd.checks import described, shown
 from srdd.models.attention_scale import (
+    AttentionMask,
     ScaleAttention,
     ScaleSegment,
 )
 from srdd.models.configuration import check_configuration, check_num_parameters
+from srdd.models.neighbourhoods import Neighbourhood, check_windows
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache, SeenStates
 from srdd.models.scale_transformer import ScaleTransformer, Timesteps
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
@@ -68,7 +69,7 @@ class ScaleTransformerBlock(nn.Module):
         conditioning: torch.Tensor,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
-        attention_mask: torch.BoolTensor | BlockMask | None = None,
+        attention_mask: AttentionMask | None = None,
         modulations: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -78,7 +79,8 @@ class ScaleTransformerBlock(nn.Module):
                 `(batch, 6 * dim)` and already projected if the model shares its AdaLN.
             segments (`Sequence[ScaleSegment]`): The packed scales and what they see.
             kv_cache ([`ScaleKVCache`] or [`SeenStates`], *optional*): Keys and values of scales not in the input.
-            attention_mask (`torch.BoolTensor` or `BlockMask`, *optional*): What the attention processor asked for.
+            attention_mask (`torch.BoolTensor`, `BlockMask` or `tuple`, *optional*): What the attention processor
+                asked for, or the masks of the scales' windows.
             modulations (`torch.Tensor` of shape `(batch, 6, dim)`, *optional*): What follows from `conditioning`, from
                 an earlier call.
 
@@ -150,11 +152,15 @@ class ScaleTransformer2DModel(ScaleTransformer):
         id2label (`dict`, *optional*): Names of the classes.
         guidance_distilled (`bool`, defaults to `False`): The model learned a teacher's guided distribution: pipelines
             then use no guidance unless asked to.
+        attention_windows (`list[int]`, *optional*): With the pattern "markov", the side of the square that a token
+            sees of its own scale, one odd number for each of `scale_sizes`; 0 is the whole scale (MVAR). Weights fit
+            any.
 
     Raises:
         ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`],
-            `scale_sizes` is no growing list of scales, `id2label` names classes that do not exist, or the model would
-            have more than 2 * 10^10 parameters.
+            `scale_sizes` is no growing list of scales, `id2label` names classes that do not exist,
+            `attention_windows` do not fit the scales or the pattern, or the model would have more than 2 * 10^10
+            parameters.
     """
 
     _no_split_modules = ["ScaleTransformerBlock"]
@@ -180,11 +186,18 @@ class ScaleTransformer2DModel(ScaleTransformer):
         norm_eps: float = 1e-6,
         id2label: dict[int, str] | None = None,
         guidance_distilled: bool = False,
+        attention_windows: list[int] | None = None,
     ):
         super().__init__()
         checked = check_configuration(self.config)
         scale_sizes = normalize_scale_sizes(scale_sizes)
-        self.register_to_config(**checked, scale_sizes=scale_sizes, id2label=class_names(id2label, num_classes))
+        attention_windows = check_windows(attention_windows, scale_sizes, attention_pattern)
+        self.register_to_config(
+            **checked,
+            scale_sizes=scale_sizes,
+            id2label=class_names(id2label, num_classes),
+            attention_windows=attention_windows,
+        )
 
         self.token_slices = scale_slices(scale_sizes)
         dim = num_attention_heads * attention_head_dim
@@ -222,6 +235,18 @@ class ScaleTransformer2DModel(ScaleTransformer):
     def id2label(self) -> dict[int, str]:
         """Names of the classes by id."""
         return {int(index): name for index, name in self.config.id2label.items()}
+
+    def neighbourhoods(self, timesteps: Sequence[int]) -> list[Neighbourhood | None]:
+        """
+        What the tokens of scales see of their own scale; `None` where that is all of it.
+
+        Raises:
+            ValueError: If there are windows, and the pattern is not "markov".
+        """
+        sizes, pattern = self.config.scale_sizes, self.config.attention_pattern
+        windows = check_windows(self.config.attention_windows, sizes, pattern) or [0] * len(sizes)
+        scales = [(sizes[-1 - timestep], windows[-1 - timestep]) for timestep in timesteps]
+        return [Neighbourhood(tuple(size), window) if window else None for size, window in scales]
 
     def forward(
         self,

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch.nn.attention.flex_attention import BlockMask
 
 from srdd.checks import check_list, check_number, described
-from srdd.models.attention_scale import RotaryEmbedding, ScaleSegment
+from srdd.models.attention_scale import AttentionMask, RotaryEmbedding, ScaleSegment
 from srdd.models.attention_scale_text import RotaryScaleAttention, TextAttention, scale_rotary_embedding
 from srdd.models.configuration import check_configuration, check_num_parameters
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache, SeenStates
@@ -99,7 +98,7 @@ class ScaleTextTransformerBlock(nn.Module):
         conditioning: TextConditioning,
         segments: Sequence[ScaleSegment],
         kv_cache: ScaleKVCache | SeenStates | None = None,
-        attention_mask: torch.BoolTensor | BlockMask | None = None,
+        attention_mask: AttentionMask | None = None,
         modulations: torch.Tensor | None = None,
         text_key: torch.Tensor | None = None,
         text_value: torch.Tensor | None = None,
