@@ -355,16 +355,15 @@ def test_lora_by_the_names_of_diffusers(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pattern", ["causal", "markov"])
-def test_compiled_blocks_are_one_graph_for_all_scales(pattern):
-    model, plain = make_transformer(pattern), make_transformer(pattern)
+def test_compiled_blocks_are_one_graph_for_all_scales():
+    model, plain = make_transformer("causal"), make_transformer("causal")
     inputs, texts = random_inputs(), random_texts()
     torch.compiler.reset()
     counters.clear()
     model.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=True)
     counts = []
     for _ in range(2):
-        caches = [ScaleKVCache(NUM_TOKENS) if model.needs_kv_cache else None for _ in range(2)]
+        caches = [ScaleKVCache(NUM_TOKENS), ScaleKVCache(NUM_TOKENS)]
         stored = [ModulationCache(), ModulationCache()]
         for scale in range(1, LAST + 1):
             drawn = [
