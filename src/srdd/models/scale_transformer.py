@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -199,6 +198,7 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self,
         packed: PackedScales,
         embedding: torch.Tensor,
+        condition: torch.Tensor,
         conditioning: Any,
         modulation_cache: ModulationCache | None,
         guidance_weight: float | torch.Tensor | None,
@@ -208,8 +208,8 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
 
         Args:
             packed ([`PackedScales`]): The scales.
-            embedding (`torch.Tensor` of shape `(batch, dim)`): Of the condition: the coarsest scale starts from
-                it, and the last norm is modulated by it.
+            embedding (`torch.Tensor` of shape `(batch, dim)`): Of the condition: the coarsest scale starts from it.
+            condition (`torch.Tensor` of shape `(batch, dim)`): Its SiLU, by which the last norm is modulated.
             conditioning (`Any`): What all blocks are told of the condition.
             modulation_cache ([`ModulationCache`], *optional*): As in `forward`.
             guidance_weight (`float` or `torch.Tensor`, *optional*): As in `forward`.
@@ -255,7 +255,7 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             if modulation_cache is not None and not is_stored:
                 # Copies: where a block is replayed as a CUDA graph, the next forward writes over what it returned.
                 modulation_cache.blocks.append([tensor.clone() for tensor in following])
-        modulations = modulation_cache.out if is_stored else self.adaln_out(F.silu(embedding))
+        modulations = modulation_cache.out if is_stored else self.adaln_out(condition)
         if modulation_cache is not None:
             modulation_cache.out = modulations
         scale, shift = modulations.unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)

@@ -312,8 +312,8 @@ class ScaleTransformer2DModel(ScaleTransformer):
         except IndexError as error:
             low, high = (bound.item() for bound in class_labels.aminmax())
             raise ValueError(f"`class_labels` must lie in [0, {null_class}], got [{low}, {high}].") from error
-        conditioning = F.silu(class_embedding)
+        condition = conditioning = F.silu(class_embedding)
         if self.adaln is not None and (modulation_cache is None or modulation_cache.out is None):
-            conditioning = self.adaln(conditioning)
-        logits = self._predict(packed, class_embedding, conditioning, modulation_cache, guidance_weight)
+            conditioning = self.adaln(condition)
+        logits = self._predict(packed, class_embedding, condition, conditioning, modulation_cache, guidance_weight)
         return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)

@@ -340,5 +340,5 @@ class ScaleTextTransformer2DModel(ScaleTransformer):
                 text = text.masked_fill(~mask.unsqueeze(-1), 0.0)  # no weight of attention makes a number of NaN
         text_mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)
         conditioning = TextConditioning(None if size is None else pooled, size, text, text_mask, rotary)
-        logits = self._predict(packed, pooled, conditioning, modulation_cache, guidance_weight)
+        logits = self._predict(packed, pooled, F.silu(pooled), conditioning, modulation_cache, guidance_weight)
         return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)
