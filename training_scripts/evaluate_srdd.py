@@ -138,13 +138,13 @@ def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Im
     options = {name: getattr(args, name) for name in SCHEDULER_OPTIONS if getattr(args, name) is not None}
     pipe.scheduler = ScaleScheduler.from_config(scheduler.config, **options)
     source = PipelineImages(pipe, args.num_samples or 5000, args.guidance_scale, args.seed)
-    key = source.key
+    key, own_rows = source.key, ("scale_sizes", "guidance_scale")
     settings = {
         "model": args.pretrained_model_name_or_path,
         "weights_sha256": key["weights"],
         "num_classes": source.num_classes,
         "guidance_scale": source.guidance_scale,
-        **{name: value for name, value in key["scheduler"].items() if name not in ("scale_sizes", "guidance_scale")},
+        **{name: value for name, value in key["scheduler"].items() if name not in own_rows},
         "scales": pipe.scheduler.scales,
         "seed": args.seed,
         "dtype": args.dtype,
