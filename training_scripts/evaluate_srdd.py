@@ -66,7 +66,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     samples.add_argument(
         "--num_samples", type=positive_int, help="Default: 5000, or all pictures of the folder. Papers take 50000."
     )
-    samples.add_argument("--guidance_scale", type=float, help="Default: the pipeline's own, 2.5 or what its scheduler says.")
+    samples.add_argument("--guidance_scale", type=float, help="Default: its scheduler's own, or 2.5.")
     samples.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     samples.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     samples.add_argument("--batch_size", type=positive_int, default=64, help="Images at once, per process.")
