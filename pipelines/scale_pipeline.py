@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from tqdm.auto import tqdm
 
 from srdd.acceleration import CudaGraphs
-from srdd.checks import shown
+from srdd.checks import check_dtype, shown
 from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
 from srdd.models.saved_weights import reading
 from srdd.pictures import Pictures, read_pictures
@@ -147,8 +147,8 @@ class ScalePipeline(DiffusionPipeline):
             return super().from_pipe(pipeline, **{"dtype": pipeline.dtype, **kwargs})
         dtypes = [kwargs.pop(name, None) for name in ("dtype", "torch_dtype", "custom_pipeline")]
         dtype = next((each for each in dtypes if each is not None), None)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"`dtype` must be a floating-point torch.dtype, got {dtype!r}.")
+        if dtype is not None:
+            check_dtype("dtype", dtype)
         names, _ = cls._get_signature_keys(cls)
         components = {**pipeline.components, **kwargs}
         if kwargs.keys() - names or names - components.keys():

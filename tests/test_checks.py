@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from srdd.checks import check_bool, check_choice, check_int, check_list, check_number, shown
+from srdd.checks import check_bool, check_choice, check_dtype, check_int, check_list, check_number, shown
 
 
 NO_NUMBERS = ["1", b"1", None, [1], (1,), {}, 1j, torch.tensor(1), True, False, np.bool_(True), np.array([1])]
@@ -101,3 +101,14 @@ def test_long_values_are_cut():
     assert len(shown(torch.zeros(100, 100))) < 150
     with pytest.raises(ValueError, match="`side` must be an integer of at most 4, got a huge int"):
         check_int("side", 10**10_000, high=4)
+
+
+@pytest.mark.parametrize("value", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(value):
+    assert check_dtype("dtype", value) is value
+
+
+@pytest.mark.parametrize("value", [None, "half", torch.int8, torch.bool, np.float32, 1.0])
+def test_what_is_no_floating_point_dtype(value):
+    with pytest.raises(ValueError, match=r"^`dtype` must be a floating-point torch.dtype, got .*\.$"):
+        check_dtype("dtype", value)

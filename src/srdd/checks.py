@@ -132,6 +132,25 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     return value
 
 
+def check_dtype(name: str, value: Any) -> torch.dtype:
+    """
+    A floating-point dtype.
+
+    Args:
+        name (`str`): The argument's name in the message.
+        value (`Any`): What was given.
+
+    Returns:
+        `torch.dtype`
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ValueError(f"`{name}` must be a floating-point torch.dtype, got {shown(value)}.")
+    return value
+
+
 def check_list(name: str, value: Any, length: int | None = None) -> list:
     """
     A list or tuple that is not empty.

@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 from diffusers.utils import logging
 from safetensors.torch import load_file
 
-from srdd.checks import check_choice, shown
+from srdd.checks import check_choice, check_dtype, shown
 from srdd.conversion.families import FAMILIES, MODEL_NAMES, recognise
 from srdd.conversion.family import Family, PublishedSettings
 from srdd.conversion.official_config import (
@@ -25,7 +25,7 @@ from srdd.conversion.official_config import (
     tokenizer_config,
     transformer_scale_sizes,
 )
-from srdd.conversion.official_layout import TOKENIZER_BUFFERS, Origin, tokenizer_origins
+from srdd.conversion.official_layout import TOKENIZER_BUFFERS, tokenizer_origins
 from srdd.models import ATTENTION_PATTERNS, MultiScaleVQModel, ScaleTransformer2DModel
 from srdd.models.neighbourhoods import check_windows
 from srdd.models.saved_weights import tensor_fault
@@ -137,33 +137,50 @@ def read_checkpoint(path: str | os.PathLike, model_names: Sequence[str]) -> tupl
     return dict(content), model_name
 
 
-def _shapes(state: Mapping[str, torch.Tensor]) -> Shapes:
+def shapes_of(state: Mapping[str, torch.Tensor]) -> Shapes:
+    """The shapes in a state dict."""
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
-def _discrepancies(
-    state: StateDict, origins: Mapping[str, Origin], buffers: re.Pattern, dtype: torch.dtype | None
+def discrepancies(
+    state: StateDict, origins: Mapping[str, Any], buffers: re.Pattern, dtype: torch.dtype | None
 ) -> list[str]:
-    """What a checkpoint lacks, has too much, or has otherwise than the model that it seems to be."""
-    expected = {origin.key: origin.shape for origin in origins.values() if origin.key is not None}
+    """
+    What a checkpoint lacks, has too much, or has otherwise than the model that it seems to be.
+
+    Args:
+        state (`dict[str, torch.Tensor]`): The checkpoint.
+        origins (`Mapping`): Where our tensors come from: each has the `shapes` of official ones.
+        buffers (`re.Pattern`): Further keys that are no fault.
+        dtype (`torch.dtype`, *optional*): In which the numbers must be finite.
+
+    Returns:
+        `list[str]`: A phrase for each tensor.
+    """
+    expected = {key: shape for origin in origins.values() for key, shape in origin.shapes.items()}
     missing = [f"{key} is missing" for key in expected if key not in state]
     unknown = [f"{key} is unknown" for key in state if key not in expected and not buffers.fullmatch(key)]
     faults = {key: tensor_fault(state[key], shape, dtype) for key, shape in expected.items() if key in state}
     return [*missing, *unknown, *(f"{key} {fault}" for key, fault in faults.items() if fault)]
 
 
-def _dtype_of(state: StateDict) -> torch.dtype:
+def dtype_of(state: StateDict) -> torch.dtype:
     """The dtype that most floating-point tensors have."""
     dtypes = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
     return statistics.mode(dtypes) if dtypes else torch.float32
 
 
-def _fill(model: ModelType, state: StateDict, origins: Mapping[str, Origin], dtype: torch.dtype) -> ModelType:
-    """Put the official tensors into a model without weights; they are copied only where the dtype changes."""
-    shapes = _shapes(model.state_dict())
-    model.load_state_dict(
-        {key: origin.take(state, shapes[key]).to(dtype) for key, origin in origins.items()}, assign=True
-    )
+def filled(model: ModelType, state: StateDict, origins: Mapping[str, Any], dtype: torch.dtype) -> ModelType:
+    """
+    A model without weights, with the official tensors, each taken from its origin. They are copied only where the
+    dtype changes; what the model keeps in float32 is so here, too.
+    """
+    kept = set(model._keep_in_fp32_modules or ())
+    tensors = {
+        key: origins[key].take(state, shape).to(torch.float32 if kept & set(key.split(".")) else dtype)
+        for key, shape in shapes_of(model.state_dict()).items()
+    }
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
@@ -238,13 +255,13 @@ def convert(
         check_choice("attention_pattern", attention_pattern, ATTENTION_PATTERNS)
     if family is not None:
         check_choice("family", family, FAMILIES)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"`dtype` must be a floating-point torch.dtype, got {shown(dtype)}.")
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     with naming("vae_path"):
         vae_state, _ = read_checkpoint(vae_path, ["vae_local"])
     with naming("transformer_path"):
         state, model_name = read_checkpoint(transformer_path, MODEL_NAMES)
-    vae_shapes, shapes = _shapes(vae_state), _shapes(state)
+    vae_shapes, shapes = shapes_of(vae_state), shapes_of(state)
 
     with naming("transformer_path", transformer_path):
         known = recognise(state, model_name) if family is None else FAMILIES[family]
@@ -269,13 +286,13 @@ def convert(
         transformer = ScaleTransformer2DModel(**config, id2label=id2label)
 
     conv_name, _ = residual_conv_layout(vae_shapes)
-    vae_origins = tokenizer_origins(_shapes(vqvae.state_dict()), conv_name)
-    origins = known.origins(_shapes(transformer.state_dict()), shapes)
-    vae_dtype, transformer_dtype = dtype or _dtype_of(vae_state), dtype or _dtype_of(state)
-    vae_wrong = _discrepancies(vae_state, vae_origins, TOKENIZER_BUFFERS, vae_dtype)
+    vae_origins = tokenizer_origins(shapes_of(vqvae.state_dict()), conv_name)
+    origins = known.origins(shapes_of(transformer.state_dict()), shapes)
+    vae_dtype, transformer_dtype = dtype or dtype_of(vae_state), dtype or dtype_of(state)
+    vae_wrong = discrepancies(vae_state, vae_origins, TOKENIZER_BUFFERS, vae_dtype)
     wrong = [f"  {vae_path}: {line}" for line in vae_wrong]
     wrong += [
-        f"  {transformer_path}: {line}" for line in _discrepancies(state, origins, known.left_out, transformer_dtype)
+        f"  {transformer_path}: {line}" for line in discrepancies(state, origins, known.left_out, transformer_dtype)
     ]
     if wrong:
         more = [f"  … and {len(wrong) - MAX_LINES} more"] if len(wrong) > MAX_LINES else []
@@ -284,8 +301,8 @@ def convert(
 
     settings = known.settings(config["num_layers"], Path(transformer_path))
     pipeline = SRDDPipeline(
-        vqvae=_fill(vqvae, vae_state, vae_origins, vae_dtype),
-        transformer=_fill(transformer, state, origins, transformer_dtype),
+        vqvae=filled(vqvae, vae_state, vae_origins, vae_dtype),
+        transformer=filled(transformer, state, origins, transformer_dtype),
         scheduler=ScaleScheduler(
             scale_sizes=scale_sizes,
             top_k=settings.top_k,

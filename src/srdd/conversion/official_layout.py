@@ -75,6 +75,11 @@ class Origin:
     shape: Shape
     third: int | None = None
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Names and shapes of the official tensors that it is made of."""
+        return {} if self.key is None else {self.key: self.shape}
+
     def take(self, state: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
         """Our tensor, of the given shape: a view of the official one, or zeros."""
         if self.key is None:

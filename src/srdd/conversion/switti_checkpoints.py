@@ -1,8 +1,8 @@
 import torch
 from accelerate import init_empty_weights
 
-from srdd.checks import check_choice, shown
-from srdd.conversion.official_checkpoints import MAX_LINES, StateDict, _discrepancies, _dtype_of, _fill, _shapes
+from srdd.checks import check_choice, check_dtype
+from srdd.conversion.official_checkpoints import MAX_LINES, StateDict, discrepancies, dtype_of, filled, shapes_of
 from srdd.conversion.official_config import residual_conv_layout, tokenizer_config
 from srdd.conversion.official_layout import TOKENIZER_BUFFERS, tokenizer_origins
 from srdd.conversion.switti_layout import (
@@ -13,7 +13,6 @@ from srdd.conversion.switti_layout import (
     switti_scale_sizes,
 )
 from srdd.models import ATTENTION_PATTERNS, MultiScaleVQModel, ScaleTextTransformer2DModel
-from srdd.models.saved_weights import tensor_fault
 from srdd.pipelines import SRDDTextPipeline
 from srdd.schedulers import ScaleScheduler
 
@@ -50,7 +49,7 @@ def convert_switti(
         ValueError: As [`convert_switti_transformer`], or if the tokenizer is none or does not fit.
     """
     transformer, scale_sizes = convert_switti_transformer(state, attention_pattern, dtype), switti_scale_sizes(state)
-    vae_shapes = _shapes(vae_state)
+    vae_shapes = shapes_of(vae_state)
     config = tokenizer_config(vae_shapes, scale_sizes)
     for name in ("codebook_size", "latent_channels"):
         if config[name] != transformer.config[name]:
@@ -58,10 +57,10 @@ def convert_switti(
     with init_empty_weights():
         vqvae = MultiScaleVQModel(**config)
     conv_name, _ = residual_conv_layout(vae_shapes)
-    origins, dtype = tokenizer_origins(_shapes(vqvae.state_dict()), conv_name), dtype or _dtype_of(vae_state)
-    refuse("tokenizer", _discrepancies(vae_state, origins, TOKENIZER_BUFFERS, dtype))
+    origins, dtype = tokenizer_origins(shapes_of(vqvae.state_dict()), conv_name), dtype or dtype_of(vae_state)
+    refuse("tokenizer", discrepancies(vae_state, origins, TOKENIZER_BUFFERS, dtype))
     scheduler = ScaleScheduler(scale_sizes=scale_sizes, **switti_sampling(scale_sizes))
-    return SRDDTextPipeline(_fill(vqvae, vae_state, origins, dtype), transformer, scheduler)
+    return SRDDTextPipeline(filled(vqvae, vae_state, origins, dtype), transformer, scheduler)
 
 
 def convert_switti_transformer(
@@ -84,22 +83,13 @@ def convert_switti_transformer(
         ValueError: If this is no official Switti, or an argument is of another kind. The message names unknown and
             missing keys, and tensors that are misshapen, no floating-point numbers or not finite in `dtype`, up to 50.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"`dtype` must be a floating-point torch.dtype, got {shown(dtype)}.")
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     config = switti_config(state)
     if attention_pattern is not None:
         config["attention_pattern"] = check_choice("attention_pattern", attention_pattern, ATTENTION_PATTERNS)
     with init_empty_weights():
         model = ScaleTextTransformer2DModel(**config)
-    shapes = _shapes(model.state_dict())
-    origins, dtype = switti_origins(shapes), dtype or _dtype_of(state)
-    expected = {key: shape for origin in origins.values() for key, shape in origin.shapes.items()}
-    wrong = [f"{key} is missing" for key in expected if key not in state]
-    wrong += [f"{key} is unknown" for key in state if key not in expected and not SWITTI_BUFFERS.fullmatch(key)]
-    faults = {key: tensor_fault(state[key], shape, dtype) for key, shape in expected.items() if key in state}
-    wrong += [f"{key} {fault}" for key, fault in faults.items() if fault]
-    refuse("transformer", wrong)
-    kept = {key: torch.float32 for key in shapes if key.split(".")[-1] in model._keep_in_fp32_modules}
-    tensors = {key: origin.take(state, shapes[key]).to(kept.get(key, dtype)) for key, origin in origins.items()}
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+    origins, dtype = switti_origins(shapes_of(model.state_dict())), dtype or dtype_of(state)
+    refuse("transformer", discrepancies(state, origins, SWITTI_BUFFERS, dtype))
+    return filled(model, state, origins, dtype)
