@@ -47,6 +47,17 @@ VQVAE_CONFIG = {
 }
 
 
+# What both kinds of transformers have.
+TRANSFORMER_SIZES = {
+    "codebook_size": CODEBOOK_SIZE,
+    "latent_channels": LATENT_CHANNELS,
+    "scale_sizes": SCALE_SIZES,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+}
+
+
 def _redraw(model: Model, seed: int) -> Model:
     """Weights with standard deviation 0.2: freshly initialised ones say next to nothing about their input."""
     generator = torch.Generator().manual_seed(seed)
@@ -67,12 +78,7 @@ def tiny_vqvae(seed: int = 0, **overrides: Any) -> MultiScaleVQModel:
 def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrides: Any) -> ScaleTransformer2DModel:
     """A transformer for [`tiny_vqvae`]; `overrides` are config values."""
     config = {
-        "codebook_size": CODEBOOK_SIZE,
-        "latent_channels": LATENT_CHANNELS,
-        "scale_sizes": SCALE_SIZES,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
+        **TRANSFORMER_SIZES,
         "num_classes": len(ID2LABEL),
         "attention_pattern": attention_pattern,
         "id2label": ID2LABEL,
@@ -88,12 +94,7 @@ def tiny_text_transformer(
 ) -> ScaleTextTransformer2DModel:
     """A transformer for [`tiny_vqvae`] that draws from [`random_texts`]; `overrides` are config values."""
     config = {
-        "codebook_size": CODEBOOK_SIZE,
-        "latent_channels": LATENT_CHANNELS,
-        "scale_sizes": SCALE_SIZES,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
+        **TRANSFORMER_SIZES,
         "cross_attention_dim": TEXT_DIM,
         "pooled_projection_dim": POOLED_DIM,
         "attention_pattern": attention_pattern,

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers_suite.mounting import mounted
-from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, SCALE_SIZES
+from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, TRANSFORMER_SIZES
 
 from srdd import ScaleTransformer2DModel
 
@@ -34,12 +34,7 @@ class ScaleTransformerTesterConfig(mixins.BaseModelTesterConfig):
 
     def get_init_dict(self) -> dict[str, Any]:
         return {
-            "codebook_size": CODEBOOK_SIZE,
-            "latent_channels": LATENT_CHANNELS,
-            "scale_sizes": SCALE_SIZES,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
+            **TRANSFORMER_SIZES,
             "num_classes": 5,
         }
 

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers_suite.mounting import mounted
-from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, POOLED_DIM, SCALE_SIZES, TEXT_DIM, random_texts
+from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, POOLED_DIM, TEXT_DIM, TRANSFORMER_SIZES, random_texts
 
 from srdd import ScaleTextTransformer2DModel
 
@@ -35,12 +35,7 @@ class ScaleTextTransformerTesterConfig(mixins.BaseModelTesterConfig):
 
     def get_init_dict(self) -> dict[str, Any]:
         return {
-            "codebook_size": CODEBOOK_SIZE,
-            "latent_channels": LATENT_CHANNELS,
-            "scale_sizes": SCALE_SIZES,
-            "num_layers": 2,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
+            **TRANSFORMER_SIZES,
             "cross_attention_dim": TEXT_DIM,
             "pooled_projection_dim": POOLED_DIM,
         }
