@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is to be checked and measured where a GPU is at hand: in the order of its worth, unattended, in ten minutes.
+# What is to be checked and measured where a GPU is at hand: in the order of its worth, unattended, in 13 minutes.
 #
 #     benchmarks/gpu_check.sh             # on CUDA
 #     benchmarks/gpu_check.sh --small     # the same stages on a CPU, at sizes that say nothing about speed
@@ -141,17 +141,19 @@ print(f'{device}, {time.strftime(\"%Y-%m-%d\")}, torch {torch.__version__}, diff
     echo
 } >"$OUT/about.md" 2>"$OUT/about.log"
 
-# The seconds, and 20 for what is above, add up to ten minutes.
+# The seconds, and 20 for what is above, add up to 13 minutes.
 SECONDS=0
-graphs graphs 45 float32 "${graph_rows[@]}"
+processes=
+[ -n "${SMALL:-}" ] || processes=$("$PYTHON" -c "import xdist; print('-n 8')" 2>/dev/null)
+graphs graphs 60 float32 "${graph_rows[@]}"
 marked=$(grep -rl --include="test_*.py" "mark\.cuda" tests)
 if [ -n "$marked" ]; then
-    tests tests 40 -m cuda $marked
+    tests tests 100 $processes -m cuda $marked
 else
     leave_out tests "no test is marked cuda"
 fi
 speed speed_batch_1 120 $depth $rounds rows 1
-graphs graphs_compiled 30 $dtype sdd-compiled
+graphs graphs_compiled 45 $dtype sdd-compiled
 speed speed_batch_large 75 $depth $fewer_rounds rows_again $large
 speed speed_batch_medium 40 $depth $fewer_rounds rows_again $medium
 speed speed_deeper 85 $deeper $fewer_rounds rows_again 1 $deeper_large
@@ -167,9 +169,7 @@ fi
 stage decoder_slices 20 "$PYTHON" benchmarks/decoder_slices.py --device $device --dtype $dtype \
     --batch_size $slices "${slicing[@]}" --output "$OUT/decoder_slices.json"
 if [ -n "${DIFFUSERS_SOURCE:-}" ]; then
-    processes=
-    [ -n "${SMALL:-}" ] || processes=$("$PYTHON" -c "import xdist; print('-n 8')" 2>/dev/null)
-    tests diffusers_suite 30 $processes $suite
+    tests diffusers_suite 110 $processes $suite
 else
     leave_out diffusers_suite "DIFFUSERS_SOURCE is not set"
 fi
