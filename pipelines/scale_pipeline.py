@@ -87,6 +87,7 @@ class ScalePipeline(DiffusionPipeline):
     _exclude_from_cpu_offload = ["vqvae"]  # it is needed after every scale, so it stays on the device
     _callback_tensor_inputs = list(TENSOR_INPUTS)
     _usual_guidance_scale = 2.5  # where neither the call nor the scheduler says another
+    _told_by = "`conditions`", "conditions"  # the argument that says what to draw, and what it holds
 
     def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
         super().__init__()
@@ -280,6 +281,28 @@ class ScalePipeline(DiffusionPipeline):
         """
         return read_pictures("image", image).to(self._execution_device) * 2 - 1
 
+    def prepare_batch(
+        self, conditions: Conditions, num_images_per_prompt: int, *images: torch.Tensor
+    ) -> tuple[Any, ...]:
+        """
+        Conditions and images, each repeated to one batch.
+
+        Raises:
+            ValueError: If there are several images and several conditions, but not one for each.
+        """
+        num_conditions, num_images = conditions.batch_size, len(images[0])
+        num_pairs = max(num_images, num_conditions)
+        if num_images not in (1, num_pairs) or num_conditions not in (1, num_pairs):
+            argument, kind = self._told_by
+            raise ValueError(
+                f"{argument} must hold 1 or {num_images} {kind} for {num_images} images, got {num_conditions}."
+            )
+        batch_size = num_pairs * num_images_per_prompt
+        return (
+            conditions.repeat_interleave(batch_size // num_conditions),
+            *(image.repeat_interleave(batch_size // num_images, dim=0) for image in images),
+        )
+
     def prepare_latents(self, batch_size: int, latents: torch.Tensor | None = None) -> torch.Tensor:
         """The latent state to start from, float32: zeros, or the caller's."""
         shape = (batch_size, self.vqvae.config.latent_channels, *self.vqvae.config.scale_sizes[-1])
@@ -388,6 +411,8 @@ class ClassPipeline(ScalePipeline):
         scheduler ([`ScaleScheduler`]): The scale schedule.
     """
 
+    _told_by = "`class_labels`", "labels"
+
     @property
     def id2label(self) -> dict[int, str]:
         """Names of the classes by id."""
@@ -408,23 +433,3 @@ class ClassPipeline(ScalePipeline):
         if "num_classes" not in config:
             raise ValueError(f"`transformer` must draw by class, got a {type(self.transformer).__name__}.")
         return class_conditions(class_labels, config.num_classes, config.id2label, self._execution_device)
-
-    def prepare_batch(self, class_labels: Any, num_images_per_prompt: int, *images: torch.Tensor) -> tuple[Any, ...]:
-        """
-        Conditions and images, each repeated to one batch.
-
-        Raises:
-            ValueError: If there are several images and several labels, but not one for each.
-        """
-        conditions = self.encode_class_labels(class_labels)
-        num_labels, num_images = conditions.batch_size, len(images[0])
-        num_pairs = max(num_images, num_labels)
-        if num_images not in (1, num_pairs) or num_labels not in (1, num_pairs):
-            raise ValueError(
-                f"`class_labels` must hold 1 or {num_images} labels for {num_images} images, got {num_labels}."
-            )
-        batch_size = num_pairs * num_images_per_prompt
-        return (
-            conditions.repeat_interleave(batch_size // num_labels),
-            *(image.repeat_interleave(batch_size // num_images, dim=0) for image in images),
-        )

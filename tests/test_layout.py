@@ -40,6 +40,8 @@ EDITING = {
     "known_region",
     "pixel_regions",
     "windowed_canvas",
+    "inpaint_pipeline",
+    "super_resolution_pipeline",
     "pipeline_srdd_inpaint",
     "pipeline_srdd_super_resolution",
 }

@@ -119,7 +119,7 @@ def test_images_of_several_sizes_are_refused():
 
 
 def test_contrasts_that_no_picture_gives_are_said(caplog):
-    pipe, logger = make_pipeline(), logging.get_logger("srdd.pipelines.pipeline_srdd_super_resolution")
+    pipe, logger = make_pipeline(), logging.get_logger("srdd.pipelines.super_resolution_pipeline")
     checkerboard = ((torch.arange(4)[:, None] + torch.arange(4)) % 2).float().expand(1, 3, 4, 4)
     logger.addHandler(caplog.handler)
     draw(pipe, small_image())

@@ -106,7 +106,8 @@ def log_likelihood(
             f"`token_ids` must be integers of shape (batch, {scheduler.num_tokens}) with a batch of at least 1, got"
             f" {token_ids.dtype} of shape {tuple(token_ids.shape)}."
         )
-    conditions, token_ids = pipe.prepare_batch(class_labels, 1, token_ids.to(pipe._execution_device, torch.long))
+    token_ids = token_ids.to(pipe._execution_device, torch.long)
+    conditions, token_ids = pipe.prepare_batch(pipe.encode_class_labels(class_labels), 1, token_ids)
     inputs = pipe.vqvae.teacher_forcing_inputs(token_ids, scale_sizes).to(pipe.transformer.dtype)
     logits = pipe.transformer(inputs, timesteps, **conditions.conditional).sample.float()  # (B, N, V)
     if guidance_scale > 1 and conditions.unconditional is not None:

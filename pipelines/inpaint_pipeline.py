@@ -1,0 +1,191 @@
+"""Drawing a part of an image anew, whatever says what to draw."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from srdd.area_means import area_means
+from srdd.checks import check_bool, check_int, check_number
+from srdd.pictures import Pictures, read_masks
+from srdd.pipelines.conditions import Conditions
+from srdd.pipelines.known_region import KnownRegion, coarse_tokens, extend_known
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.pixel_regions import check_padding, crop_box, paste, resize
+from srdd.pipelines.scale_pipeline import MAX_SIDE, ScalePipeline
+from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
+
+
+# Widest edge over which results fade in, in pixels.
+MAX_FEATHER = 1024
+
+
+class InpaintPipeline(ScalePipeline):
+    r"""
+    Base of the pipelines that draw a part of an image anew, without fine-tuning: inpainting, outpainting and editing.
+
+    Scale by scale, tokens of known cells are forced and the others drawn (paper, Section 4.3). Any mask, any attention
+    pattern, any schedule and resampling policy. Nothing of the unknown pixels reaches the result.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
+        transformer ([`ScaleTransformer`]): Predicts the tokens of a scale from the latent state before it.
+        scheduler ([`ScaleScheduler`]): The scale schedule.
+    """
+
+    def prepare_images(self, image: Pictures, mask_image: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Images and masks as tensors of one batch.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Pixels in [-1, 1] of shape `(batch, 3, height, width)`, and masks in
+            [0, 1] of shape `(batch, 1, height, width)`, 1 where to draw.
+
+        Raises:
+            ValueError: If images differ in size, the numbers of images and masks do not match, or masks have values
+                outside [0, 1].
+        """
+        pixels = self.prepare_pixels(image)
+        mask = read_masks("mask_image", mask_image).to(self._execution_device)
+        if len(mask) not in (1, len(pixels)):
+            raise ValueError(f"`mask_image` must hold 1 or {len(pixels)} masks, got {len(mask)}.")
+        (height, width), (mask_height, mask_width) = pixels.shape[-2:], mask.shape[-2:]
+        # Both sides may have been rounded by half a pixel when the mask was scaled.
+        if abs(mask_height * width - height * mask_width) >= (height + width) / 2:
+            raise ValueError(
+                f"`mask_image` must have the proportions of `image`, {height} to {width} (height to width), got"
+                f" {mask_height} to {mask_width}."
+            )
+        if mask.shape[-2:] != pixels.shape[-2:]:
+            mask = F.interpolate(mask, size=pixels.shape[-2:], mode="bilinear", antialias=True).clamp(0, 1)
+        return pixels, mask.expand(len(pixels), -1, -1, -1)
+
+    def prepare_known(self, pixels: torch.Tensor, mask: torch.Tensor, strength: float = 1.0) -> KnownRegion:
+        """
+        What is known of a batch of images of any size.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images in [-1, 1].
+            mask (`torch.Tensor` of shape `(batch, 1, height, width)`): Masks in [0, 1], 1 where to draw.
+            strength (`float`, defaults to 1.0): Share of the scales to draw inside the mask.
+        """
+        known_pixels = (mask < 0.5).float()
+        filled = resize(extend_known(pixels, known_pixels), self.sample_size)
+        # A pixel of the model is known if all pixels that it stands for are.
+        known_pixels = (area_means(known_pixels, self.sample_size) > 1 - 1e-4).float()
+        latents = self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float()
+        hinted = self.scheduler.scales[: round((1 - strength) * len(self.scheduler.scales))]
+        return KnownRegion(
+            self.vqvae, latents, known_pixels, coarse_tokens(self.vqvae, resize(pixels, self.sample_size), hinted)
+        )
+
+    def inpaint_with(
+        self,
+        encode: Callable[[], Conditions],
+        image: Pictures,
+        mask_image: Pictures,
+        strength: float,
+        padding_mask_crop: int | None,
+        paste_known: bool,
+        feather: int,
+        guidance_scale: float | None,
+        num_images_per_prompt: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None,
+        callback_on_step_end_tensor_inputs: list[str] | None,
+    ) -> SRDDPipelineOutput | tuple:
+        """
+        Draw the masked part of images. Arguments are those of [`SRDDInpaintPipeline`].
+
+        Args:
+            encode (`Callable`): Says what to draw. It is called when all that needs no model has been checked.
+
+        Raises:
+            ValueError: If an argument does not fit.
+        """
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        self.check_inputs(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
+        check_number("strength", strength, 0, 1)
+        check_bool("paste_known", paste_known)
+        feather = check_int("feather", feather, 0, MAX_FEATHER)
+        if padding_mask_crop is not None:
+            padding_mask_crop = check_int("padding_mask_crop", padding_mask_crop, 0, MAX_SIDE)
+        pixels, mask = self.prepare_images(image, mask_image)
+        conditions, pixels, mask = self.prepare_batch(encode(), num_images_per_prompt, pixels, mask)
+        box = (..., slice(None), slice(None))
+        if padding_mask_crop is not None:
+            box = (..., *crop_box(mask, padding_mask_crop, self.sample_size))
+        region, hole = pixels[box], mask[box]
+        known_tokens, decodes = self.prepare_known(region, hole, strength).token_ids, output_type != "latent"
+        images: Any
+        images, token_ids = self.draw(
+            conditions, guidance_scale, generator, None, known_tokens, *callback, decodes=decodes
+        )
+        if decodes:
+            result = resize(images, region.shape[-2:])
+            if paste_known:
+                result = paste(region, hole, result, feather)
+            whole = pixels.clone()
+            whole[box] = result
+            images = self.image_processor.postprocess(whole, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
+
+    def outpaint_with(
+        self,
+        encode: Callable[[], Conditions],
+        image: Pictures,
+        padding: int | tuple[int, int, int, int],
+        feather: int,
+        guidance_scale: float | None,
+        num_images_per_prompt: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
+    ) -> SRDDPipelineOutput | tuple:
+        """
+        Continue images beyond their borders. Arguments are those of [`SRDDInpaintPipeline`]'s `outpaint`.
+
+        Args:
+            encode (`Callable`): Says what to draw. It is called when all that needs no model has been checked.
+
+        Raises:
+            ValueError: If an argument does not fit.
+        """
+        left, top, right, bottom = check_padding(padding, MAX_SIDE)
+        self.check_inputs(guidance_scale, num_images_per_prompt, generator, output_type, return_dict)
+        feather = check_int("feather", feather, 0, MAX_FEATHER)
+        if output_type == "latent":
+            raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in outpainting, got 'latent'.")
+        pixels = self.prepare_pixels(image)
+        height, width = pixels.shape[-2] + top + bottom, pixels.shape[-1] + left + right
+        if max(height, width) > MAX_SIDE:
+            raise ValueError(
+                f"`padding` must give a canvas of at most {MAX_SIDE} pixels a side, got {padding!r} for"
+                f" {pixels.shape[-2]}x{pixels.shape[-1]} pixels."
+            )
+        border = (left, right, top, bottom)
+        mask = F.pad(torch.zeros_like(pixels[:, :1]), border, value=1.0)
+        conditions, pixels, mask = self.prepare_batch(encode(), num_images_per_prompt, F.pad(pixels, border), mask)
+        full_size = tuple(pixels.shape[-2:])
+        size = tuple(max(side, least) for side, least in zip(full_size, self.sample_size))
+        known_pixels = 1 - F.interpolate(mask, size=size, mode="nearest")
+        canvas = WindowedCanvas(resize(extend_known(pixels, 1 - mask), size), known_pixels, self.sample_size)
+
+        def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
+            place = (..., *window)
+            region = self.prepare_known(canvas.pixels[place], 1 - canvas.known_pixels[place])
+            return self.draw(
+                conditions, guidance_scale, generator, known_tokens=region.token_ids, progress_bar=progress_bar
+            )
+
+        with self.progress_bar(total=canvas.num_windows * self.num_timesteps) as progress_bar:
+            token_ids = canvas.fill(draw_window)
+            progress_bar.update(progress_bar.total - progress_bar.n)
+        result = paste(pixels, mask, resize(canvas.drawn_pixels, full_size), feather)
+        images = self.image_processor.postprocess(result, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
