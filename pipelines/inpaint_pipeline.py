@@ -1,6 +1,6 @@
 """Drawing a part of an image anew, whatever says what to draw."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from srdd.pipelines.conditions import Conditions
 from srdd.pipelines.known_region import KnownRegion, coarse_tokens, extend_known
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 from srdd.pipelines.pixel_regions import check_padding, crop_box, paste, resize
-from srdd.pipelines.scale_pipeline import MAX_SIDE, ScalePipeline
+from srdd.pipelines.scale_pipeline import MAX_SIDE, CallOptions, ScalePipeline
 from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
 
 
@@ -27,11 +27,6 @@ class InpaintPipeline(ScalePipeline):
 
     Scale by scale, tokens of known cells are forced and the others drawn (paper, Section 4.3). Any mask, any attention
     pattern, any schedule and resampling policy. Nothing of the unknown pixels reaches the result.
-
-    Args:
-        vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
-        transformer ([`ScaleTransformer`]): Predicts the tokens of a scale from the latent state before it.
-        scheduler ([`ScaleScheduler`]): The scale schedule.
     """
 
     def prepare_images(self, image: Pictures, mask_image: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,13 +84,7 @@ class InpaintPipeline(ScalePipeline):
         padding_mask_crop: int | None,
         paste_known: bool,
         feather: int,
-        guidance_scale: float | None,
-        num_images_per_prompt: int,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None,
-        callback_on_step_end_tensor_inputs: list[str] | None,
+        options: CallOptions,
     ) -> SRDDPipelineOutput | tuple:
         """
         Draw the masked part of images. Arguments are those of [`SRDDInpaintPipeline`].
@@ -106,33 +95,30 @@ class InpaintPipeline(ScalePipeline):
         Raises:
             ValueError: If an argument does not fit.
         """
-        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-        self.check_inputs(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
+        self.check_inputs(*options)
         check_number("strength", strength, 0, 1)
         check_bool("paste_known", paste_known)
         feather = check_int("feather", feather, 0, MAX_FEATHER)
         if padding_mask_crop is not None:
             padding_mask_crop = check_int("padding_mask_crop", padding_mask_crop, 0, MAX_SIDE)
         pixels, mask = self.prepare_images(image, mask_image)
-        conditions, pixels, mask = self.prepare_batch(encode(), num_images_per_prompt, pixels, mask)
+        conditions, pixels, mask = self.prepare_batch(encode(), options.num_images_per_prompt, pixels, mask)
         box = (..., slice(None), slice(None))
         if padding_mask_crop is not None:
             box = (..., *crop_box(mask, padding_mask_crop, self.sample_size))
         region, hole = pixels[box], mask[box]
-        known_tokens, decodes = self.prepare_known(region, hole, strength).token_ids, output_type != "latent"
+        known_tokens, decodes = self.prepare_known(region, hole, strength).token_ids, options.output_type != "latent"
         images: Any
-        images, token_ids = self.draw(
-            conditions, guidance_scale, generator, None, known_tokens, *callback, decodes=decodes
-        )
+        images, token_ids = self.draw(conditions, **options.of_draw, known_tokens=known_tokens, decodes=decodes)
         if decodes:
             result = resize(images, region.shape[-2:])
             if paste_known:
                 result = paste(region, hole, result, feather)
             whole = pixels.clone()
             whole[box] = result
-            images = self.image_processor.postprocess(whole, output_type=output_type)
+            images = self.image_processor.postprocess(whole, output_type=options.output_type)
         self.maybe_free_model_hooks()
-        return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
+        return SRDDPipelineOutput(images=images, token_ids=token_ids) if options.return_dict else (images, token_ids)
 
     def outpaint_with(
         self,
@@ -140,11 +126,7 @@ class InpaintPipeline(ScalePipeline):
         image: Pictures,
         padding: int | tuple[int, int, int, int],
         feather: int,
-        guidance_scale: float | None,
-        num_images_per_prompt: int,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        output_type: str,
-        return_dict: bool,
+        options: CallOptions,
     ) -> SRDDPipelineOutput | tuple:
         """
         Continue images beyond their borders. Arguments are those of [`SRDDInpaintPipeline`]'s `outpaint`.
@@ -156,9 +138,9 @@ class InpaintPipeline(ScalePipeline):
             ValueError: If an argument does not fit.
         """
         left, top, right, bottom = check_padding(padding, MAX_SIDE)
-        self.check_inputs(guidance_scale, num_images_per_prompt, generator, output_type, return_dict)
+        self.check_inputs(*options)
         feather = check_int("feather", feather, 0, MAX_FEATHER)
-        if output_type == "latent":
+        if options.output_type == "latent":
             raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in outpainting, got 'latent'.")
         pixels = self.prepare_pixels(image)
         height, width = pixels.shape[-2] + top + bottom, pixels.shape[-1] + left + right
@@ -169,7 +151,8 @@ class InpaintPipeline(ScalePipeline):
             )
         border = (left, right, top, bottom)
         mask = F.pad(torch.zeros_like(pixels[:, :1]), border, value=1.0)
-        conditions, pixels, mask = self.prepare_batch(encode(), num_images_per_prompt, F.pad(pixels, border), mask)
+        pixels = F.pad(pixels, border)
+        conditions, pixels, mask = self.prepare_batch(encode(), options.num_images_per_prompt, pixels, mask)
         full_size = tuple(pixels.shape[-2:])
         size = tuple(max(side, least) for side, least in zip(full_size, self.sample_size))
         known_pixels = 1 - F.interpolate(mask, size=size, mode="nearest")
@@ -177,15 +160,13 @@ class InpaintPipeline(ScalePipeline):
 
         def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
             place = (..., *window)
-            region = self.prepare_known(canvas.pixels[place], 1 - canvas.known_pixels[place])
-            return self.draw(
-                conditions, guidance_scale, generator, known_tokens=region.token_ids, progress_bar=progress_bar
-            )
+            known_tokens = self.prepare_known(canvas.pixels[place], 1 - canvas.known_pixels[place]).token_ids
+            return self.draw(conditions, **options.of_draw, known_tokens=known_tokens, progress_bar=progress_bar)
 
         with self.progress_bar(total=canvas.num_windows * self.num_timesteps) as progress_bar:
             token_ids = canvas.fill(draw_window)
             progress_bar.update(progress_bar.total - progress_bar.n)
         result = paste(pixels, mask, resize(canvas.drawn_pixels, full_size), feather)
-        images = self.image_processor.postprocess(result, output_type=output_type)
+        images = self.image_processor.postprocess(result, output_type=options.output_type)
         self.maybe_free_model_hooks()
-        return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
+        return SRDDPipelineOutput(images=images, token_ids=token_ids) if options.return_dict else (images, token_ids)

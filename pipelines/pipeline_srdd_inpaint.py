@@ -6,6 +6,7 @@ import torch
 from srdd.pictures import Pictures
 from srdd.pipelines import inpaint_pipeline, scale_pipeline  # by module: a `custom_pipeline` file may hold one only
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.scale_pipeline import CallOptions
 
 
 class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.ClassPipeline):
@@ -91,12 +92,10 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
         Raises:
             ValueError: If images, masks, labels or another argument do not fit.
         """
-        edit = strength, padding_mask_crop, paste_known, feather
-        output = output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
         encode = partial(self.encode_class_labels, class_labels)
-        return self.inpaint_with(
-            encode, image, mask_image, *edit, guidance_scale, num_images_per_prompt, generator, *output
-        )
+        return self.inpaint_with(encode, image, mask_image, strength, padding_mask_crop, paste_known, feather, options)
 
     @torch.no_grad()
     def outpaint(
@@ -136,5 +135,6 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
             ValueError: If `padding` is not one or four numbers, none negative and not all zero, or another argument
                 does not fit.
         """
-        encode, options = partial(self.encode_class_labels, class_labels), (guidance_scale, num_images_per_prompt)
-        return self.outpaint_with(encode, image, padding, feather, *options, generator, output_type, return_dict)
+        encode = partial(self.encode_class_labels, class_labels)
+        options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict)
+        return self.outpaint_with(encode, image, padding, feather, options)

@@ -6,6 +6,7 @@ import torch
 from srdd.pictures import Pictures
 from srdd.pipelines import scale_pipeline, super_resolution_pipeline  # by module: a `custom_pipeline` file holds one
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.scale_pipeline import CallOptions
 
 
 class SRDDSuperResolutionPipeline(super_resolution_pipeline.SuperResolutionPipeline, scale_pipeline.ClassPipeline):
@@ -79,7 +80,7 @@ class SRDDSuperResolutionPipeline(super_resolution_pipeline.SuperResolutionPipel
         Raises:
             ValueError: If images, labels or another argument do not fit.
         """
-        enlarging = scale_factor, num_known_scales, consistent
-        output = output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
         encode = partial(self.encode_class_labels, class_labels)
-        return self.enlarge_with(encode, image, *enlarging, guidance_scale, num_images_per_prompt, generator, *output)
+        return self.enlarge_with(encode, image, scale_factor, num_known_scales, consistent, options)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -59,6 +59,35 @@ def check_components(
     for name, ours, theirs in facts:
         if ours != theirs:
             raise ValueError(f"`vqvae` and `transformer` must have the same {name}, got {ours} and {theirs}.")
+
+
+class CallOptions(NamedTuple):
+    """
+    What every call may be told, beside what to draw: the arguments of `check_inputs`.
+
+    Args:
+        guidance_scale (`float`, *optional*): As in [`SRDDPipeline`], as are all others.
+        num_images_per_prompt (`int`): Results for each label or text.
+        generator (`torch.Generator` or a list, *optional*): The only source of randomness.
+        output_type (`str`): What images are returned as.
+        return_dict (`bool`): Whether they are returned in a [`SRDDPipelineOutput`].
+        callback_on_step_end (`Callable`, *optional*): Called after every pass.
+        callback_on_step_end_tensor_inputs (`list[str]`, *optional*): What it is given.
+    """
+
+    guidance_scale: float | None
+    num_images_per_prompt: int
+    generator: torch.Generator | Sequence[torch.Generator] | None
+    output_type: str
+    return_dict: bool
+    callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None
+    callback_on_step_end_tensor_inputs: list[str] | None = None
+
+    @property
+    def of_draw(self) -> dict[str, Any]:
+        """Those that `draw` takes, by their names."""
+        names = ("guidance_scale", "generator", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
+        return {name: getattr(self, name) for name in names}
 
 
 class CallState(threading.local):

@@ -1,7 +1,6 @@
 """Enlarging images, whatever says what to draw."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from srdd.pipelines.conditions import Conditions
 from srdd.pipelines.known_region import KnownRegion, coarse_tokens
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
 from srdd.pipelines.pixel_regions import project_to_low_resolution, resize
-from srdd.pipelines.scale_pipeline import MAX_SIDE, ScalePipeline
+from srdd.pipelines.scale_pipeline import MAX_SIDE, CallOptions, ScalePipeline
 from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
 
 
@@ -24,11 +23,6 @@ class SuperResolutionPipeline(ScalePipeline):
     r"""
     Base of the pipelines that enlarge images without fine-tuning: the coarse scales that the small image determines
     are forced, the finer ones drawn (paper, Section 4.3).
-
-    Args:
-        vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
-        transformer ([`ScaleTransformer`]): Predicts the tokens of a scale from the latent state before it.
-        scheduler ([`ScaleScheduler`]): The scale schedule.
     """
 
     def num_determined_scales(self, scale_factor: int) -> int:
@@ -51,13 +45,7 @@ class SuperResolutionPipeline(ScalePipeline):
         scale_factor: int,
         num_known_scales: int | None,
         consistent: bool,
-        guidance_scale: float | None,
-        num_images_per_prompt: int,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None,
-        callback_on_step_end_tensor_inputs: list[str] | None,
+        options: CallOptions,
     ) -> SRDDPipelineOutput | tuple:
         """
         Enlarge images. Arguments are those of [`SRDDSuperResolutionPipeline`].
@@ -68,17 +56,16 @@ class SuperResolutionPipeline(ScalePipeline):
         Raises:
             ValueError: If an argument does not fit.
         """
-        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-        self.check_inputs(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
+        self.check_inputs(*options)
         check_bool("consistent", consistent)
-        if output_type == "latent":
+        if options.output_type == "latent":
             raise ValueError("`output_type` must be 'pil', 'np' or 'pt' in super-resolution, got 'latent'.")
         scale_factor, num_scales = check_int("scale_factor", scale_factor, 2, MAX_SIDE), len(self.scheduler.scales)
         if num_known_scales is None:
             num_known_scales = self.num_determined_scales(scale_factor)
         num_known_scales = check_int("num_known_scales", num_known_scales, 0, num_scales)
         small = self.prepare_pixels(image)
-        conditions, small = self.prepare_batch(encode(), num_images_per_prompt, small)
+        conditions, small = self.prepare_batch(encode(), options.num_images_per_prompt, small)
         size = [side * scale_factor for side in small.shape[-2:]]
         if max(size) > MAX_SIDE:
             raise ValueError(
@@ -101,7 +88,7 @@ class SuperResolutionPipeline(ScalePipeline):
                 coarse_tokens(self.vqvae, smooth[place], determined),
             )
             known_tokens = region.token_ids
-            return self.draw(conditions, guidance_scale, generator, None, known_tokens, *callback, progress_bar)
+            return self.draw(conditions, **options.of_draw, known_tokens=known_tokens, progress_bar=progress_bar)
 
         with self.progress_bar(total=canvas.num_windows * self.num_timesteps) as progress_bar:
             token_ids = canvas.fill(draw_window, lambda: self.interrupt)
@@ -115,6 +102,6 @@ class SuperResolutionPipeline(ScalePipeline):
                     f"Made small again, the result differs from `image` by up to {left:.0f} of 255: no picture gives"
                     " contrasts as high as these when it is made small. The result comes as near as it can."
                 )
-        images = self.image_processor.postprocess(large, output_type=output_type)
+        images = self.image_processor.postprocess(large, output_type=options.output_type)
         self.maybe_free_model_hooks()
-        return SRDDPipelineOutput(images=images, token_ids=token_ids) if return_dict else (images, token_ids)
+        return SRDDPipelineOutput(images=images, token_ids=token_ids) if options.return_dict else (images, token_ids)

@@ -7,7 +7,9 @@ from srdd.pipelines import (
     SRDDPipeline,
     SRDDPipelineOutput,
     SRDDSuperResolutionPipeline,
+    SRDDTextInpaintPipeline,
     SRDDTextPipeline,
+    SRDDTextSuperResolutionPipeline,
 )
 from srdd.schedulers import ScaleScheduler, ScaleSchedulerOutput
 
@@ -20,7 +22,9 @@ __all__ = [
     "SRDDPipeline",
     "SRDDPipelineOutput",
     "SRDDSuperResolutionPipeline",
+    "SRDDTextInpaintPipeline",
     "SRDDTextPipeline",
+    "SRDDTextSuperResolutionPipeline",
     "ScaleKVCache",
     "ScaleScheduler",
     "ScaleSchedulerOutput",

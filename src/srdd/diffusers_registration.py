@@ -20,8 +20,8 @@ def register(class_names: list[str]) -> None:
 
 def register_auto_pipelines() -> None:
     """
-    Let diffusers' `AutoPipelineForInpainting` and `AutoPipelineForText2Image` load SRDD's pipelines (the latter for
-    generation by class). Opt-in, as it changes tables of diffusers:
+    Let diffusers' `AutoPipelineForText2Image` and `AutoPipelineForInpainting` find SRDD's pipelines, for folders and
+    in `from_pipe`. Opt-in, as it changes tables of diffusers:
 
     ```py
     >>> from diffusers import AutoPipelineForInpainting
@@ -30,10 +30,16 @@ def register_auto_pipelines() -> None:
     >>> srdd.register_auto_pipelines()
     >>> pipe = AutoPipelineForInpainting.from_pretrained("model_cards/srdd-fruits64")
     ```
+
+    Under "srdd-text" [`SRDDTextPipeline`] and [`SRDDTextInpaintPipeline`] are registered, under "srdd"
+    [`SRDDPipeline`] (which draws by class) and [`SRDDInpaintPipeline`]; what was saved as one of a pair is found for
+    the other's task. diffusers has no such table for super-resolution.
     """
     from diffusers.pipelines import auto_pipeline  # imports all of diffusers' pipelines
 
-    from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline
+    from srdd.pipelines import SRDDInpaintPipeline, SRDDPipeline, SRDDTextInpaintPipeline, SRDDTextPipeline
 
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["srdd"] = SRDDPipeline
     auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["srdd"] = SRDDInpaintPipeline
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["srdd-text"] = SRDDTextPipeline
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["srdd-text"] = SRDDTextInpaintPipeline

@@ -179,7 +179,7 @@ TEXTS = embeddings(random_texts())
         (
             {**TEXTS, "prompt_embeds": torch.zeros(2, 5, 3), "negative_prompt_embeds": torch.zeros(1, 5, 3),
              "negative_pooled_prompt_embeds": torch.zeros(1, POOLED_DIM)},
-            r"`encoder_hidden_states` must be .*, 12\), got .*3\)",
+            "`prompt_embeds` must have 12 channels, got a tensor of torch.float32 and shape .2, 5, 3.",
         ),
         (
             {"prompt": "a", "negative_prompt_embeds": torch.zeros(1, 5, TEXT_DIM)},
