@@ -12,6 +12,7 @@ from accelerate import cpu_offload, disk_offload
 from diffusers import AutoPipelineForInpainting, AutoPipelineForText2Image, DiffusionPipeline, TorchAoConfig
 from diffusers.pipelines import auto_pipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, dynamic_modules_utils
+from families import TASKS
 from tiny_models import (
     ID2LABEL,
     SCALE_SIZES,
@@ -20,6 +21,7 @@ from tiny_models import (
     tiny_transformer,
     tiny_vqvae,
 )
+from tiny_texts import tiny_text_pipeline
 
 import srdd
 from srdd import (
@@ -35,12 +37,16 @@ from srdd import (
 ATTENTION_PATTERNS = ("markov", "causal", "banded")
 SQUARE_SCALES = [[side, side] for side in SCALE_SIZES]
 WEIGHTS = "diffusion_pytorch_model"
-PIPELINE_FILE = Path(srdd.__file__).parent / "pipelines" / "pipeline_srdd.py"
+PIPELINE_FOLDER = Path(srdd.__file__).parent / "pipelines"
+
+# By class, and from texts.
+MAKERS = (tiny_pipeline, tiny_text_pipeline)
 
 
 def draw(pipe, **arguments):
     pipe.set_progress_bar_config(disable=True)
-    arguments = {"class_labels": [0, "quince"], "output_type": "pt", **arguments}
+    told = {} if "prompt" in arguments else {"class_labels": [0, "quince"]}
+    arguments = {**told, "output_type": "pt", **arguments}
     return pipe(generator=torch.Generator().manual_seed(0), **arguments).images
 
 
@@ -202,22 +208,22 @@ def test_from_pipe():
     assert pipe.scheduler.num_tokens == 21
 
 
-PIPELINES = (SRDDPipeline, SRDDInpaintPipeline, SRDDSuperResolutionPipeline)
-
-
 def dtypes(pipe):
     return pipe.vqvae.dtype, pipe.transformer.dtype
 
 
-@pytest.mark.parametrize("source", PIPELINES)
-@pytest.mark.parametrize("target", PIPELINES)
-def test_from_pipe_leaves_components_alone(source, target, caplog):
-    pipe = source(**tiny_pipeline().components)
+@pytest.mark.parametrize("from_texts", [False, True], ids=["class", "text"])
+@pytest.mark.parametrize("source", TASKS)
+@pytest.mark.parametrize("target", TASKS)
+def test_from_pipe_leaves_components_alone(source, target, from_texts, caplog):
+    source, target = TASKS[source][from_texts], TASKS[target][from_texts]
+    pipe = source(**MAKERS[from_texts]().components)
     pipe.transformer.to(torch.bfloat16)
     pipe.set_progress_bar_config(disable=True, desc="drawing")
     caplog.clear()
     other = target.from_pipe(pipe)
     assert type(other) is target
+    assert all(other.components[name] is component for name, component in pipe.components.items())
     assert dtypes(other) == dtypes(pipe) == (torch.float32, torch.bfloat16)
     assert other._progress_bar_config == {"disable": True, "desc": "drawing"}
     assert not caplog.records
@@ -371,13 +377,24 @@ def test_pipeline_file_as_custom_pipeline(tmp_path, module_cache):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path / "model")
     loaded = DiffusionPipeline.from_pretrained(
-        tmp_path / "model", custom_pipeline=str(PIPELINE_FILE), trust_remote_code=True
+        tmp_path / "model", custom_pipeline=str(PIPELINE_FOLDER / "pipeline_srdd.py"), trust_remote_code=True
     )
     assert type(loaded).__name__ == "SRDDPipeline"
     assert type(loaded) is not SRDDPipeline
     assert torch.equal(draw(loaded), draw(pipe))
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(draw(SRDDPipeline.from_pretrained(tmp_path / "again")), draw(pipe))
+
+
+@pytest.mark.parametrize("from_texts", [False, True], ids=["class", "text"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_pipeline_file_may_serve_as_custom_pipeline(task, from_texts, tmp_path, module_cache):
+    MAKERS[from_texts]().save_pretrained(tmp_path)
+    cls = TASKS[task][from_texts]
+    file = PIPELINE_FOLDER / f"{cls.__module__.rpartition('.')[2]}.py"
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(file), trust_remote_code=True)
+    assert type(loaded).__name__ == cls.__name__
+    assert type(loaded) is not cls
 
 
 def test_folder_with_a_pipeline_file_as_custom_pipeline(tmp_path, module_cache):
@@ -445,18 +462,6 @@ def test_offloaded_pipeline(attention_pattern, shared_adaln):
     assert torch.equal(draw(pipe), images)
 
 
-@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
-def test_model_cpu_offload(attention_pattern):
-    pipe = tiny_pipeline(attention_pattern)
-    images = draw(pipe)
-    pipe.enable_model_cpu_offload(device="cpu")
-    # Twice: at the end of a call the hooks are put on anew.
-    assert torch.equal(draw(pipe), images)
-    assert torch.equal(draw(pipe), images)
-    pipe.remove_all_hooks()
-    assert torch.equal(draw(pipe), images)
-
-
 def test_tokenizer_does_not_push_the_transformer_out():
     # It runs after every scale; a hook that makes room for it would move the transformer back and forth each time.
     pipe = tiny_pipeline()
@@ -482,16 +487,6 @@ def test_group_offload_of_the_pipeline():
     assert torch.equal(draw(pipe), images)
 
 
-def test_layerwise_casting():
-    pipe = tiny_pipeline()
-    images = draw(pipe, guidance_scale=1.0)
-    for model in (pipe.transformer, pipe.vqvae):
-        model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-        assert torch.bfloat16 in {parameter.dtype for parameter in model.parameters()}
-    assert pipe.vqvae.quantize.codebook.weight.dtype == torch.float32
-    assert (draw(pipe, guidance_scale=1.0) - images).abs().mean() < 1e-2
-
-
 def test_weights_load_under_a_device_map(tmp_path):
     model = tiny_vqvae()
     model.save_pretrained(tmp_path)
@@ -500,18 +495,34 @@ def test_weights_load_under_a_device_map(tmp_path):
     assert torch.equal(loaded.tokenize(pixels), model.tokenize(pixels))
 
 
-def test_auto_pipelines_find_ours_once_asked_to(tmp_path, monkeypatch):
+@pytest.fixture
+def auto_mappings(monkeypatch):
+    """Tables of diffusers that `register_auto_pipelines` changes, as they are without it."""
     for name in ("AUTO_TEXT2IMAGE_PIPELINES_MAPPING", "AUTO_INPAINT_PIPELINES_MAPPING"):
-        mapping = getattr(auto_pipeline, name)
-        monkeypatch.delitem(mapping, "srdd", raising=False)
-    pipe = tiny_pipeline("causal")
+        for key in ("srdd", "srdd-text"):
+            monkeypatch.delitem(getattr(auto_pipeline, name), key, raising=False)
+
+
+@pytest.mark.parametrize("from_texts", [False, True], ids=["class", "text"])
+def test_auto_pipelines_find_ours_once_asked_to(from_texts, tmp_path, auto_mappings):
+    pipe = MAKERS[from_texts]("causal")
+    told = {"prompt": ["red", "a cat"]} if from_texts else {"class_labels": [0, "quince"]}
+    drawing, inpainting, enlarging = (classes[from_texts] for classes in TASKS.values())
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="can't find a pipeline linked to SRDDPipeline"):
+    with pytest.raises(ValueError, match=f"can't find a pipeline linked to {drawing.__name__}"):
         AutoPipelineForInpainting.from_pretrained(tmp_path)
     srdd.register_auto_pipelines()
     loaded = AutoPipelineForInpainting.from_pretrained(tmp_path)
-    assert isinstance(loaded, SRDDInpaintPipeline)
-    assert torch.equal(draw(AutoPipelineForText2Image.from_pipe(loaded)), draw(pipe))
+    assert type(loaded) is inpainting
+    again = AutoPipelineForText2Image.from_pipe(loaded)
+    assert type(again) is drawing
+    assert torch.equal(draw(again, **told), draw(pipe, **told))
+    # What was saved for another task is found, too.
+    loaded.save_pretrained(tmp_path)
+    assert type(AutoPipelineForText2Image.from_pretrained(tmp_path)) is drawing
     inpaint = AutoPipelineForInpainting.from_pipe(pipe.to(torch.bfloat16))
-    assert isinstance(inpaint, SRDDInpaintPipeline)
+    assert type(inpaint) is inpainting
     assert dtypes(inpaint) == (torch.bfloat16, torch.bfloat16)
+    # There is no table for enlarging.
+    with pytest.raises(ValueError, match=f"can't find a pipeline linked to {enlarging.__name__}"):
+        AutoPipelineForText2Image.from_pipe(enlarging.from_pipe(pipe))

@@ -18,6 +18,19 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "!", START, END]
 
+# Components of a pipeline that cannot encode texts.
+WITHOUT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+
+# What `encode_prompt` returns, by the names that a call takes it by.
+ENCODED = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_attention_mask",
+)
+
 
 @cache
 def tiny_tokenizer(pad_token: str = END) -> CLIPTokenizer:

@@ -180,19 +180,6 @@ def test_resampling_changes_greedy_tokens(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_batch_equals_single_runs(pattern, policy):
-    pipe = tiny_pipeline(pattern, scheduler=make_scheduler(policy, top_k=12, top_p=0.95))
-    labels, seeds = [0, 3, "banana", 3], (10, 11, 12, 13)
-    together, token_ids = latents_of(pipe, labels, generator=generators(*seeds))
-    for index, (label, seed) in enumerate(zip(labels, seeds)):
-        alone, alone_ids = latents_of(pipe, label, generator=generators(seed))
-        assert torch.equal(token_ids[index], alone_ids[0])
-        torch.testing.assert_close(together[index], alone[0], atol=1e-5, rtol=0)
-    assert not torch.equal(token_ids[1], token_ids[3])
-
-
-@pytest.mark.parametrize("policy", POLICIES)
 def test_latents_are_the_state_of_the_tokens(policy):
     pipe = tiny_pipeline(scheduler=make_scheduler(policy))
     latents, token_ids = latents_of(pipe, [1, 2, 3], generator=torch.Generator().manual_seed(0))

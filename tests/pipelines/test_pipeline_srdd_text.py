@@ -2,24 +2,17 @@
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
 from stand_ins import TracedGraph
 from tiny_models import POOLED_DIM, SAMPLE_SIZE, TEXT_DIM, random_texts, tiny_scheduler, tiny_transformer
-from tiny_texts import MAX_LENGTH, tiny_text_encoder, tiny_text_pipeline
+from tiny_texts import ENCODED, MAX_LENGTH, WITHOUT_ENCODERS, tiny_text_encoder, tiny_text_pipeline
 
-from srdd import SRDDTextPipeline
+from srdd import SRDDTextInpaintPipeline, SRDDTextPipeline
 from srdd.acceleration import CudaGraphs
 from srdd.pipelines.conditions import text_conditions
 
 
-WITHOUT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-ENCODED = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_attention_mask",
-)
 NAMES = {
     "encoder_hidden_states": "prompt_embeds",
     "pooled_projections": "pooled_prompt_embeds",
@@ -136,6 +129,28 @@ def test_texts_and_guidance_are_inputs_of_a_graph():
         assert torch.equal(recorded.token_ids, expected.token_ids)
         assert torch.equal(recorded.images, expected.images)
     assert [recording.graph.num_replays for recording in pipe._cuda_graphs._recordings.values()] == [2]
+
+
+@pytest.mark.parametrize("pattern", ["causal", "markov"])
+def test_adapters_by_the_names_of_diffusers(pattern, tmp_path):
+    pipe, other, told = tiny_text_pipeline(pattern), tiny_text_pipeline(pattern), ["red", "a cat"]
+    plain = draw(pipe, told).images
+    torch.manual_seed(0)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+    pipe.transformer.add_adapter(config)
+    adapted = draw(pipe, told).images
+    assert not torch.equal(adapted, plain)
+    pipe.transformer.save_lora_adapter(tmp_path)
+    # Pipelines of diffusers name the model that an adapter belongs to.
+    weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    other.transformer.load_lora_adapter({f"transformer.{name}": tensor for name, tensor in weights.items()})
+    assert torch.equal(draw(other, told).images, adapted)
+    inpaint = SRDDTextInpaintPipeline.from_pipe(other)
+    everything = {"image": torch.zeros(1, 3, 8, 8), "mask_image": torch.ones(1, 1, 8, 8), "paste_known": False}
+    assert torch.equal(draw(inpaint, told, **everything).images, adapted)
+    other.transformer.unload_lora()
+    assert torch.equal(draw(other, told).images, plain)
 
 
 def test_callbacks_and_latents_are_as_with_classes():

@@ -1,8 +1,91 @@
+"""What all pipelines share, for every kind of model: batches, precision and memory; and components that do not fit."""
+
 import pytest
+import torch
 from diffusers import DDIMScheduler
+from families import POLICIES, TASKS, each_family, seeded
 from tiny_models import tiny_scheduler, tiny_transformer, tiny_vqvae
+from tiny_pictures import random_hole, random_image
 
 from srdd.pipelines.scale_pipeline import check_components
+
+
+def draw(pipe, **options) -> torch.Tensor:
+    return pipe(generator=seeded(0, 1), output_type="pt", **options).images
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@each_family
+def test_a_batch_equals_single_runs(family, policy):
+    pipe = family.pipeline(top_k=12, top_p=0.95, **POLICIES[policy])
+    numbers = (0, 3, 1, 3)
+    together = pipe(generator=seeded(10, 11, 12, 13), output_type="latent", **family.told(*numbers))
+    for index, number in enumerate(numbers):
+        alone = pipe(generator=seeded(10 + index), output_type="latent", **family.told(number))
+        assert torch.equal(together.token_ids[index], alone.token_ids[0])
+        torch.testing.assert_close(together.images[index], alone.images[0], atol=1e-5, rtol=0)
+    assert not torch.equal(together.token_ids[1], together.token_ids[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@each_family
+def test_half_precision(family, dtype):
+    plain = family.new_pipeline().to(dtype)
+    images = draw(plain, **family.told(0, 1))
+    assert images.dtype == torch.float32
+    assert (images - draw(family.pipeline(), **family.told(0, 1))).abs().mean() < 0.1
+    inpaint, enlarge = (TASKS[task][family.draws_from_texts].from_pipe(plain) for task in ("inpaint", "enlarge"))
+    assert {model.dtype for model in inpaint.components.values() if isinstance(model, torch.nn.Module)} == {dtype}
+    image, mask = random_image(), random_hole()
+    filled = draw(inpaint, image=image, mask_image=mask, **family.told(0, 1))
+    shown = mask.expand_as(filled) == 0
+    assert torch.equal(filled[shown], (image * 2 - 1).div(2).add(0.5).expand_as(filled)[shown])
+    assert filled.isfinite().all()
+    large = draw(enlarge, image=image[..., :4, :4], scale_factor=2, **family.told(0, 1))
+    assert large.shape == (2, 3, 8, 8)
+    assert large.isfinite().all()
+
+
+@each_family
+def test_slices_of_a_batch(family):
+    pipe = family.new_pipeline()
+    inpaint = TASKS["inpaint"][family.draws_from_texts].from_pipe(pipe)
+    calls = [(pipe, {}), (inpaint, {"image": random_image(), "mask_image": random_hole()})]
+    whole = [draw(each, **options, **family.told(0, 1)) for each, options in calls]
+    pipe.vqvae.enable_slicing()
+    for (each, options), images in zip(calls, whole):
+        torch.testing.assert_close(draw(each, **options, **family.told(0, 1)), images, atol=1e-5, rtol=0)
+
+
+@each_family
+def test_layerwise_casting(family):
+    pipe, options = family.new_pipeline(), {"guidance_scale": 1.0, **family.told(0, 1)}
+    images = draw(pipe, **options)
+    for model in (pipe.transformer, pipe.vqvae):
+        model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        assert torch.bfloat16 in {parameter.dtype for parameter in model.parameters()}
+    assert pipe.vqvae.quantize.codebook.weight.dtype == torch.float32
+    assert (draw(pipe, **options) - images).abs().mean() < 1e-2
+
+
+@each_family
+def test_model_cpu_offload(family):
+    pipe = family.new_pipeline()
+    inpaint = TASKS["inpaint"][family.draws_from_texts].from_pipe(pipe)
+    edit = {"image": random_image(), "mask_image": random_hole(), **family.told(0, 1)}
+    images, edited = draw(pipe, **family.told(0, 1)), draw(inpaint, **edit)
+    for each, options, expected in ((pipe, family.told(0, 1), images), (inpaint, edit, edited)):
+        each.enable_model_cpu_offload(device="cpu")
+        # In the order of a call. The tokenizer runs after every scale: none of them makes room for it.
+        names = {id(component): name for name, component in each.components.items()}
+        offloaded = [names[id(hook.model)] for hook in each._all_hooks]
+        encoders = ["text_encoder", "text_encoder_2"] if family.draws_from_texts else []
+        assert offloaded == [*encoders, "transformer"]
+        # Twice: at the end of a call the hooks are put on anew.
+        assert torch.equal(draw(each, **options), expected)
+        assert torch.equal(draw(each, **options), expected)
+        each.remove_all_hooks()
+        assert torch.equal(draw(each, **options), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,75 +1,49 @@
+"""Inpainting and outpainting: what holds for every kind of model, and, by class, how images and masks are read."""
+
 import io
 import re
 
 import numpy as np
 import pytest
 import torch
+from families import POLICIES, each_family, seeded
 from PIL import Image
-from tiny_models import SAMPLE_SIZE, SCALE_SIZES, tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
+from tiny_models import SCALE_SIZES, tiny_pipeline, tiny_scheduler
+from tiny_pictures import random_hole, random_image
 
 from srdd import ScaleScheduler, SRDDInpaintPipeline
 
 
-PATTERNS = ("causal", "markov", "banded")
-SCHEDULERS = {
-    "none": {},
-    "greedy": {"temperature": 0.0},
-    "simple": {"resampling_policy": "simple", "num_resampling_passes": 1},
-    "masked": {"resampling_policy": "masked", "resampling_threshold": 0.1, "num_resampling_passes": 2},
-    "remasked": {"resampling_policy": "remasked", "resampling_threshold": 0.1, "num_resampling_passes": 2},
-    "two-scales": {"scales": [1, 4]},
-}
+SCHEDULERS = {**POLICIES, "greedy": {"temperature": 0.0}, "two-scales": {"scales": [1, 4]}}
 
 
-def make_pipeline(attention_pattern="markov", **scheduler) -> SRDDInpaintPipeline:
-    pipe = SRDDInpaintPipeline(tiny_vqvae(), tiny_transformer(attention_pattern), tiny_scheduler(**scheduler))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def random_image(seed=0, size=(SAMPLE_SIZE, SAMPLE_SIZE)) -> torch.Tensor:
-    """Pixels as a picture has them: whole 255ths."""
-    pixels = torch.randint(256, (1, 3, *size), generator=torch.Generator().manual_seed(seed))
-    return pixels.float() / 255
-
-
-def random_hole(seed=0, size=(SAMPLE_SIZE, SAMPLE_SIZE), share=0.4) -> torch.Tensor:
-    mask = (torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(100 + seed)) < share).float()
-    mask[..., -1, -1] = 1
-    return mask
-
-
-def seeded_one(seed=0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def seeded(*seeds) -> list[torch.Generator]:
-    return [seeded_one(seed) for seed in seeds]
+def make_pipeline(**scheduler) -> SRDDInpaintPipeline:
+    return SRDDInpaintPipeline.from_pipe(tiny_pipeline(scheduler=tiny_scheduler(**scheduler)))
 
 
 def draw(pipe, *inputs, generator=None, **options):
     options = {"output_type": "pt", "class_labels": 1, **options}
-    return pipe(*inputs, generator=generator or seeded_one(), **options)
+    return pipe(*inputs, generator=generator or torch.Generator().manual_seed(0), **options)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULERS)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_known_pixels_and_tokens_stay(pattern, schedule):
-    pipe = make_pipeline(pattern, **SCHEDULERS[schedule])
-    for seed in range(3):
-        image, mask = random_image(seed), random_hole(seed)
-        output = draw(pipe, image, mask, generator=seeded_one(seed))
-        shown = mask.expand_as(image) == 0
-        torch.testing.assert_close(output.images[shown], image[shown], atol=1e-6, rtol=0)
-        with torch.no_grad():
-            region = pipe.prepare_known(image * 2 - 1, mask)
-            state = torch.zeros(1, 8, 4, 4)
-            for scale in pipe.scheduler.visits:
-                forced, token_ids = region.token_ids(scale, state), output.token_ids[:, scale.tokens]
-                assert torch.equal(token_ids[forced >= 0], forced[forced >= 0])
-                state = state + pipe.vqvae.residual_map(token_ids.unflatten(1, scale.size))
-        assert (output.token_ids >= 0).all()
-        assert region.known_mask((4, 4)).any()
+@each_family
+def test_known_pixels_and_tokens_stay(family, schedule):
+    pipe = family.pipeline("inpaint", **SCHEDULERS[schedule])
+    images = torch.cat([random_image(seed) for seed in range(3)])
+    masks = torch.cat([random_hole(seed) for seed in range(3)])
+    output = pipe(image=images, mask_image=masks, generator=seeded(0, 1, 2), output_type="pt", **family.told(0, 1, 2))
+    shown = masks.expand_as(images) == 0
+    torch.testing.assert_close(output.images[shown], images[shown], atol=1e-6, rtol=0)
+    with torch.no_grad():
+        region = pipe.prepare_known(images * 2 - 1, masks)
+        state = torch.zeros(3, 8, 4, 4)
+        for scale in pipe.scheduler.visits:
+            forced, token_ids = region.token_ids(scale, state), output.token_ids[:, scale.tokens]
+            assert torch.equal(token_ids[forced >= 0], forced[forced >= 0])
+            state = state + pipe.vqvae.residual_map(token_ids.unflatten(1, scale.size))
+    assert (output.token_ids >= 0).all()
+    assert region.known_mask((4, 4)).flatten(1).any(dim=1).all()
 
 
 def test_known_pixels_of_pictures_come_back_exactly():
@@ -77,21 +51,25 @@ def test_known_pixels_of_pictures_come_back_exactly():
     pixels = np.random.default_rng(0).integers(0, 256, size=(13, 21, 3), dtype=np.uint8)
     mask = np.zeros((13, 21), dtype=np.uint8)
     mask[4:10, 5:18] = 255
-    output = pipe(Image.fromarray(pixels), Image.fromarray(mask), 1, generator=seeded_one()).images[0]
+    output = pipe(Image.fromarray(pixels), Image.fromarray(mask), 1, generator=seeded(0)[0]).images[0]
     assert output.size == (21, 13)
     result = np.asarray(output)
     assert (result[mask == 0] == pixels[mask == 0]).all()
     assert (result[mask == 255] != pixels[mask == 255]).mean() > 0.5
 
 
-@pytest.mark.parametrize("options", [{}, {"strength": 1.0, "feather": 0}, {"paste_known": False}])
-@pytest.mark.parametrize("size", [(8, 8), (11, 19), (5, 4)])
-def test_nothing_under_the_mask_reaches_the_result(size, options):
-    pipe = make_pipeline("causal", **SCHEDULERS["masked"])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [((8, 8), {}), ((11, 19), {"feather": 0, "strength": 1.0}), ((5, 4), {"paste_known": False})],
+)
+@each_family
+def test_nothing_under_the_mask_reaches_the_result(family, size, options):
+    pipe = family.pipeline("inpaint", **SCHEDULERS["masked"])
     image, mask = random_image(0, size), random_hole(0, size)
     other = torch.where(mask == 1, random_image(7, size), image)
     assert not torch.equal(image, other)
-    results = [draw(pipe, pixels, mask, **options) for pixels in (image, other)]
+    options = {"mask_image": mask, "output_type": "pt", **family.told(1), **options}
+    results = [pipe(image=pixels, generator=seeded(0), **options) for pixels in (image, other)]
     assert torch.equal(results[0].images, results[1].images)
     assert torch.equal(results[0].token_ids, results[1].token_ids)
 
@@ -112,15 +90,16 @@ def test_nothing_outside_a_crop_or_under_the_mask_matters():
     assert not torch.equal(draw(pipe, image, mask).token_ids, output.token_ids)
 
 
-def test_an_empty_mask_returns_the_image_and_a_full_one_draws_all_of_it():
-    pipe = make_pipeline()
-    image = random_image()
-    same = draw(pipe, image, torch.zeros(1, 1, 8, 8))
+@each_family
+def test_an_empty_mask_returns_the_image_and_a_full_one_draws_all_of_it(family):
+    pipe, image = family.pipeline("inpaint"), random_image()
+    options = {"image": image, "output_type": "pt", **family.told(1)}
+    same = pipe(mask_image=torch.zeros(1, 1, 8, 8), generator=seeded(0), **options)
     torch.testing.assert_close(same.images, image, atol=1e-6, rtol=0)
     with torch.no_grad():
         assert torch.equal(same.token_ids, pipe.vqvae.tokenize(image * 2 - 1))
-    drawn = draw(pipe, image, torch.ones(1, 1, 8, 8), paste_known=False)
-    plain = tiny_pipeline()(1, generator=seeded_one(), output_type="pt")
+    drawn = pipe(mask_image=torch.ones(1, 1, 8, 8), generator=seeded(0), paste_known=False, **options)
+    plain = family.pipeline()(generator=seeded(0), output_type="pt", **family.told(1))
     assert torch.equal(drawn.token_ids, plain.token_ids)
     assert torch.equal(drawn.images, plain.images)
 
@@ -138,23 +117,68 @@ def test_strength_keeps_coarse_scales_as_hints(strength, num_scales):
         assert not torch.equal(output.token_ids[:, count:], tokens[:, count:])
 
 
-@pytest.mark.parametrize("schedule", ["none", "simple", "masked", "remasked"])
-@pytest.mark.parametrize("pattern", ["causal", "markov"])
-def test_an_image_does_not_depend_on_its_batch(pattern, schedule):
-    pipe = make_pipeline(pattern, **SCHEDULERS[schedule])
+@pytest.mark.parametrize("policy", POLICIES)
+@each_family
+def test_an_image_does_not_depend_on_its_batch(family, policy):
+    pipe = family.pipeline("inpaint", **POLICIES[policy])
     images = torch.cat([random_image(seed) for seed in range(3)])
     masks = torch.cat([random_hole(0), torch.zeros(1, 1, 8, 8), random_hole(2, share=0.9)])
-    together = draw(pipe, images, masks, class_labels=[0, 1, 2], generator=seeded(5, 6, 7))
-    for index in range(3):
-        alone = draw(
-            pipe,
-            images[index : index + 1],
-            masks[index : index + 1],
-            class_labels=index,
-            generator=seeded_one(5 + index),
+    together = pipe(
+        image=images, mask_image=masks, generator=seeded(5, 6, 7), output_type="pt", **family.told(0, 1, 2)
+    )
+    for index in (0, 2):
+        alone = pipe(
+            image=images[index : index + 1],
+            mask_image=masks[index : index + 1],
+            generator=seeded(5 + index),
+            output_type="pt",
+            **family.told(index),
         )
         assert torch.equal(alone.token_ids[0], together.token_ids[index])
         torch.testing.assert_close(alone.images[0], together.images[index], atol=1e-5, rtol=0)
+
+
+@each_family
+def test_an_image_is_that_of_its_seed(family):
+    pipe = family.pipeline("inpaint")
+    options = {"image": random_image(), "mask_image": random_hole(share=0.9), **family.told(1)}
+    drawn = pipe(num_images_per_prompt=3, generator=seeded(3, 4, 3), **options).token_ids
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@each_family
+def test_images_and_what_is_told_combine(family):
+    pipe = family.pipeline("inpaint")
+    options = {"image": random_image(), "mask_image": random_hole(), "output_type": "pt"}
+    several = pipe(num_images_per_prompt=2, generator=seeded(1, 2, 3, 4), **options, **family.told(0, 2)).images
+    assert several.shape == (4, 3, 8, 8)
+    last = pipe(generator=seeded(4), **options, **family.told(2)).images
+    torch.testing.assert_close(several[3:], last, atol=1e-5, rtol=0)
+    options["image"] = torch.cat([random_image(), random_image(1)])
+    assert pipe(num_images_per_prompt=3, **options, **family.told(0)).images.shape == (6, 3, 8, 8)
+    with pytest.raises(ValueError, match="must hold 1 or 2 (labels|texts) for 2 images, got 3"):
+        pipe(**options, **family.told(0, 1, 2))
+
+
+@each_family
+def test_what_is_drawn_depends_on_what_is_told(family):
+    pipe, mask = family.pipeline("inpaint", temperature=0.0), torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    options = {"image": random_image(), "mask_image": mask, "guidance_scale": 4.0, "output_type": "pt"}
+    images = pipe(**options, **family.told(0, 3)).images
+    assert torch.equal(images[0][..., :4], images[1][..., :4])
+    assert not torch.equal(images[0][..., 4:], images[1][..., 4:])
+
+
+@each_family
+def test_outpainting_keeps_the_image(family):
+    pipe, image = family.pipeline("inpaint", **POLICIES["masked"]), random_image()
+    options = {"image": image, "padding": (0, 3, 4, 0), "output_type": "pt", **family.told(1, 2)}
+    images = pipe.outpaint(generator=seeded(0, 1), **options).images
+    assert images.shape == (2, 3, 11, 12)
+    torch.testing.assert_close(images[..., 3:, :8], image.expand(2, -1, -1, -1), atol=1e-6, rtol=0)
+    assert not torch.equal(images[0], images[1])
 
 
 def test_inputs_of_all_kinds_agree():
@@ -184,7 +208,7 @@ def test_masks_of_another_size_are_scaled():
     pipe = make_pipeline()
     image, mask = random_image(0, (16, 16)), torch.zeros(1, 1, 4, 4)
     mask[..., 2:, :] = 1
-    output = draw(pipe, image, mask)
+    output = draw(pipe, image, mask, class_labels=None)
     assert output.images.shape == image.shape
     torch.testing.assert_close(output.images[..., :6, :], image[..., :6, :], atol=1e-6, rtol=0)
 
@@ -209,7 +233,7 @@ def test_a_photo_that_lies_on_its_side_is_edited_as_it_is_seen():
     seen.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=tag)
     mask = Image.new("L", seen.size)
     mask.paste(255, (0, 24, 16, 32))
-    result = pipe(Image.open(file), mask, 1, generator=seeded_one()).images[0]
+    result = pipe(Image.open(file), mask, 1, generator=seeded(0)[0]).images[0]
     assert result.size == (16, 32)
     assert (np.asarray(result)[:24] == 255).all()
     assert not (np.asarray(result)[24:] == 255).all()
@@ -222,30 +246,6 @@ def test_soft_masks_blend():
     torch.testing.assert_close(draw(pipe, image, mask).images, image + 0.25 * (raw - image), atol=1e-5, rtol=0)
 
 
-def test_labels_images_and_numbers_of_results_combine():
-    pipe = make_pipeline()
-    image, mask = random_image(), random_hole()
-    several = draw(
-        pipe, image, mask, class_labels=[0, "cherry"], num_images_per_prompt=2, generator=seeded(1, 2, 3, 4)
-    )
-    assert several.images.shape == (4, 3, 8, 8)
-    last = draw(pipe, image, mask, class_labels="cherry", generator=seeded_one(4))
-    torch.testing.assert_close(several.images[3:], last.images, atol=1e-5, rtol=0)
-    images = torch.cat([image, random_image(1)])
-    assert draw(pipe, images, mask, class_labels=None, num_images_per_prompt=3).images.shape == (6, 3, 8, 8)
-    with pytest.raises(ValueError, match="`class_labels` must hold 1 or 2 labels for 2 images, got 3"):
-        draw(pipe, images, mask, class_labels=[0, 1, 2])
-
-
-def test_another_label_edits_the_hole_only():
-    pipe = make_pipeline(temperature=0.0)
-    image, mask = random_image(), torch.zeros(1, 1, 8, 8)
-    mask[..., 4:] = 1
-    results = [draw(pipe, image, mask, class_labels=label, guidance_scale=4.0).images for label in (0, 3)]
-    assert torch.equal(results[0][..., :4], results[1][..., :4])
-    assert not torch.equal(results[0][..., 4:], results[1][..., 4:])
-
-
 @pytest.mark.parametrize(
     ("size", "padding"), [((8, 8), 4), ((8, 8), (0, 0, 12, 5)), ((3, 5), 1), ((12, 9), (3, 0, 0, 0))]
 )
@@ -253,13 +253,13 @@ def test_outpainting_keeps_the_image_in_a_larger_canvas(size, padding):
     pipe = make_pipeline()
     image = random_image(0, size)
     left, top, right, bottom = (padding,) * 4 if isinstance(padding, int) else padding
-    output = pipe.outpaint(image, padding, class_labels=1, generator=seeded_one(), output_type="pt")
+    output = pipe.outpaint(image, padding, class_labels=1, generator=seeded(0)[0], output_type="pt")
     height, width = size
     assert output.images.shape[-2:] == (height + top + bottom, width + left + right)
     inner = output.images[..., top : top + height, left : left + width]
     torch.testing.assert_close(inner, image, atol=1e-6, rtol=0)
     assert output.images.isfinite().all()
-    again = pipe.outpaint(image, padding, class_labels=1, generator=seeded_one(), output_type="pt")
+    again = pipe.outpaint(image, padding, class_labels=1, generator=seeded(0)[0], output_type="pt")
     assert torch.equal(again.images, output.images)
     assert output.images.std() > 0.01
 
@@ -271,16 +271,6 @@ def test_outpainting_takes_batches_and_gives_pictures():
     results = pipe.outpaint(images, 3, class_labels=[0, 1], num_images_per_prompt=2, generator=generators).images
     assert [picture.size for picture in results] == [(14, 14)] * 4
     assert [picture.getpixel((6, 6)) for picture in results] == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
-
-
-def test_parts_are_shared_with_the_other_pipelines():
-    pipe = make_pipeline("causal")
-    plain = tiny_pipeline("causal")
-    other = SRDDInpaintPipeline.from_pipe(plain)
-    other.set_progress_bar_config(disable=True)
-    assert other.vqvae is plain.vqvae
-    image, mask = random_image(), random_hole()
-    assert torch.equal(draw(pipe, image, mask).images, draw(other, image, mask).images)
 
 
 def test_swapped_schedules_and_callbacks_work():
@@ -356,7 +346,7 @@ def test_outpainting_refuses_canvases_beyond_memory():
 def test_windows_share_one_progress_bar(capsys):
     pipe = make_pipeline()
     pipe.set_progress_bar_config(disable=False, mininterval=0, bar_format="<{n}/{total}>")
-    pipe.outpaint(random_image(), 6, class_labels=1, generator=seeded_one())
+    pipe.outpaint(random_image(), 6, class_labels=1, generator=seeded(0)[0])
     shown = re.findall(r"<(\d+)/(\d+)>", capsys.readouterr().err)
     assert {total for _, total in shown} == {"48"}
     assert shown[-1] == ("48", "48")

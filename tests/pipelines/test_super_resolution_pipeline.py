@@ -1,11 +1,13 @@
+"""Enlarging: what holds for every kind of model, and, by class, sizes and what is refused."""
+
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers.utils import logging
+from families import POLICIES, each_family, seeded
 from PIL import Image
-from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
+from tiny_models import tiny_pipeline, tiny_scheduler
 
 from srdd import SRDDSuperResolutionPipeline
 from srdd.pipelines.pixel_regions import resize
@@ -14,10 +16,8 @@ from srdd.pipelines.pixel_regions import resize
 BUNDLED = Path(__file__).parents[2] / "model_cards" / "srdd-fruits64"
 
 
-def make_pipeline(attention_pattern="markov", **scheduler) -> SRDDSuperResolutionPipeline:
-    pipe = SRDDSuperResolutionPipeline(tiny_vqvae(), tiny_transformer(attention_pattern), tiny_scheduler(**scheduler))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def make_pipeline(**scheduler) -> SRDDSuperResolutionPipeline:
+    return SRDDSuperResolutionPipeline.from_pipe(tiny_pipeline(scheduler=tiny_scheduler(**scheduler)))
 
 
 def small_image(side=4, seed=0, batch_size=1) -> torch.Tensor:
@@ -25,52 +25,78 @@ def small_image(side=4, seed=0, batch_size=1) -> torch.Tensor:
 
 
 def draw(pipe, image, *seeds, **options):
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds or (0,)]
-    options = {"output_type": "pt", "class_labels": 1, "scale_factor": 2, **options}
-    return pipe(image, generator=generators, **options)
+    options = {"output_type": "pt", "scale_factor": 2, **options}
+    return pipe(image=image, generator=seeded(*seeds or (0,)), **options)
 
 
-@pytest.mark.parametrize("num_known", [None, 0, 1, 2, 3])
-@pytest.mark.parametrize("pattern", ["causal", "markov", "banded"])
-def test_coarse_tokens_are_those_of_the_enlarged_image(pattern, num_known):
-    pipe, image = make_pipeline(pattern), small_image()
-    output = draw(pipe, image, num_known_scales=num_known)
+@pytest.mark.parametrize("num_known", [None, 1, 3])
+@each_family
+def test_coarse_tokens_are_those_of_the_enlarged_image(family, num_known):
+    pipe, image = family.pipeline("enlarge"), small_image()
+    output = draw(pipe, image, num_known_scales=num_known, **family.told(1))
     assert output.images.shape == (1, 3, 8, 8)
     with torch.no_grad():
         tokens = pipe.vqvae.tokenize(resize(image * 2 - 1, (8, 8)))
     # Of an image of 4 x 4 pixels, the tokens of the scales 1 and 2 cover 2 x 2 or more.
-    count = [0, 1, 5, 21][2 if num_known is None else num_known]
+    count = {1: 1, None: 5, 3: 21}[num_known]
     assert torch.equal(output.token_ids[:, :count], tokens[:, :count])
     if count < 21:
         assert not torch.equal(output.token_ids[:, count:], tokens[:, count:])
 
 
-def test_without_known_scales_it_is_plain_generation():
-    pipe = make_pipeline()
-    drawn = draw(pipe, small_image(), num_known_scales=0, consistent=False)
-    plain = tiny_pipeline()(1, generator=torch.Generator().manual_seed(0), output_type="pt")
+@each_family
+def test_without_known_scales_it_is_plain_generation(family):
+    pipe, told = family.pipeline("enlarge"), family.told(1)
+    drawn = draw(pipe, small_image(), num_known_scales=0, consistent=False, **told)
+    plain = family.pipeline()(generator=seeded(0), output_type="pt", **told)
     assert torch.equal(drawn.token_ids, plain.token_ids)
     torch.testing.assert_close(drawn.images, plain.images, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("side", "factor"), [(4, 2), (2, 4), (8, 2), (5, 3)])
-def test_a_consistent_result_becomes_the_small_image_again(side, factor):
-    pipe, image = make_pipeline(), small_image(side)
-    output = draw(pipe, image, scale_factor=factor)
+def check_consistency(pipe, side, factor, **told):
+    image = small_image(side)
+    output = draw(pipe, image, scale_factor=factor, **told)
     assert output.images.shape == (1, 3, side * factor, side * factor)
     error = resize(output.images * 2 - 1, (side, side)) - (image * 2 - 1)
     assert error.abs().mean() < 0.01
-    free = draw(pipe, image, scale_factor=factor, consistent=False).images
+    free = draw(pipe, image, scale_factor=factor, consistent=False, **told).images
     assert (resize(free * 2 - 1, (side, side)) - (image * 2 - 1)).abs().mean() > 5 * error.abs().mean()
 
 
-def test_an_image_does_not_depend_on_its_batch():
-    pipe = make_pipeline(resampling_policy="masked", resampling_threshold=0.1, num_resampling_passes=2)
-    images = small_image(6, batch_size=2)
-    together = draw(pipe, images, 3, 4, class_labels=[0, 2])
-    for index, label in enumerate((0, 2)):
-        alone = draw(pipe, images[index : index + 1], 3 + index, class_labels=label)
-        torch.testing.assert_close(alone.images[0], together.images[index], atol=1e-4, rtol=0)
+@each_family
+def test_a_consistent_result_becomes_the_small_image_again(family):
+    check_consistency(family.pipeline("enlarge"), 4, 2, **family.told(1))
+
+
+@pytest.mark.parametrize(("side", "factor"), [(2, 4), (8, 2), (5, 3)])
+def test_results_of_any_size_are_consistent(side, factor):
+    check_consistency(make_pipeline(), side, factor, class_labels=1)
+
+
+@pytest.mark.parametrize(("side", "policy"), [(4, "none"), (4, "simple"), (6, "masked"), (4, "remasked")])
+@each_family
+def test_an_image_does_not_depend_on_its_batch(family, side, policy):
+    pipe = family.pipeline("enlarge", **POLICIES[policy])
+    images = small_image(side, batch_size=2)
+    together = draw(pipe, images, 3, 4, **family.told(0, 2))
+    for index, number in enumerate((0, 2)):
+        alone = draw(pipe, images[index : index + 1], 3 + index, **family.told(number))
+        assert torch.equal(alone.token_ids[0], together.token_ids[index])
+        # The projection goes on until no image of a batch moves by 1e-4 any more.
+        torch.testing.assert_close(alone.images[0], together.images[index], atol=1e-3, rtol=0)
+
+
+@each_family
+def test_images_and_what_is_told_combine(family):
+    pipe = family.pipeline("enlarge")
+    several = draw(pipe, small_image(), 3, 4, 3, num_images_per_prompt=3, **family.told(2)).images
+    assert torch.equal(several[0], several[2])
+    assert not torch.equal(several[0], several[1])
+    other = draw(pipe, small_image(), 3, 3, **family.told(2, 0)).images
+    torch.testing.assert_close(other[0], several[0], atol=1e-3, rtol=0)
+    assert (other[1] - other[0]).abs().max() > 0.01
+    with pytest.raises(ValueError, match="must hold 1 or 2 (labels|texts) for 2 images, got 3"):
+        draw(pipe, small_image(batch_size=2), **family.told(0, 1, 2))
 
 
 def test_large_results_are_drawn_in_windows_and_small_ones_cut():
@@ -119,13 +145,11 @@ def test_images_of_several_sizes_are_refused():
 
 
 def test_contrasts_that_no_picture_gives_are_said(caplog):
-    pipe, logger = make_pipeline(), logging.get_logger("srdd.pipelines.super_resolution_pipeline")
+    pipe = make_pipeline()
     checkerboard = ((torch.arange(4)[:, None] + torch.arange(4)) % 2).float().expand(1, 3, 4, 4)
-    logger.addHandler(caplog.handler)
     draw(pipe, small_image())
     assert not caplog.records
     draw(pipe, checkerboard)
-    logger.removeHandler(caplog.handler)
     assert re.search(r"differs from `image` by up to \d\d of 255", caplog.records[0].getMessage())
 
 
