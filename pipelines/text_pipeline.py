@@ -156,13 +156,23 @@ class TextPipeline(ScalePipeline):
         Raises:
             ValueError: If a prompt is given twice or not at all, or cannot be encoded.
         """
-        half = prompt_embeds, pooled_prompt_embeds, prompt_attention_mask
-        other = negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask
-        texts = self.texts_to_encode("", prompt, half)
-        other_texts = self.texts_to_encode("negative_", negative_prompt, other)
-        half = half if texts is None else self.encode_texts(texts)
-        other = other if other_texts is None else self.encode_texts(other_texts)
-        return tuple(encoded for pair in zip(half, other) for encoded in pair)
+        given = prompt_embeds, pooled_prompt_embeds, prompt_attention_mask
+        negative = negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask
+        texts = self.texts_to_encode("", prompt, given)
+        negative_texts = self.texts_to_encode("negative_", negative_prompt, negative)
+        if texts is not None:
+            prompt_embeds, pooled_prompt_embeds, prompt_attention_mask = self.encode_texts(texts)
+        if negative_texts is not None:
+            negative = self.encode_texts(negative_texts)
+            negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask = negative
+        return (
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+        )
 
     def encode_conditions(self, *prompts: Any) -> Conditions:
         """
