@@ -13,7 +13,16 @@ from arguments import ODD, seeded, usually
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_models import ID2LABEL, VQVAE_CONFIG, tiny_scheduler, tiny_transformer, tiny_vqvae
+from tiny_models import (
+    ID2LABEL,
+    POOLED_DIM,
+    TEXT_DIM,
+    VQVAE_CONFIG,
+    tiny_scheduler,
+    tiny_transformer,
+    tiny_vqvae,
+)
+from tiny_texts import tiny_text_pipeline
 
 from srdd import (
     MultiScaleVQModel,
@@ -23,6 +32,8 @@ from srdd import (
     SRDDInpaintPipeline,
     SRDDPipeline,
     SRDDSuperResolutionPipeline,
+    SRDDTextInpaintPipeline,
+    SRDDTextSuperResolutionPipeline,
 )
 
 
@@ -55,14 +66,14 @@ LABELS = st.one_of(
     st.sampled_from([*ID2LABEL.values(), "tomato", "4"]), st.integers(0, 4), st.lists(st.integers(0, 4))
 )
 
-COMMON = {
-    "class_labels": usually(LABELS),
+DRAWING = {
     "guidance_scale": usually(st.floats(0, 10)),
     "num_images_per_prompt": usually(st.integers(1, 2)),
     "generator": usually(generators()),
     "output_type": usually(st.sampled_from(["pil", "np", "pt", "latent"])),
     "return_dict": usually(st.booleans()),
 }
+COMMON = {"class_labels": usually(LABELS), **DRAWING}
 CALLBACKS = {
     "callback_on_step_end": usually(
         st.sampled_from(
@@ -79,6 +90,18 @@ CALLBACKS = {
     ),
     "callback_on_step_end_tensor_inputs": usually(st.sampled_from([None, [], ["latents"], ["latents", "token_ids"]])),
 }
+INPAINTING = {
+    "strength": usually(st.floats(0, 1)),
+    "padding_mask_crop": usually(st.integers(0, 9)),
+    "paste_known": usually(st.booleans()),
+    "feather": usually(st.integers(0, 5)),
+}
+ENLARGING = {
+    "scale_factor": usually(st.integers(2, 4)),
+    "num_known_scales": usually(st.integers(0, 3)),
+    "consistent": usually(st.booleans()),
+}
+PADDINGS = usually(st.one_of(st.integers(0, 9), st.tuples(*[st.integers(0, 9)] * 4)))
 
 
 def options(strategies: dict[str, st.SearchStrategy]) -> st.SearchStrategy:
@@ -144,14 +167,7 @@ def test_drawing(pattern, scheduler, arguments):
     usually(PICTURES),
     usually(PICTURES),
     options(
-        {
-            **COMMON,
-            **CALLBACKS,
-            "strength": usually(st.floats(0, 1)),
-            "padding_mask_crop": usually(st.integers(0, 9)),
-            "paste_known": usually(st.booleans()),
-            "feather": usually(st.integers(0, 5)),
-        }
+        {**COMMON, **CALLBACKS, **INPAINTING},
     ),
 )
 def test_inpainting(pattern, scheduler, image, mask_image, arguments):
@@ -163,8 +179,8 @@ def test_inpainting(pattern, scheduler, image, mask_image, arguments):
 @seeded(500)
 @given(
     usually(PICTURES),
-    usually(st.one_of(st.integers(0, 9), st.tuples(*[st.integers(0, 9)] * 4))),
-    options({**COMMON, "feather": usually(st.integers(0, 5))}),
+    PADDINGS,
+    options({**COMMON, "feather": INPAINTING["feather"]}),
 )
 def test_outpainting(image, padding, arguments):
     pipe = PIPELINES["SRDDInpaintPipeline markov"]
@@ -177,19 +193,59 @@ def test_outpainting(image, padding, arguments):
     st.sampled_from(["markov", "causal"]),
     usually(PICTURES),
     options(
-        {
-            **COMMON,
-            **CALLBACKS,
-            "scale_factor": usually(st.integers(2, 4)),
-            "num_known_scales": usually(st.integers(0, 3)),
-            "consistent": usually(st.booleans()),
-        }
+        {**COMMON, **CALLBACKS, **ENLARGING},
     ),
 )
 def test_enlarging(pattern, image, arguments):
     pipe = PIPELINES[f"SRDDSuperResolutionPipeline {pattern}"]
     pipe.scheduler = tiny_scheduler()
     draw_or_refuse(pipe, image=image, **arguments)
+
+
+PROMPTS = st.one_of(st.text("ab ", max_size=9), st.lists(st.sampled_from(["red", "", "a cat"]), max_size=3))
+
+
+def encoded(prefix: str) -> dict[str, st.SearchStrategy]:
+    """Arguments in place of a prompt."""
+
+    def tensors(*shape: int, dtype: torch.dtype = torch.float32) -> st.SearchStrategy:
+        shapes = [(2, *shape)] * 9 + [(count, *shape) for count in (1, 3, 0)] + [(2, *(side + 1 for side in shape))]
+        dtypes = [dtype] * 12 + [torch.float16, torch.bool, torch.long]
+        return st.builds(
+            lambda size, kind: torch.ones(size, dtype=kind), st.sampled_from(shapes), st.sampled_from(dtypes)
+        )
+
+    return {
+        f"{prefix}prompt_embeds": tensors(5, TEXT_DIM),
+        f"{prefix}pooled_prompt_embeds": tensors(POOLED_DIM),
+        f"{prefix}prompt_attention_mask": tensors(5, dtype=torch.bool),
+    }
+
+
+TEXT_PIPE = tiny_text_pipeline()
+INPAINT_TEXT_PIPE = SRDDTextInpaintPipeline.from_pipe(TEXT_PIPE)
+IMAGE = torch.zeros(2, 3, 8, 8)
+TEXT_CALLS = {
+    "drawing": (TEXT_PIPE, {}),
+    "inpainting": (INPAINT_TEXT_PIPE, {"image": IMAGE, "mask_image": torch.ones(1, 1, 8, 8)}),
+    "outpainting": (INPAINT_TEXT_PIPE.outpaint, {"image": IMAGE, "padding": 1}),
+    "enlarging": (SRDDTextSuperResolutionPipeline.from_pipe(TEXT_PIPE), {"image": IMAGE, "scale_factor": 2}),
+}
+
+
+@seeded(200)
+@given(
+    st.sampled_from(list(TEXT_CALLS)),
+    st.one_of(
+        st.fixed_dictionaries({"prompt": usually(PROMPTS)}, optional={"negative_prompt": usually(PROMPTS)}),
+        st.fixed_dictionaries(encoded(""), optional=encoded("negative_")),
+        options(dict.fromkeys(["prompt", *encoded(""), *encoded("negative_")], st.one_of(PROMPTS, ODD))),
+    ),
+    st.fixed_dictionaries({}, optional={"num_images_per_prompt": st.integers(1, 2), "output_type": st.just("pt")}),
+)
+def test_texts(way, texts, arguments):
+    call, pictures = TEXT_CALLS[way]
+    draw_or_refuse(call, **texts, **pictures, **arguments)
 
 
 SCALE_LISTS = usually(
