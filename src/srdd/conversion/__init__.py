@@ -16,6 +16,7 @@ In Python:
 """
 
 from srdd.conversion.official_checkpoints import convert_checkpoints, imagenet_class_names
+from srdd.conversion.text_encoders import load_text_encoders
 
 
-__all__ = ["convert_checkpoints", "imagenet_class_names"]
+__all__ = ["convert_checkpoints", "imagenet_class_names", "load_text_encoders"]
