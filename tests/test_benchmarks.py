@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from tiny_models import tiny_pipeline
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.acceleration.cpu import MULTIPLIES_INT8
+from srdd.conversion import __main__ as conversion
+from srdd.conversion.families import FAMILIES
 from srdd.models.guidance import guide
 
 
@@ -29,7 +32,7 @@ def load(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
     names = ("measuring", "samplers", "official_var", "graph_check", "speed")
-    for name in (*names, "training_step", "training_run", "decoder_slices"):
+    for name in (*names, "training_step", "training_run", "decoder_slices", "random_checkpoint"):
         sys.modules.pop(name, None)
 
 
@@ -218,6 +221,22 @@ def test_graph_check_sees_a_graph_that_draws_something_else(load, what, monkeypa
     monkeypatch.setattr(SRDDPipeline, "__call__", replay)
     with pytest.raises(RuntimeError, match="With CUDA graphs .* nothing was timed"):
         graph_check.check_graphs(pipe, draws[:3])
+
+
+@pytest.mark.parametrize("weights", ["var_d16", "mvar-d16", "hmar-d16", "Switti"])
+def test_random_checkpoints_are_those_of_their_families(weights, load, tmp_path, capsys):
+    script = load("random_checkpoint")
+    name = script.FAMILY_OF[weights]
+    sizes = ["--depth", "2", "--vae_channels", "32", "--dtype", "float16"]
+    script.main(script.parse_args(["--weights", weights, "--output", str(tmp_path), *sizes]))
+    command = shlex.split(capsys.readouterr().out)[3:]
+    conversion.main(command)
+    assert FAMILIES[name].title in capsys.readouterr().out
+    pipe = FAMILIES[name].pipeline.from_pretrained(tmp_path / "converted")
+    assert type(pipe.transformer) is FAMILIES[name].transformer
+    config = pipe.transformer.config
+    assert (config.num_layers, pipe.sample_size) == (2, (512, 512) if name == "switti" else (256, 256))
+    assert config.attention_pattern == ("causal" if name == "var" else "markov")
 
 
 GPU_CHECK = BENCHMARKS / "gpu_check.sh"

@@ -6,13 +6,16 @@ Shape legend: B batch, N tokens, L tokens of the text, D width, H heads.
 
 import json
 import math
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import (
     CHANNELS,
     CODEBOOK_SIZE,
@@ -23,13 +26,15 @@ from tiny_checkpoints import (
     saved,
     switti_state,
     tokenizer_state,
+    var_state,
 )
 from tiny_models import POOLED_DIM, TEXT_DIM, random_texts
-from tiny_texts import tiny_text_pipeline
+from tiny_texts import tiny_text_encoder, tiny_text_pipeline
 
 from srdd import ScaleScheduler, SRDDTextPipeline
 from srdd.conversion import convert_checkpoints
 from srdd.conversion.__main__ import main
+from srdd.conversion.switti import SWITTI
 
 
 NUM_TOKENS = sum(side**2 for side in SIDES)
@@ -322,3 +327,144 @@ def test_a_folder_with_text_encoders_draws_from_prompts(vae, encoders, tmp_path)
     assert len(output.token_ids.unique()) > 4
     half = convert_checkpoints(vae, path, dtype=torch.float16, text_encoders=encoders)
     assert {half.text_encoder.dtype, half.text_encoder_2.dtype, half.transformer.dtype} == {torch.float16}
+
+
+def refused_by_command(vae, transformer, output, capsys, *options: str) -> str:
+    """What the command says; it leaves nothing behind."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--vae", str(vae), "--transformer", str(transformer), "--output", str(output), *options])
+    assert caught.value.code == 2
+    assert not output.exists()
+    return capsys.readouterr().err.split("error: ", 1)[1].strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: b"", "is an empty file"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a git-lfs pointer"),
+        (lambda content: b"<!doctype html>Entry not found", "is a web page"),
+        (lambda content: content[: len(content) // 2], "is something else, or cut"),
+    ],
+)
+def test_files_that_are_no_checkpoints(change, words, vae, tmp_path, capsys):
+    path = published(switti_state(), tmp_path, use_ar=False)
+    path.write_bytes(change(path.read_bytes()))
+    for files, option in (((vae, path), "--transformer"), ((path, vae), "--vae")):
+        message = refused_by_command(*files, tmp_path / "out", capsys)
+        assert message.startswith(f"`{option}` {path} must hold a state dict")
+        assert words in message
+        assert len(message.splitlines()) == 1
+
+
+def test_weights_in_several_files(vae, tmp_path):
+    state = switti_state()
+    files = {key: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, key in enumerate(state)}
+    for name in {*files.values()}:
+        save_file({key: state[key] for key in state if files[key] == name}, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (tmp_path / "config.json").write_text(json.dumps(ROPE))
+    model, whole = (convert_checkpoints(vae, path).transformer for path in (index, saved(state, tmp_path)))
+    assert model.config.rope_theta == ROPE["rope_theta"]
+    torch.testing.assert_close(dict(model.state_dict()), dict(whole.state_dict()), atol=0, rtol=0)
+    (tmp_path / files["pos_start"]).unlink()
+    for content in (index.read_text(), "{}", "[]", "{"):
+        index.write_text(content)
+        with pytest.raises(ValueError, match="index.json must hold a state dict.* it is an index of files that are m"):
+            convert_checkpoints(vae, index)
+
+
+def without(name: str):
+    return lambda folder: shutil.rmtree(folder / name)
+
+
+def cut(name: str):
+    def change(folder: Path) -> None:
+        path = folder / name / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-4])
+
+    return change
+
+
+def lacking(name: str, key: str):
+    def change(folder: Path) -> None:
+        path = folder / name / "model.safetensors"
+        save_file({each: tensor for each, tensor in load_file(path).items() if each != key}, path, {"format": "pt"})
+
+    return change
+
+
+def other(name: str, component):
+    return lambda folder: (shutil.rmtree(folder / name), component().save_pretrained(folder / name))
+
+
+def with_nan():
+    encoder = tiny_text_encoder(POOLED_DIM, seed=4)
+    encoder.final_layer_norm.bias.data[0] = torch.nan
+    return encoder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.rmtree, "must be a folder or a repository of the Hub .*, where text_encoder cannot be read: Repo"),
+        (without("tokenizer_2"), "with CLIP's text encoders .* got .*, where tokenizer_2 is missing"),
+        (cut("text_encoder_2"), "where text_encoder_2 cannot be read: .*incomplete metadata"),
+        (lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink(), "knows 55 tokens and tokenizer 2"),
+        (other("text_encoder", lambda: tiny_text_encoder(8, seed=4)), "must be those that the transformer knows, got"),
+        (lacking("text_encoder", "final_layer_norm.bias"), r"where text_encoder lacks \['final_layer_norm.bias'\]"),
+        (other("text_encoder_2", with_nan), "must have finite weights"),
+    ],
+)  # fmt: skip
+def test_text_encoders_of_another_kind_are_refused(change, message, vae, encoders, tmp_path, capsys):
+    folder = tmp_path / "encoders"
+    shutil.copytree(encoders, folder)
+    change(folder)
+    path, options = saved(switti_state(), tmp_path), ("--text-encoders", str(folder))
+    said = refused_by_command(vae, path, tmp_path / "out", capsys, *options)
+    assert re.match(f"`--text-encoders` .*{message}", said)
+    assert str(folder) in said
+    assert len(said.splitlines()) == 1
+
+
+def test_options_that_do_not_fit_the_family_are_refused(vae, encoders, tmp_path, capsys):
+    switti, var = saved(switti_state(), tmp_path), saved(var_state(), tmp_path, "var.pth")
+    message = refused_by_command(vae, switti, tmp_path / "out", capsys, "--attention-windows", "0", "0", "3", "3")
+    assert message == (
+        "`--attention-windows` must be None with Switti, whose transformer has no windows, got [0, 0, 3, 3]."
+    )
+    message = refused_by_command(vae, var, tmp_path / "out", capsys, "--text-encoders", str(encoders))
+    assert message == f"`--text-encoders` must be None with VAR, which draws by class, got {str(encoders)!r}."
+    message = refused_by_command(vae, var, tmp_path / "out", capsys, "--family", "switti")
+    assert "no key of it starts with blocks.0.cross_attn., got" in message
+    for wrong in (3, ["a"]):
+        with pytest.raises(ValueError, match="^`text_encoders` must be a folder or a repository"):
+            convert_checkpoints(vae, switti, text_encoders=wrong)
+
+
+def test_cards_say_how_to_draw(vae, encoders, tmp_path):
+    path = published(switti_state(), tmp_path)
+    options = {"with": ["--text-encoders", str(encoders)], "without": []}
+    cards = {}
+    for name, words in options.items():
+        command(vae, path, tmp_path / name, *words)
+        cards[name] = (tmp_path / name / "README.md").read_text()
+        card = ModelCard(cards[name])
+        assert (card.data.pipeline_tag, card.data.license) == ("text-to-image", "unknown")
+        assert {"switti", "diffusers"} <= set(card.data.tags)
+        said = re.sub(r"\s+", " ", cards[name])
+        assert "`model.safetensors` with the tokenizer `model.safetensors`" in said
+        assert SWITTI.licence_note in said
+        assert "All scales are guided here" in said
+        assert max(len(line) for line in cards[name].splitlines()) < 120
+    assert "text encoders 0.0 M" in cards["with"]
+    assert "load_text_encoders" not in cards["with"]
+    assert "`prompt_embeds`" in cards["without"]
+    # What a card says, a user may run.
+    code = re.search(r"```py\n(.*?)```", cards["without"], re.DOTALL)[1]
+    assert 'from_pretrained("without", **encoders)' in code
+    code = code.replace('"without"', repr(str(tmp_path / "without")))
+    names: dict = {}
+    exec(code.replace('"stabilityai/stable-diffusion-xl-base-1.0"', repr(str(encoders))), names)
+    assert names["image"].size == (80, 80)

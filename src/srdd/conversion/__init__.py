@@ -4,6 +4,8 @@ Official checkpoints of VAR and of models that build on it as srdd pipelines; `f
 On the command line:
 
     python -m srdd.conversion --vae vae_ch160v4096z32.pth --transformer mvar-d16.pth --output mvar-d16
+    python -m srdd.conversion --vae VQVAE-Switti/model.safetensors --transformer Switti/model.safetensors \\
+        --text-encoders stabilityai/stable-diffusion-xl-base-1.0 --output switti-512
 
 In Python:
 

@@ -1,5 +1,6 @@
 """Files of official checkpoints: what is in them, and what a file is that is none."""
 
+import json
 import os
 import statistics
 import zipfile
@@ -17,6 +18,10 @@ from srdd.conversion.official_config import Shapes
 StateDict = dict[str, torch.Tensor]
 
 
+# How an index of weights in several files ends.
+INDEX = ".safetensors.index.json"
+
+
 def _kind(path: Path) -> str:
     """What a file is that holds no checkpoint, as far as its first bytes tell."""
     try:
@@ -30,12 +35,17 @@ def _kind(path: Path) -> str:
         return "a git-lfs pointer, in place of which `git lfs pull` puts the file"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page"
+    if path.name.endswith(INDEX):
+        return "an index of files that are missing or cut, or of none"
     if start.isascii() and all(character.isprintable() or character.isspace() for character in start.decode("ascii")):
         return "a text"
     return "an archive of something else, or of code" if zipfile.is_zipfile(path) else "something else, or cut"
 
 
 def _load(path: Path) -> Any:
+    if path.name.endswith(INDEX):
+        names = {*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
+        return {key: tensor for name in sorted(names) for key, tensor in load_file(path.with_name(name)).items()}
     if path.suffix == ".safetensors":
         return load_file(path)
     # Files of torch versions before 1.6 are no zip archives and cannot be mapped.
@@ -58,8 +68,8 @@ def read_checkpoint(path: str | os.PathLike, model_names: Sequence[str]) -> tupl
     Read the state dict of one model without copying it into memory and without running code from the file.
 
     Args:
-        path (`str` or `os.PathLike`): A state dict (`.pth` or `.safetensors`), or a checkpoint that holds it under one
-            of the names, as such or of an official trainer.
+        path (`str` or `os.PathLike`): A state dict (`.pth`, `.safetensors`, or the `.safetensors.index.json` of one in
+            several files), or a checkpoint that holds it under one of the names, as such or of an official trainer.
         model_names (`Sequence[str]`): What the model is called in checkpoints.
 
     Returns:

@@ -153,14 +153,16 @@ def convert_checkpoints(
 
     The architecture follows from the shapes in the files. The tokenizer takes the scales of the transformer, so that
     one official tokenizer serves the models of 256 and of 512 pixels; the scheduler draws with the guidance, top-k
-    and top-p of the published numbers. Models of 1000 classes get ImageNet's names.
+    and top-p of the published numbers. Models of 1000 classes get ImageNet's names. Of Switti, `use_ar`, `rope_theta`
+    and `rope_size` are read from `config.json` beside the transformer, if there is one, as no tensor tells.
 
     The tensors stay mapped from the files: keep these until the pipeline is saved.
 
     Args:
-        vae_path (`str` or `os.PathLike`): The tokenizer, `vae_ch160v4096z32.pth`.
-        transformer_path (`str` or `os.PathLike`): The transformer, as `var_d16.pth` or `mvar-d16.pth`, or a training
-            checkpoint of the official trainer.
+        vae_path (`str` or `os.PathLike`): The tokenizer, as `vae_ch160v4096z32.pth`.
+        transformer_path (`str` or `os.PathLike`): The transformer, as `var_d16.pth` or `mvar-d16.pth`, a training
+            checkpoint of the official trainer, `model.safetensors`, or the `model.safetensors.index.json` of weights
+            in several files.
         attention_pattern (`str`, *optional*): That of the family by default, which is the checkpoint's model; the
             others take its weights as a start for fine-tuning.
         dtype (`torch.dtype`, *optional*): The weights' dtype; the checkpoint's by default.

@@ -138,15 +138,13 @@ SWITTI = Family(
     prefix="blocks.0.cross_attn.",
     published=(
         PublishedSettings("Switti", 30, 7.0, 400, 0.95, KNOWN_SCALES[512], 8, 0.1),
-        PublishedSettings("Switti-AR", 30, 7.0, 400, 0.95, KNOWN_SCALES[512], 8, 0.1),
         PublishedSettings("Switti-1024", 30, 7.0, 400, 0.95, KNOWN_SCALES[1024], 11, 0.1),
-        PublishedSettings("Switti-1024-AR", 30, 7.0, 400, 0.95, KNOWN_SCALES[1024], 11, 0.1),
     ),
     source="https://github.com/yandex-research/switti",
     licence={"license": "unknown"},
-    licence_note="The authors publish their code under Apache-2.0. Their pages of the weights"
-    " (https://huggingface.co/yresearch) named no licence when this was written: read there, or ask the authors, what"
-    " you may do with the weights. The text encoders have licences of their own.",
+    licence_note="The authors publish their code under Apache-2.0. Which licence the weights have is not known here:"
+    " pages of them on the Hub (https://huggingface.co/yresearch) named none in 2025. Read there, or ask the authors,"
+    " what you may do with the weights. The text encoders have licences of their own.",
     citation="""@article{voronov2024switti,
   title   = {Switti: Designing Scale-Wise Transformers for Text-to-Image Synthesis},
   author  = {Voronov, Anton and Kuznedelev, Denis and Khoroshikh, Mikhail and Khrulkov, Valentin and
@@ -160,5 +158,6 @@ SWITTI = Family(
     config=switti_config,
     origins=switti_origins,
     left_out=BUFFERS,
-    about="It draws from texts, which CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 encode.",
+    about="It draws from texts, which CLIP ViT-L/14 and OpenCLIP ViT-bigG/14 encode. The soft mix of codes at the"
+    " middle scales in its authors' examples (`more_smooth`) has no tokens and is left out.",
 )
