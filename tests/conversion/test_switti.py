@@ -207,9 +207,14 @@ def test_the_configuration_follows_from_the_checkpoint(vae, tmp_path):
 
 
 @pytest.mark.parametrize("use_ar", [True, False])
-def test_the_published_configuration_says_how_it_attends(use_ar, vae, tmp_path):
-    path = published(switti_state(pattern="markov" if use_ar else "causal"), tmp_path, use_ar=use_ar)
-    assert convert_checkpoints(vae, path).transformer.config.attention_pattern == ("causal" if use_ar else "markov")
+def test_the_published_configuration_says_how_it_attends(use_ar, vae, tmp_path, caplog):
+    path, patterns = published(switti_state(pattern="markov" if use_ar else "causal"), tmp_path), ["markov", "causal"]
+    assert convert_checkpoints(vae, path).transformer.config.attention_pattern == patterns[not use_ar]
+    assert f"There is no config.json beside {path}" in caplog.text
+    caplog.clear()
+    published(switti_state(pattern="markov" if use_ar else "causal"), tmp_path, use_ar=use_ar)
+    assert convert_checkpoints(vae, path).transformer.config.attention_pattern == patterns[use_ar]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

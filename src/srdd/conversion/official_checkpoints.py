@@ -35,7 +35,6 @@ from srdd.schedulers import ScaleScheduler
 
 logger = logging.get_logger(__name__)
 
-
 # How many faults of checkpoints a message lists.
 MAX_LINES = 50
 
@@ -58,40 +57,52 @@ def imagenet_class_names() -> dict[int, str]:
     return dict(enumerate(names))
 
 
-def discrepancies(
-    state: StateDict, origins: Mapping[str, Origin], buffers: re.Pattern, dtype: torch.dtype | None
-) -> list[str]:
+@dataclass(frozen=True)
+class Filling:
     """
-    What a checkpoint lacks, has too much, or has otherwise than the model that it seems to be.
+    A model of ours without weights, and the official ones that it gets.
 
     Args:
-        state (`dict[str, torch.Tensor]`): The checkpoint.
+        model (`ModelMixin`): The model.
+        path (`str` or `os.PathLike`): Their file.
+        state (`dict[str, torch.Tensor]`): Their state dict.
         origins (`Mapping[str, Origin]`): Where our tensors come from.
-        buffers (`re.Pattern`): Further keys that are no fault.
-        dtype (`torch.dtype`, *optional*): In which the numbers must be finite.
-
-    Returns:
-        `list[str]`: A phrase for each tensor.
+        left_out (`re.Pattern`): Keys that are not converted.
+        dtype (`torch.dtype`): The dtype of our weights.
     """
-    expected = {key: shape for origin in origins.values() for key, shape in origin.shapes.items()}
-    missing = [f"{key} is missing" for key in expected if key not in state]
-    unknown = [f"{key} is unknown" for key in state if key not in expected and not buffers.fullmatch(key)]
-    faults = {key: tensor_fault(state[key], shape, dtype) for key, shape in expected.items() if key in state}
-    return [*missing, *unknown, *(f"{key} {fault}" for key, fault in faults.items() if fault)]
 
+    model: ModelMixin
+    path: str | os.PathLike
+    state: StateDict
+    origins: Mapping[str, Origin]
+    left_out: re.Pattern
+    dtype: torch.dtype
 
-def fill(model: ModelMixin, state: StateDict, origins: Mapping[str, Origin], dtype: torch.dtype) -> None:
-    """
-    Give a model without weights the official tensors, each taken from its origin. They are copied only where the dtype
-    changes or ours is made of several; what the model keeps in float32 is so here, too.
-    """
-    kept = set(model._keep_in_fp32_modules or ())
-    tensors = {
-        key: origins[key].take(state, shape).to(torch.float32 if kept & set(key.split(".")) else dtype)
-        for key, shape in shapes_of(model.state_dict()).items()
-    }
-    model.load_state_dict(tensors, assign=True)
-    model.eval()
+    def faults(self) -> list[str]:
+        """What the state dict lacks, has too much, or has otherwise than the model: a phrase for each tensor."""
+        expected = {key: shape for origin in self.origins.values() for key, shape in origin.shapes.items()}
+        missing = [f"{key} is missing" for key in expected if key not in self.state]
+        unknown = [
+            f"{key} is unknown" for key in self.state if key not in expected and not self.left_out.fullmatch(key)
+        ]
+        faults = {
+            key: tensor_fault(self.state[key], shape, self.dtype)
+            for key, shape in expected.items()
+            if key in self.state
+        }
+        return [*missing, *unknown, *(f"{key} {fault}" for key, fault in faults.items() if fault)]
+
+    def fill(self) -> None:
+        """
+        Give the model its weights. They are copied only where the dtype changes or ours are made of several; what the
+        model keeps in float32 is so here, too.
+        """
+        kept, tensors = set(self.model._keep_in_fp32_modules or ()), {}
+        for key, shape in shapes_of(self.model.state_dict()).items():
+            dtype = torch.float32 if kept & set(key.split(".")) else self.dtype
+            tensors[key] = self.origins[key].take(self.state, shape).to(dtype)
+        self.model.load_state_dict(tensors, assign=True)
+        self.model.eval()
 
 
 @dataclass(frozen=True)
@@ -239,20 +250,17 @@ def convert(
     conv_name, _ = residual_conv_layout(vae_shapes)
     vae_origins = tokenizer_origins(shapes_of(vqvae.state_dict()), conv_name)
     origins = known.origins(shapes_of(transformer.state_dict()), shapes)
-    vae_dtype, transformer_dtype = dtype or dtype_of(vae_state), dtype or dtype_of(state)
-    vae_wrong = discrepancies(vae_state, vae_origins, TOKENIZER_BUFFERS, vae_dtype)
-    transformer_wrong = discrepancies(state, origins, known.left_out, transformer_dtype)
-    wrong = [
-        f"  {path}: {line}"
-        for path, lines in ((vae_path, vae_wrong), (transformer_path, transformer_wrong))
-        for line in lines
-    ]
+    fillings = (
+        Filling(vqvae, vae_path, vae_state, vae_origins, TOKENIZER_BUFFERS, dtype or dtype_of(vae_state)),
+        Filling(transformer, transformer_path, state, origins, known.left_out, dtype or dtype_of(state)),
+    )
+    wrong = [f"  {filling.path}: {fault}" for filling in fillings for fault in filling.faults()]
     if wrong:
         more = [f"  … and {len(wrong) - MAX_LINES} more"] if len(wrong) > MAX_LINES else []
         rule = "`vae_path` and `transformer_path` must be checkpoints of the official layout, but"
         raise ValueError("\n".join([rule, *wrong[:MAX_LINES], *more]))
 
-    fill(vqvae, vae_state, vae_origins, vae_dtype)
-    fill(transformer, state, origins, transformer_dtype)
+    for filling in fillings:
+        filling.fill()
     files = Path(vae_path).name, Path(transformer_path).name
     return Converted(pipeline, known, files, settings, own_config["attention_pattern"])

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging
+
 from srdd.checks import check_bool, check_number
 from srdd.conversion.family import Family, PublishedSettings
 from srdd.conversion.official_config import KNOWN_SCALES, OfficialTransformer, Shapes, agreed_size, count_indices
@@ -19,6 +21,8 @@ from srdd.conversion.var import has_causal_table
 from srdd.models import ScaleTextTransformer2DModel
 from srdd.pipelines import SRDDTextPipeline
 
+
+logger = logging.get_logger(__name__)
 
 RENAMES = (
     (r"^proj_in\.", "word_embed."),
@@ -78,9 +82,13 @@ def switti_origins(shapes: Shapes, official_shapes: Shapes | None = None) -> dic
 
 
 def _published_config(transformer: Path) -> dict[str, Any]:
-    """What `config.json` beside a transformer says; nothing where there is none."""
+    """What `config.json` beside a transformer says; nothing where there is none, with a warning."""
     path = transformer.with_name("config.json")
     if not path.is_file():
+        logger.warning(
+            f"There is no config.json beside {transformer}. RoPE is taken to be that of the published models, and what"
+            " tokens see that of the table in the file."
+        )
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
