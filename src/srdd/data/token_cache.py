@@ -1,24 +1,20 @@
 """Token pyramids of a whole data set on disk, so that the transformer's epochs never run the tokenizer."""
 
-import errno
 import hashlib
 import json
 import random
-import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from filelock import Timeout
 from tqdm.auto import tqdm
 
-from srdd.data.file_locks import hold_lock, release_lock
+from srdd.data.array_cache import cached_array, damaged
 from srdd.data.images import LabelledImages, image_to_tensor
 from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.models import MultiScaleVQModel
@@ -161,28 +157,13 @@ def cached_tokens(
     path = Path(cache_dir) / f"tokens-{cache_key(vqvae, views, scale_sizes)}.npy"
     dtype = np.uint16 if vqvae.config.codebook_size <= 2**16 else np.int32
     shape = (len(views), sum(num_tokens_per_scale(scale_sizes)))
-    is_main = accelerator is None or accelerator.is_main_process
-    wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
-    with ExitStack() as stack:
-        partial = None
-        if is_main:
-            _remove_what_killed_runs_left(path)
-        if is_main and not path.exists():
-            partial = stack.enter_context(_own_partial_file(path))
-            with _clear_error(path):
-                np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-        if accelerator is not None:  # one decides for all whether there is a file, which other runs make too
-            [partial] = broadcast_object_list([partial])
-        if partial is not None:
-            first_byte = np.load(partial, mmap_mode="r").offset
-            for first_row, token_ids in _tokenise(vqvae, views, scale_sizes, batch_size, num_workers, accelerator):
-                # Written, not mapped: a full disk is then an error and not a crash.
-                with _clear_error(path), open(partial, "r+b") as file:
-                    file.seek(first_byte + first_row * shape[1] * np.dtype(dtype).itemsize)
-                    file.write(token_ids.astype(dtype).tobytes())
-            wait()
-    wait()
-    return TokenDataset(_read_cache(path, shape, vqvae.config.codebook_size), np.tile(labels, views.num_views))
+    make = partial(_tokenise, vqvae, views, scale_sizes, batch_size, num_workers, accelerator)
+    token_ids = cached_array(path, shape, dtype, make, "token cache", accelerator)
+    # All ids are looked at here: on a GPU no step does.
+    low, high, codebook_size = int(token_ids.min()), int(token_ids.max()), vqvae.config.codebook_size
+    if low < 0 or high >= codebook_size:
+        raise damaged(path, "token cache", f": its ids must lie in [0, {codebook_size - 1}], got [{low}, {high}]")
+    return TokenDataset(token_ids, np.tile(labels, views.num_views))
 
 
 def _tokenise(
@@ -221,76 +202,3 @@ def _tokenise(
                 " the other are broken, or too large for its dtype."
             )
         yield int(indices[0]), vqvae.quantize_latents(latents, scale_sizes).cpu().numpy()
-
-
-def _read_cache(path: Path, shape: tuple[int, int], codebook_size: int) -> np.ndarray:
-    """Map a finished file. All ids are looked at here: on a GPU no step does."""
-    try:
-        token_ids = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"The token cache {str(path)!r} is damaged ({error}). Delete it, and it is made anew."
-        ) from error
-    if token_ids.shape != shape:
-        raise ValueError(
-            f"The token cache {str(path)!r} is damaged: it must have the shape {shape}, got {token_ids.shape}. Delete"
-            " it, and it is made anew."
-        )
-    low, high = int(token_ids.min()), int(token_ids.max())
-    if low < 0 or high >= codebook_size:
-        raise ValueError(
-            f"The token cache {str(path)!r} is damaged: its ids must lie in [0, {codebook_size - 1}], got [{low},"
-            f" {high}]. Delete it, and it is made anew."
-        )
-    return token_ids
-
-
-@contextmanager
-def _own_partial_file(path: Path) -> Iterator[Path]:
-    """
-    A name that no other run has for a file that is being made. Whole, it gets the name `path`; other runs may make the
-    same one at the same time. A lock beside it tells that its run is alive.
-    """
-    name = path.with_name(f"{path.stem}-{uuid.uuid4().hex}")
-    partial = name.with_suffix(".partial")
-    with _clear_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold_lock(name.with_suffix(".lock"), timeout=-1)
-    try:
-        yield partial
-        try:
-            partial.replace(path)
-        except PermissionError:  # on Windows, where another run maps one that is as good
-            if not path.exists():
-                raise
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        release_lock(lock, remove=True)
-
-
-def _remove_what_killed_runs_left(path: Path) -> None:
-    """Remove partial files of `path` and their locks, unless a run holds them. Where there are no locks, all stay."""
-    partial = {".partial", ".lock"}
-    for name in {file.with_suffix("") for file in path.parent.glob(f"{path.stem}*") if file.suffix in partial}:
-        try:
-            lock = hold_lock(name.with_suffix(".lock"))
-        except (Timeout, OSError):  # alive, or in a folder that is only read
-            continue
-        if lock is not None:
-            with suppress(OSError):
-                name.with_suffix(".partial").unlink(missing_ok=True)
-        release_lock(lock, remove=True)
-
-
-@contextmanager
-def _clear_error(path: Path) -> Iterator[None]:
-    """Say what was to be written where it cannot be."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or error.errno == errno.EROFS:
-            raise ValueError(
-                f"`cache_dir` must be a folder that can be written, got {str(path.parent)!r} ({error})."
-            ) from error
-        raise OSError(f"Could not write the token cache {str(path)!r} ({error}). Is the disk full?") from error
