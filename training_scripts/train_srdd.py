@@ -155,7 +155,7 @@ def main(args: SRDDSettings) -> None:
         with accelerator.accumulate(model):
             token_ids = batch["token_ids"]
             inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
-            logits = model(inputs, timestep=timesteps, class_labels=batch["labels"]).sample
+            logits = model(inputs, timestep=timesteps, **batch["conditions"]).sample
             result = token_loss(logits, token_ids, scale_sizes, args.label_smoothing, args.scale_loss_weights)
             losses = {"loss": result.loss, **result.by_scale(scale_sizes)}
             run.check_finite(losses)

@@ -24,7 +24,7 @@ def test_validation_is_the_improbability_of_every_token_whatever_the_batches(pat
     pipe = tiny_pipeline(pattern, scheduler=tiny_scheduler(**overrides))
     tokens, scale_sizes = make_tokens(pipe, 7), pipe.scheduler.scales
     token_ids = torch.stack([pyramid["token_ids"] for pyramid in tokens])
-    labels = torch.stack([pyramid["labels"] for pyramid in tokens])
+    labels = torch.stack([pyramid["conditions"]["class_labels"] for pyramid in tokens])
     inputs = pipe.vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
     timesteps = [scale.timestep for scale in pipe.scheduler.visits]
     logits = pipe.transformer(inputs, timestep=timesteps, class_labels=labels).sample

@@ -28,7 +28,7 @@ CACHE_FORMAT = 2
 
 class TokenDataset(torch.utils.data.Dataset):
     """
-    Cached pyramids with their labels.
+    Cached pyramids with their labels. An item has `"token_ids"` and what the transformer is told, `"conditions"`.
 
     Args:
         token_ids (`np.ndarray` of shape `(num_rows, num_tokens)`): Packed pyramids, any integer type.
@@ -42,17 +42,17 @@ class TokenDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict:
         return {
             "token_ids": torch.from_numpy(self.token_ids[index].astype(np.int64)),
-            "labels": torch.tensor(int(self.labels[index])),
+            "conditions": {"class_labels": torch.tensor(int(self.labels[index]))},
         }
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+    def __getitems__(self, indices: list[int]) -> list[dict]:
         """The items of a batch, in half of the time: without workers a device may wait for them."""
         token_ids = torch.from_numpy(self.token_ids[indices].astype(np.int64))
         labels = torch.from_numpy(self.labels[indices].astype(np.int64))
-        return [{"token_ids": ids, "labels": label} for ids, label in zip(token_ids, labels)]
+        return [{"token_ids": ids, "conditions": {"class_labels": label}} for ids, label in zip(token_ids, labels)]
 
 
 class ImageViews(torch.utils.data.Dataset):

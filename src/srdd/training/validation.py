@@ -1,6 +1,7 @@
 """What a scale transformer is worth in the middle of its training: the loss of held-out tokens, and pictures."""
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from srdd import SRDDPipeline
@@ -14,7 +15,7 @@ def validate(pipe: SRDDPipeline, loader: DataLoader) -> dict:
 
     Args:
         pipe ([`SRDDPipeline`]): With the averaged transformer.
-        loader (`DataLoader`): Batches of `"token_ids"` and `"labels"`.
+        loader (`DataLoader`): Batches of `"token_ids"` and `"conditions"`.
 
     Returns:
         `dict`: `"loss"` in nats per token, `"per_scale"` and `"accuracy"` per scale, and the `"scales"` themselves.
@@ -23,9 +24,11 @@ def validate(pipe: SRDDPipeline, loader: DataLoader) -> dict:
     timesteps = [scale.timestep for scale in pipe.scheduler.visits]
     totals, count = 0.0, 0
     for batch in loader:
-        token_ids, labels = batch["token_ids"].to(model.device), batch["labels"].to(model.device)
+        batch = send_to_device(batch, model.device)
+        token_ids = batch["token_ids"]
         inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes).to(model.dtype)
-        result = token_loss(model(inputs, timestep=timesteps, class_labels=labels).sample, token_ids, scale_sizes)
+        logits = model(inputs, timestep=timesteps, **batch["conditions"]).sample
+        result = token_loss(logits, token_ids, scale_sizes)
         totals = totals + torch.cat([result.loss[None], result.per_scale, result.accuracy]) * len(token_ids)
         count += len(token_ids)
     loss, *of_scales = (totals / count).tolist()
