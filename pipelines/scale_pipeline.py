@@ -442,6 +442,21 @@ class ClassPipeline(ScalePipeline):
 
     _told_by = "`class_labels`", "labels"
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """
+        As [`ScalePipeline`] has it.
+
+        Raises:
+            ValueError: If a folder is of a pipeline that draws from texts.
+        """
+        if "text_encoder" in config_dict:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` must be a pipeline that draws by class for {cls.__name__}, got"
+                f" {config_dict.get('_class_name')}, which draws from texts."
+            )
+        return super().extract_init_dict(config_dict, **kwargs)
+
     @property
     def id2label(self) -> dict[int, str]:
         """Names of the classes by id."""

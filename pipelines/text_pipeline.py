@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import BatchEncoding, CLIPTextModel, CLIPTokenizer
 
 from srdd.checks import described, shown
 from srdd.models import MultiScaleVQModel, ScaleTextTransformer2DModel
@@ -80,6 +80,25 @@ class TextPipeline(ScalePipeline):
                 f" {config.pooled_projection_dim} in the second, got {sum(widths)} and {widths[1]}."
             )
 
+    def tokenize_texts(self, texts: list[str]) -> tuple[list[BatchEncoding], list[str]]:
+        """Ids and masks for both encoders, padded to all that these allow, and the texts that are cut for it."""
+        tokens, cut = [], []
+        for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
+            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+            whole = tokenizer(texts, verbose=False).input_ids
+            cut += [text for text, ids in zip(texts, whole) if len(ids) > length and text not in cut]
+            options = {"padding": "max_length", "max_length": length, "truncation": True}
+            tokens.append(tokenizer(texts, **options, return_tensors="pt"))
+        return tokens, cut
+
+    def encode_tokens(self, tokens: list[BatchEncoding]) -> tuple[torch.Tensor, torch.Tensor, torch.BoolTensor]:
+        """What [`encode_texts`] gives, of what [`tokenize_texts`] gave."""
+        states = []
+        for encoder, each in zip((self.text_encoder, self.text_encoder_2), tokens):
+            output = encoder(input_ids=each.input_ids, attention_mask=each.attention_mask)
+            states.append(output.last_hidden_state)
+        return torch.cat(states, dim=-1), output.pooler_output, each.attention_mask.bool()
+
     def encode_texts(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.BoolTensor]:
         """
         What the transformer is told of texts: the last states of both encoders side by side, the pooled output of the
@@ -87,19 +106,10 @@ class TextPipeline(ScalePipeline):
 
         Texts that are longer than tokenizers and encoders allow are cut, with a warning.
         """
-        encoded, cut, device = [], [], self._execution_device
-        for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
-            length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-            whole = tokenizer(texts, verbose=False).input_ids
-            cut += [text for text, ids in zip(texts, whole) if len(ids) > length and text not in cut]
-            tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            tokens = tokens.to(device)
-            output = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            encoded.append((output.last_hidden_state, tokens.attention_mask, output.pooler_output))
+        tokens, cut = self.tokenize_texts(texts)
         if cut:
-            logger.warning(f"Texts of more than {length} tokens are cut: {shown(cut)}.")
-        (states, _, _), (states_2, mask, pooled) = encoded
-        return torch.cat([states, states_2], dim=-1), pooled, mask.bool()
+            logger.warning(f"Texts of more than {tokens[-1].input_ids.shape[1]} tokens are cut: {shown(cut)}.")
+        return self.encode_tokens([each.to(self._execution_device) for each in tokens])
 
     def texts_to_encode(
         self, prefix: str, texts: str | list[str] | None, given: tuple[torch.Tensor | None, ...]

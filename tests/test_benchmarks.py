@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from tiny_models import tiny_pipeline
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.acceleration.cpu import MULTIPLIES_INT8
+from srdd.conversion import __main__ as conversion
+from srdd.conversion.families import FAMILIES
 from srdd.models.guidance import guide
 
 
@@ -29,7 +32,7 @@ def load(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
     names = ("measuring", "samplers", "official_var", "graph_check", "speed")
-    for name in (*names, "training_step", "training_run", "decoder_slices"):
+    for name in (*names, "training_step", "training_run", "decoder_slices", "text_drawing", "random_checkpoint"):
         sys.modules.pop(name, None)
 
 
@@ -220,16 +223,32 @@ def test_graph_check_sees_a_graph_that_draws_something_else(load, what, monkeypa
         graph_check.check_graphs(pipe, draws[:3])
 
 
+@pytest.mark.parametrize("weights", ["var_d16", "mvar-d16", "hmar-d16", "Switti"])
+def test_random_checkpoints_are_those_of_their_families(weights, load, tmp_path, capsys):
+    script = load("random_checkpoint")
+    name = script.FAMILY_OF[weights]
+    sizes = ["--depth", "2", "--vae_channels", "32", "--dtype", "float16"]
+    script.main(script.parse_args(["--weights", weights, "--output", str(tmp_path), *sizes]))
+    command = shlex.split(capsys.readouterr().out)[3:]
+    conversion.main(command)
+    assert FAMILIES[name].title in capsys.readouterr().out
+    pipe = FAMILIES[name].pipeline.from_pretrained(tmp_path / "converted")
+    assert type(pipe.transformer) is FAMILIES[name].transformer
+    config = pipe.transformer.config
+    assert (config.num_layers, pipe.sample_size) == (2, (512, 512) if name == "switti" else (256, 256))
+    assert config.attention_pattern == ("causal" if name == "var" else "markov")
+
+
 GPU_CHECK = BENCHMARKS / "gpu_check.sh"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs bash and timeout")
-def test_gpu_check_takes_ten_minutes_at_most():
+def test_gpu_check_takes_16_minutes_at_most():
     assert subprocess.run(["bash", "-n", GPU_CHECK]).returncode == 0
     stages = r"^ *(?:graphs|tests|speed|training_step|stage) ([a-z]\w+) (\d+) "
     limits = {name: int(limit) for name, limit in re.findall(stages, GPU_CHECK.read_text(), flags=re.M)}
     assert len(limits) == 13
-    assert sum(limits.values()) <= 580
+    assert sum(limits.values()) <= 940
 
 
 @pytest.mark.slow
@@ -339,6 +358,20 @@ def test_decoder_slices(load, tmp_path, capsys):
     assert [row["images_per_slice"] for row in results["rows"]] == [1, 3]
     assert all(row["difference"] < 1e-4 for row in results["rows"])
     assert "| eager | 3 | " in report
+
+
+def test_text_drawing(load, tmp_path, capsys):
+    text_drawing = load("text_drawing")
+    arguments = ["--depth", "1", "--vae_channels", "32", "--dtype", "float32", "--num_rounds", "1", "--device", "cpu"]
+    arguments += ["--rows", "markov-eager", "causal", "--output", str(tmp_path / "text.json")]
+    text_drawing.main(text_drawing.parse_args(arguments))
+    report, results = capsys.readouterr().out, json.loads((tmp_path / "text.json").read_text())
+    for row, name in zip(results["rows"], ("markov-eager", "causal"), strict=True):
+        assert row["row"] == name
+        assert row["shape"] == [1, 3, 512, 512]
+        assert f"| {name} | 512 x 512 | " in report
+    with pytest.raises(argparse.ArgumentTypeError, match="rows must be a pattern"):
+        text_drawing.row_name("markov-fast")
 
 
 def test_decoder_slices_are_of_the_size_asked_for(load):

@@ -122,7 +122,7 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     )  # fmt: skip
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
-            token_ids, labels = batch["token_ids"], batch["labels"]
+            token_ids, labels = batch["token_ids"], batch["conditions"]["class_labels"]
             labels = torch.where(torch.rand(labels.shape, device=labels.device) < dropout, null_class, labels)
             inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
             logits = model(inputs, timestep=timesteps, class_labels=labels).sample

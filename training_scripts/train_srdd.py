@@ -5,27 +5,42 @@ Train a scale transformer (`ScaleTransformer2DModel`) on the tokens of a multi-s
     accelerate launch training_scripts/train_srdd.py --train_data_dir my_images \
         --pretrained_vqvae_name_or_path my-tokenizer --output_dir my-model
 
-The finished pipeline, with averaged (EMA) weights, lies in `output_dir`; `SRDDPipeline.from_pretrained` loads it.
+A pipeline that draws from texts is trained further on pictures with captions:
+
+    accelerate launch training_scripts/train_srdd.py --pretrained_model_name_or_path switti-512 \
+        --train_data_dir my_captioned_images --lora_rank 16 --output_dir my-model
+
+The finished pipeline, with averaged (EMA) weights, lies in `output_dir`; `SRDDPipeline.from_pretrained`, or
+`SRDDTextPipeline.from_pretrained`, loads it.
 """
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch.utils.data import DataLoader
 
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd import (
+    MultiScaleVQModel,
+    ScaleScheduler,
+    ScaleTextTransformer2DModel,
+    ScaleTransformer2DModel,
+    SRDDPipeline,
+    SRDDTextPipeline,
+)
 from srdd.models import ATTENTION_PATTERNS
+from srdd.pipelines.scale_pipeline import check_components
 from srdd.training.accelerator import make_accelerator
 from srdd.training.attention_choice import check_attention, set_attention
+from srdd.training.condition_dropout import drop_conditions
 from srdd.training.graceful_end import ends_gracefully
 from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import finish_pipeline
-from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings
+from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings, probability
 from srdd.training.token_loss import token_loss
-from srdd.training.training_data import load_images, load_tokens, make_loader
+from srdd.training.training_data import load_images, load_prompts, load_tokens, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 from srdd.training.validation import draw, validate
 
@@ -33,13 +48,19 @@ from srdd.training.validation import draw, validate
 # What LoRA adapts: attention and MLP of every block.
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
+# Settings that say nothing to the other kind of pipeline, which draws from texts or by class.
+ONLY_CLASSES = ("label_column", "class_dropout_prob", "drop_path_rate")
+ONLY_TEXTS = ("caption_column", "proportion_empty_prompts", "validation_prompts")
+
 
 @dataclass(kw_only=True)
 class SRDDSettings(TransformerSettings):
     """The transformer. Starting from one, its own sizes hold."""
 
-    pretrained_vqvae_name_or_path: str = flag(MISSING, "Folder or Hub id of the tokenizer.")
-    pretrained_model_name_or_path: str | None = flag(help="Start from this transformer.")
+    pretrained_vqvae_name_or_path: str | None = flag(help="Folder or Hub id of the tokenizer.")
+    pretrained_model_name_or_path: str | None = flag(
+        help="Start from this transformer, or from a pipeline that draws from texts, whose tokenizer is the default."
+    )
     attention_pattern: str | None = flag(help="Default: markov, or as pretrained.", choices=ATTENTION_PATTERNS)
     num_layers: int = flag(6)
     num_attention_heads: int = flag(4)
@@ -49,6 +70,11 @@ class SRDDSettings(TransformerSettings):
     drop_path_rate: float = flag(0.0)
     lora_rank: int | None = flag(help="Train a LoRA of this rank on the pretrained transformer.")
     lora_alpha: int | None = flag(help="Default: the rank.")
+    caption_column: str = flag("text", "Column of the texts, or their key in `metadata.jsonl`.")
+    proportion_empty_prompts: float = flag(0.1, "Share of texts replaced by the empty one.", type=probability)
+    validation_prompts: list[str] | None = flag(
+        help="Texts of the pictures at validations; default: captions.", nargs="+", type=str
+    )
 
 
 def parse_args(arguments: list[str] | None = None) -> SRDDSettings:
@@ -56,7 +82,59 @@ def parse_args(arguments: list[str] | None = None) -> SRDDSettings:
     args = parse_settings(parser, SRDDSettings, arguments)
     if args.lora_rank and not args.pretrained_model_name_or_path:
         parser.error("`--lora_rank` needs `--pretrained_model_name_or_path`.")
+    if not args.pretrained_vqvae_name_or_path and not args.pretrained_model_name_or_path:
+        parser.error("`--pretrained_vqvae_name_or_path` is needed, or a pipeline to start from.")
     return args
+
+
+def draws_from_texts(name: str | None) -> bool:
+    """Whether a folder or repository is a pipeline that draws from texts."""
+    if name is None:
+        return False
+    try:
+        return "text_encoder" in SRDDTextPipeline.load_config(name)
+    except OSError:  # no pipeline
+        return False
+
+
+def check_settings(args: SRDDSettings, is_text: bool) -> None:
+    """Refuse settings that would mean nothing, and a model without a tokenizer."""
+    how, others = ("from texts", ONLY_CLASSES) if is_text else ("by class", ONLY_TEXTS)
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in others and value != field.default:
+            raise ValueError(f"`{field.name}` must be left out with a model that draws {how}, got {value!r}.")
+    if not is_text and not args.pretrained_vqvae_name_or_path:
+        raise ValueError(
+            "`pretrained_vqvae_name_or_path` must be given, or a pipeline that draws from texts as"
+            f" `pretrained_model_name_or_path`, got {args.pretrained_model_name_or_path!r}."
+        )
+
+
+def load_text_pipeline(args: SRDDSettings) -> SRDDTextPipeline:
+    """The pipeline to start from."""
+    name, components = args.pretrained_model_name_or_path, {}
+    if args.pretrained_vqvae_name_or_path:
+        components["vqvae"] = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
+    if args.attention_pattern:
+        components["transformer"] = ScaleTextTransformer2DModel.from_pretrained(
+            name, subfolder="transformer", attention_pattern=args.attention_pattern
+        )
+    pipe = SRDDTextPipeline.from_pretrained(name, **components)
+    check_components(pipe.vqvae, pipe.transformer, pipe.scheduler)
+    pipe.check_text_components()
+    if not pipe.encodes_texts:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` must have two text encoders with their tokenizers, got {name!r}."
+        )
+    return pipe
+
+
+def make_class_pipeline(args: SRDDSettings, id2label: dict) -> SRDDPipeline:
+    """A pipeline for the classes of the data, new or with the transformer to start from."""
+    vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
+    model = build_model(args, vqvae, id2label)
+    return SRDDPipeline(vqvae, model, ScaleScheduler(scale_sizes=vqvae.config.scale_sizes))
 
 
 def build_model(args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict) -> ScaleTransformer2DModel:
@@ -66,6 +144,11 @@ def build_model(args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict) ->
             training["attention_pattern"] = args.attention_pattern
         if args.attention_pattern not in (None, "markov"):
             training["attention_windows"] = None  # of MVAR; a token sees more than its own scale then
+        if "cross_attention_dim" in ScaleTransformer2DModel.load_config(args.pretrained_model_name_or_path):
+            raise ValueError(
+                "`pretrained_model_name_or_path` must be a whole pipeline where the transformer draws from texts, got"
+                f" {args.pretrained_model_name_or_path!r}."
+            )
         model = ScaleTransformer2DModel.from_pretrained(args.pretrained_model_name_or_path, **training)
         for name in ("scale_sizes", "codebook_size", "latent_channels"):
             ours, theirs = model.config[name], vqvae.config[name]
@@ -104,7 +187,7 @@ def fit_classes(model: ScaleTransformer2DModel, id2label: dict[int, str]) -> Non
     )
 
 
-def add_lora(model: ScaleTransformer2DModel, args: SRDDSettings) -> None:
+def add_lora(model: ScaleTransformer2DModel | ScaleTextTransformer2DModel, args: SRDDSettings) -> None:
     """Freeze all but a fresh adapter and the class embedding, which new classes need."""
     from peft import LoraConfig
 
@@ -117,45 +200,55 @@ def add_lora(model: ScaleTransformer2DModel, args: SRDDSettings) -> None:
             target_modules=LORA_TARGETS,
         )
     )
-    model.class_embed.requires_grad_(True)
+    if isinstance(model, ScaleTransformer2DModel):
+        model.class_embed.requires_grad_(True)
 
 
 @ends_gracefully
 def main(args: SRDDSettings) -> None:
+    is_text = draws_from_texts(args.pretrained_model_name_or_path)
+    check_settings(args, is_text)
     accelerator = make_accelerator(args)
     check_attention(args.attention_backend, accelerator.device)
     set_seed(args.seed)  # FSDP takes a part of the new weights from every process: they must be the same
+    caption_column = args.caption_column if is_text else None
     with accelerator.main_process_first():
-        images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
-    vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
+        images = load_images(args, args.label_column or None, args.max_train_samples, args.seed, caption_column)
+    pipe = load_text_pipeline(args) if is_text else make_class_pipeline(args, images.id2label)
+    vqvae, model, scheduler = pipe.vqvae, pipe.transformer, pipe.scheduler
     vqvae.requires_grad_(False).eval().to(accelerator.device)
-    model = build_model(args, vqvae, images.id2label)
     if args.lora_rank:
         add_lora(model, args)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     set_seed(args.seed, device_specific=True)
-    scheduler = ScaleScheduler(scale_sizes=vqvae.config.scale_sizes)
     scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
-    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes)
+    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes, pipe)
+    texts = prompts = empty_text = None
+    if is_text:
+        texts, prompts = load_prompts(args, accelerator, pipe, images)
+        empty_text = send_to_device(prompts[0], accelerator.device)
     loader = make_loader(args, tokens, accelerator.num_processes)
     validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
 
     averaged = evaluation_copy(model, accelerator)
-    pipe = SRDDPipeline(vqvae, averaged, scheduler)
     set_attention([model], args.attention_backend, accelerator.device)
     parameters = parameter_groups(model, args.adam_weight_decay)
     optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes, accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
     run = TrainingRun(
-        args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae}, unit="tok",
+        args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae, **encoders}, unit="tok",
         units_per_image=scheduler.num_tokens,
     )  # fmt: skip
+    pipe = type(pipe)(vqvae, averaged, scheduler)
+    del encoders  # all texts are encoded
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
             token_ids = batch["token_ids"]
+            conditions = drop_conditions(batch["conditions"], empty_text, args.proportion_empty_prompts)
             inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
-            logits = model(inputs, timestep=timesteps, class_labels=batch["labels"]).sample
+            logits = model(inputs, timestep=timesteps, **conditions).sample
             result = token_loss(logits, token_ids, scale_sizes, args.label_smoothing, args.scale_loss_weights)
             losses = {"loss": result.loss, **result.by_scale(scale_sizes)}
             run.check_finite(losses)
@@ -171,7 +264,7 @@ def main(args: SRDDSettings) -> None:
             run.copy_averages_to(averaged)
             if accelerator.is_main_process:
                 metrics = validate(pipe, validation_loader)
-                pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed)
+                pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed, prompts)
                 run.record_validation(metrics, "samples", pictures)
         run.checkpoint()
 
@@ -182,7 +275,11 @@ def main(args: SRDDSettings) -> None:
             save_lora(averaged, Path(args.output_dir) / "lora")
             averaged.fuse_lora()
             averaged.unload_lora()
-        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed)
+        if is_text:
+            pipe = SRDDTextPipeline.from_pretrained(
+                args.pretrained_model_name_or_path, vqvae=vqvae, transformer=averaged, scheduler=scheduler
+            )
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed, prompts=texts)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

@@ -4,18 +4,28 @@ Families that build on VAR, against a plain version of their network on tiny ran
 Shape legend: B batch, N tokens, D width, H heads.
 """
 
-import json
 import math
 import re
-import zlib
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
+from tiny_checkpoints import (
+    CHANNELS,
+    DEPTH,
+    HEADS,
+    NUM_CLASSES,
+    SIDES,
+    WIDTH,
+    greedy_tokens,
+    hmar_state,
+    saved,
+    switti_state,
+    tokenizer_state,
+    var_state,
+)
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.conversion import convert_checkpoints
@@ -23,95 +33,8 @@ from srdd.conversion.__main__ import main
 from srdd.conversion.families import FAMILIES
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
-WIDTH, HEADS, DEPTH, NUM_CLASSES, CODEBOOK_SIZE, CHANNELS = 24, 3, 3, 10, 64, 8
-SIDES = [1, 2, 3, 5]
 WINDOWS = [0, 0, 3, 3]
 PUBLISHED_SIDES = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
-
-
-def tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of a random checkpoint. numpy promises that `RandomState` never changes its stream."""
-    values = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
-    values = torch.from_numpy(values)
-    if "scale_mul" in key:
-        return math.log(4) + 0.2 * values
-    if len(shape) == 1:
-        return float("norm" in key and key.endswith(".weight")) + 0.1 * values
-    gain = {"head.weight": 3.0, "ns_head.weight": 3.0, "quantize.embedding.weight": 0.5}.get(key, 1.0)
-    scale = 1.0 if key.startswith(("class_emb", "pos_", "lvl_embed")) else math.prod(shape[1:]) ** -0.5
-    return values * gain * scale
-
-
-@cache
-def tokenizer_state() -> dict[str, torch.Tensor]:
-    """Of the keys and shapes of the official tokenizer, small."""
-    facts = json.loads((FIXTURES / "shared_adaln_no_norm.json").read_text())
-    return {
-        key: torch.zeros(shape) if key.endswith("ema_vocab_hit_SV") else tensor(key, tuple(shape))
-        for key, shape in facts["tokenizer_shapes"].items()
-        if "quant_resi" not in key
-    } | {
-        f"quantize.quant_resi.qresi_ls.{index}.{name}": tensor(f"{index}.{name}", shape)
-        for index in range(4)
-        for name, shape in (("weight", (CHANNELS, CHANNELS, 3, 3)), ("bias", (CHANNELS,)))
-    }
-
-
-def var_state(sides=SIDES, pattern="causal", depth=DEPTH) -> dict[str, torch.Tensor]:
-    """A transformer's, of VAR and of MVAR, with the tables that their code derives and saves."""
-    num_tokens = sum(side**2 for side in sides)
-    shapes = {
-        "pos_start": (1, 1, WIDTH),
-        "pos_1LC": (1, num_tokens, WIDTH),
-        "lvl_embed.weight": (len(sides), WIDTH),
-        "class_emb.weight": (NUM_CLASSES + 1, WIDTH),
-        "word_embed.weight": (WIDTH, CHANNELS),
-        "word_embed.bias": (WIDTH,),
-        "head_nm.ada_lin.1.weight": (2 * WIDTH, WIDTH),
-        "head_nm.ada_lin.1.bias": (2 * WIDTH,),
-        "head.weight": (CODEBOOK_SIZE, WIDTH),
-        "head.bias": (CODEBOOK_SIZE,),
-    }
-    for block in (f"blocks.{index}" for index in range(depth)):
-        shapes |= {
-            f"{block}.attn.scale_mul_1H11": (1, HEADS, 1, 1),
-            f"{block}.attn.q_bias": (WIDTH,),
-            f"{block}.attn.v_bias": (WIDTH,),
-            f"{block}.attn.mat_qkv.weight": (3 * WIDTH, WIDTH),
-            f"{block}.attn.proj.weight": (WIDTH, WIDTH),
-            f"{block}.attn.proj.bias": (WIDTH,),
-            f"{block}.ffn.fc1.weight": (4 * WIDTH, WIDTH),
-            f"{block}.ffn.fc1.bias": (4 * WIDTH,),
-            f"{block}.ffn.fc2.weight": (WIDTH, 4 * WIDTH),
-            f"{block}.ffn.fc2.bias": (WIDTH,),
-            f"{block}.ada_lin.1.weight": (6 * WIDTH, WIDTH),
-            f"{block}.ada_lin.1.bias": (6 * WIDTH,),
-        }
-    state = {key: tensor(key, shape) for key, shape in shapes.items()}
-    state |= {f"blocks.{index}.attn.zero_k_bias": torch.zeros(WIDTH) for index in range(depth)}
-    scale_ids = torch.cat([torch.full((1, side**2), scale) for scale, side in enumerate(sides)], dim=1)
-    allowed = scale_ids.mT >= scale_ids if pattern == "causal" else scale_ids.mT == scale_ids
-    table = torch.where(allowed, 0.0, -torch.inf)[None, None]
-    return {**state, "lvl_1L": scale_ids, "attn_bias_for_masking": table}
-
-
-def hmar_state(num_shared=1) -> dict[str, torch.Tensor]:
-    """HMAR's: of blocks that both halves share, of the half that predicts scale after scale, and of the masked one."""
-    state = {}
-    for key, value in var_state(pattern="markov").items():
-        if block := re.match(r"blocks\.(\d+)\.", key):
-            index, rest = int(block[1]), key[block.end() :]
-            if index < num_shared:
-                state[f"base_blocks.{index}.{rest}"] = value
-            else:
-                state[f"ns_blocks.{index - num_shared}.{rest}"] = value
-                state[f"mask_blocks.{index - num_shared}.{rest}"] = value + 1
-        elif key.startswith("head"):
-            state |= {f"ns_{key}": value, f"mask_{key}": value + 1}
-        else:
-            state["word_embed_bias" if key == "word_embed.bias" else key] = value
-    return {**state, "mask_embed.weight": torch.ones(1, WIDTH)}
 
 
 def near(place: int, length: int, window: int) -> range:
@@ -131,14 +54,13 @@ def allowed(sides, windows=None) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def plain_logits(state, inputs, labels, mask, tokens=slice(None)) -> torch.Tensor:
-    """VAR's training forward over the tokens of some scales, in one piece, from VAR's state dict."""
+def plain_logits(state, inputs, labels, mask) -> torch.Tensor:
+    """VAR's training forward over the first scales, in one piece, from VAR's state dict."""
     linear = lambda x, name: F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])  # noqa: E731
-    condition, mask = state["class_emb.weight"][labels], mask[tokens, tokens]
-    x = linear(inputs, "word_embed")
-    if not tokens.start:
-        x = torch.cat([condition[:, None] + state["pos_start"], x[:, 1:]], dim=1)
-    x = x + state["lvl_embed.weight"][state["lvl_1L"]][:, tokens] + state["pos_1LC"][:, tokens]
+    condition, num_tokens = state["class_emb.weight"][labels], inputs.shape[1]
+    mask = mask[:num_tokens, :num_tokens]
+    x = torch.cat([condition[:, None] + state["pos_start"], linear(inputs, "word_embed")[:, 1:]], dim=1)
+    x = x + state["lvl_embed.weight"][state["lvl_1L"][:, :num_tokens]] + state["pos_1LC"][:, :num_tokens]
     activated = F.silu(condition)[:, None]
     for block in sorted({key.split(".")[1] for key in state if key.startswith("blocks.")}, key=int):
         name = f"blocks.{block}"
@@ -160,16 +82,10 @@ def plain_logits(state, inputs, labels, mask, tokens=slice(None)) -> torch.Tenso
 
 
 def plain_draw(state, vqvae, labels, mask, sides, cfg: float) -> torch.Tensor:
-    """Greedy tokens: scale after scale, guided by `(1 + t) cond - t uncond` with `t = cfg k / (K - 1)`."""
-    latents, drawn, start = torch.zeros(len(labels), CHANNELS, sides[-1], sides[-1]), [], 0
-    for k, side in enumerate(sides):
-        inputs = F.interpolate(latents, size=(side, side), mode="area").flatten(2).mT
-        tokens, weight = slice(start, start + side**2), cfg * k / (len(sides) - 1)
-        cond, uncond = (plain_logits(state, inputs, each, mask, tokens) for each in (labels, NUM_CLASSES + 0 * labels))
-        drawn.append(((1 + weight) * cond - weight * uncond).argmax(dim=-1))
-        latents = latents + vqvae.residual_map(drawn[-1].unflatten(1, (side, side)))
-        start = tokens.stop
-    return torch.cat(drawn, dim=1)
+    """Greedy tokens, guided by a weight that grows over the scales."""
+    halves = [lambda inputs, given=given: plain_logits(state, inputs, given, mask)
+              for given in (labels, NUM_CLASSES + 0 * labels)]  # fmt: skip
+    return greedy_tokens(halves, vqvae, len(labels), sides, [cfg * k / (len(sides) - 1) for k in range(len(sides))])
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +93,6 @@ def vae(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "vae.pth"
     torch.save(tokenizer_state(), path)
     return path
-
-
-def saved(content, folder, name="model.pth") -> Path:
-    torch.save(content, folder / name)
-    return folder / name
 
 
 def command(vae, transformer, output, *options) -> SRDDPipeline:
@@ -196,6 +107,9 @@ def same_weights(left: SRDDPipeline, right: SRDDPipeline) -> bool:
     states = [pipe.transformer.state_dict() for pipe in (left, right)]
     return all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
+
+# By family, those that are not VAR's.
+STATES = {"hmar": hmar_state, "switti": switti_state}
 
 CASES = {
     "mvar": (
@@ -294,11 +208,13 @@ def test_what_could_be_of_two_families_is_to_be_told(content, vae, tmp_path, cap
 
 
 def test_families_that_do_not_exist_are_refused(vae, tmp_path):
-    with pytest.raises(ValueError, match=r"^`family` must be one of \('var', 'mvar', 'hmar'\), got 'MVAR'"):
+    with pytest.raises(ValueError, match=r"^`family` must be one of \('var', 'mvar', 'hmar', 'switti'\), got 'MVAR'"):
         convert_checkpoints(vae, saved(var_state(), tmp_path), family="MVAR")
     with pytest.raises(ValueError, match=r"must be an official one, but no key of it starts with base_blocks\."):
         convert_checkpoints(vae, saved(var_state(), tmp_path), family="hmar")
-    with pytest.raises(ValueError, match=r"no key of it starts with blocks\. or base_blocks\., got \['x'\]"):
+    with pytest.raises(
+        ValueError, match=r"no key of it starts with blocks\. or base_blocks\. or blocks\.0\.cross_attn\., got \['x'\]"
+    ):
         convert_checkpoints(vae, saved({"x": torch.zeros(2)}, tmp_path))
 
 
@@ -333,14 +249,16 @@ def test_the_masked_half_is_left_out_and_that_is_said(num_shared, vae, tmp_path,
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_cards_have_settings_licence_and_citation(name, vae, tmp_path, capsys):
-    family, state = FAMILIES[name], hmar_state() if name == "hmar" else var_state()
-    command(vae, saved(state, tmp_path, "weights.pth"), tmp_path / "my model", "--family", name)
-    text = (tmp_path / "my model" / "README.md").read_text(encoding="utf-8")
+    family, state = FAMILIES[name], STATES.get(name, var_state)()
+    path, output = saved(state, tmp_path, "weights.pth"), tmp_path / "my model"
+    main(["--vae", str(vae), "--transformer", str(path), "--output", str(output), "--family", name])
+    text = (output / "README.md").read_text(encoding="utf-8")
     card = ModelCard(text)
-    assert card.data.license == ("other" if name == "hmar" else "mit")
+    assert card.data.license == {"hmar": "other", "switti": "unknown"}.get(name, "mit")
+    assert card.data.pipeline_tag == ("text-to-image" if name == "switti" else "unconditional-image-generation")
     assert {"srdd", "diffusers", name} <= set(card.data.tags)
     assert card.data.library_name == "srdd"
-    for expected in (family.citation, family.source, "`weights.pth`", '.from_pretrained("my model")'):
+    for expected in (family.citation, family.source, "`weights.pth`", '.from_pretrained("my model"'):
         assert expected in text
     for settings in family.of_depth(DEPTH):
         assert f"| `{settings.name}` | {settings.guidance_scale} | {settings.top_k} | {settings.top_p} |" in text
@@ -367,5 +285,5 @@ def test_a_start_for_fine_tuning_is_called_one(vae, tmp_path, capsys):
     ],
 )
 def test_settings_are_those_of_the_depth_and_the_file(family, file, depth, expected):
-    settings = FAMILIES[family].settings(depth, Path(file))
+    settings = FAMILIES[family].settings(depth, PUBLISHED_SIDES, Path(file))
     assert (settings.guidance_scale, settings.top_k, settings.top_p) == expected

@@ -77,9 +77,10 @@ def test_rows_are_the_tokens_of_the_images_and_labels_theirs(images, cache):
     np.testing.assert_array_equal(tokens.token_ids, one_by_one(images, vqvae))
     assert len(np.unique(tokens.token_ids)) > 5
     item = tokens[3]
-    assert item["token_ids"].dtype == item["labels"].dtype == torch.int64
+    assert item["token_ids"].dtype == item["conditions"]["class_labels"].dtype == torch.int64
     assert item["token_ids"].tolist() == tokens.token_ids[3].tolist()
-    assert [int(tokens[index]["labels"]) for index in range(6)] == images.train["label"][:]
+    labels = [int(tokens[index]["conditions"]["class_labels"]) for index in range(6)]
+    assert labels == images.train["label"][:]
     assert {images.id2label[int(label)] for label in tokens.labels} == {"apple", "pear", "quince"}
 
 
@@ -87,10 +88,11 @@ def test_rows_are_the_tokens_of_the_images_and_labels_theirs(images, cache):
 def test_a_batch_is_its_items(images, cache):
     tokens = make(images, cache)
     for item, index in zip(tokens.__getitems__([4, 0, 4]), [4, 0, 4], strict=True):
-        assert item.keys() == tokens[index].keys()
-        for name, value in tokens[index].items():
-            assert torch.equal(item[name], value)
-            assert item[name].dtype == value.dtype == torch.int64
+        pair = [(each["token_ids"], each["conditions"].pop("class_labels")) for each in (item, tokens[index])]
+        assert item["conditions"] == {}
+        for mine, alone in zip(*pair):
+            assert torch.equal(mine, alone)
+            assert mine.dtype == alone.dtype == torch.int64
 
 
 def test_the_size_of_batches_changes_nothing(images, cache):

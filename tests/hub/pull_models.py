@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, SRDDTextPipeline
 
 
 def draw(pipe: SRDDPipeline) -> torch.Tensor:
@@ -35,6 +35,25 @@ def fp16_variant() -> dict:
     pipe = SRDDPipeline.from_pretrained("me/tiny", variant="fp16", dtype=torch.float16, cache_dir=cache_dir)
     files = sorted(path.name for path in cache_dir.rglob("*.safetensors"))
     return {"images": draw(pipe), "dtypes": [pipe.transformer.dtype, pipe.vqvae.dtype], "files": files}
+
+
+def draw_texts(pipe: SRDDTextPipeline, **texts) -> dict:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    components = {name: type(component).__name__ for name, component in pipe.components.items()}
+    return {"images": pipe(**texts, generator=generator, output_type="pt").images, "components": components}
+
+
+def texts() -> dict:
+    pipe = SRDDTextPipeline.from_pretrained("me/texts")
+    return draw_texts(pipe, prompt=["a cat", "dogs"], negative_prompt="fog")
+
+
+def embeddings() -> dict:
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    names = (*names, "prompt_attention_mask", "negative_prompt_attention_mask")
+    encoded = SRDDTextPipeline.from_pretrained("me/texts").encode_prompt(["a cat", "dogs"], "fog")
+    return draw_texts(SRDDTextPipeline.from_pretrained("me/embeddings"), **dict(zip(names, encoded)))
 
 
 def sharded() -> dict:
@@ -82,6 +101,8 @@ LOADS: list[Callable[[], dict]] = [
     pipeline,
     pipeline_from_cache,
     fp16_variant,
+    texts,
+    embeddings,
     sharded,
     sharded_model,
     transformer,

@@ -11,6 +11,7 @@ import torch
 import yaml
 from hub.hub_server import HubServer, card_metadata
 from tiny_models import ID2LABEL, tiny_pipeline, tiny_scheduler
+from tiny_texts import tiny_text_pipeline
 
 
 HERE = Path(__file__).parent
@@ -134,6 +135,18 @@ def test_fp16_variant(pulled, images):
     assert result["dtypes"] == [torch.float16, torch.float16]
     assert result["files"] == ["diffusion_pytorch_model.fp16.safetensors"] * 2
     assert torch.equal(result["images"], draw(tiny_pipeline().to(torch.float16)))
+
+
+def test_text_pipeline_draws_the_same_images(hub, pulled):
+    index = json.loads(hub.read("me/texts", "model_index.json"))
+    assert index["transformer"] == ["srdd", "ScaleTextTransformer2DModel"]
+    assert index["text_encoder_2"] == ["transformers", "CLIPTextModel"]
+    pipe, generator = tiny_text_pipeline(), torch.Generator().manual_seed(0)
+    images = pipe(["a cat", "dogs"], negative_prompt="fog", generator=generator, output_type="pt").images
+    assert torch.equal(pulled["texts"]["images"], images)
+    assert pulled["texts"]["components"]["text_encoder_2"] == "CLIPTextModel"
+    assert torch.equal(pulled["embeddings"]["images"], images)
+    assert pulled["embeddings"]["components"]["tokenizer"] == "NoneType"
 
 
 def test_sharded_pipeline(hub, pulled, images):

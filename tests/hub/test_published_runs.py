@@ -12,7 +12,7 @@ from hub.hub_server import HubServer, card_metadata
 
 
 HERE = Path(__file__).parent
-REPOSITORIES = {"me/tokenizer": "tokenizer", "me/fruit": "run", "me/student": "student"}
+REPOSITORIES = {"me/tokenizer": "tokenizer", "me/fruit": "run", "me/student": "student", "me/captions": "captions"}
 NAMES_TO_STAY = ("checkpoint-", "stage-1", "tokens", "ids/", "data/", "logs/", "partial", ".arrow", ".npy", ".pkl")
 
 
@@ -48,7 +48,7 @@ def results(hub, folder):
 
 def test_there_are_the_finished_models_and_no_others(hub):
     assert set(hub.repositories) == set(REPOSITORIES)
-    assert [len(hub.repositories[name].commits) for name in REPOSITORIES] == [2, 2, 2]  # the empty one and the model
+    assert [len(hub.repositories[name].commits) for name in REPOSITORIES] == [2] * 4  # the empty one and the model
 
 
 def test_files_of_a_pipeline(hub):
@@ -67,6 +67,16 @@ def test_files_of_a_pipeline(hub):
         "vqvae/diffusion_pytorch_model.safetensors",
     }
     assert set(files) == set(hub.files("me/student")[1])
+
+
+def test_files_of_a_pipeline_of_texts_with_an_adapter(hub):
+    texts = {
+        "lora/config.json",
+        "lora/pytorch_lora_weights.safetensors",
+        *(f"text_encoder{which}/{name}" for which in ("", "_2") for name in ("config.json", "model.safetensors")),
+        *(f"tokenizer{which}/{name}" for which in ("", "_2") for name in ("tokenizer.json", "tokenizer_config.json")),
+    }
+    assert set(hub.files("me/captions")[1]) == set(hub.files("me/fruit")[1]) | texts
 
 
 def test_files_of_a_tokenizer(hub):
@@ -120,5 +130,6 @@ def test_cards_are_metadata_of_the_hub_and_name_the_repository(hub, name):
 def test_published_models_are_those_of_the_run(results):
     assert torch.equal(results["published"]["fruit"], results["local"]["run"])
     assert torch.equal(results["published"]["student"], results["local"]["student"])
+    assert torch.equal(*results["texts"])
     assert results["tokenizer"].keys() == results["local_tokenizer"].keys()
     assert all(torch.equal(tensor, results["local_tokenizer"][name]) for name, tensor in results["tokenizer"].items())

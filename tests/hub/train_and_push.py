@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import torch
-from training.launching import make_image_folder
-from training.tiny_runs import distill, train_tokenizer, train_transformer
+from tiny_texts import tiny_text_pipeline
+from training.launching import caption_folders, make_image_folder
+from training.tiny_runs import distill, train_texts, train_tokenizer, train_transformer
 
-from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd import MultiScaleVQModel, SRDDPipeline, SRDDTextPipeline
 
 
-def draw(name: str | Path) -> torch.Tensor:
-    pipe = SRDDPipeline.from_pretrained(name)
+def draw(name: str | Path, pipeline: type = SRDDPipeline) -> torch.Tensor:
+    pipe = pipeline.from_pretrained(name)
     pipe.set_progress_bar_config(disable=True)
     return pipe("warm", generator=torch.Generator().manual_seed(0), output_type="pt").images
 
@@ -41,14 +42,18 @@ def main(token: str) -> None:
         images, root / "run", root / "student", *push, "--hub_model_id", "me/student", "--scales", "1,2,4", "--scales",
         "1,4",
     )  # fmt: skip
+    tiny_text_pipeline().save_pretrained(root / "base")
+    caption_folders(images, "cold", "warm")
+    train_texts(images, root / "base", root / "captions", *push, "--lora_rank", 2)
     results = {
         "published": {name: draw(f"me/{name}") for name in ("fruit", "student")},
         "local": {name: draw(root / name) for name in ("run", "student")},
+        "texts": [draw(name, SRDDTextPipeline) for name in ("me/captions", root / "captions")],
         "tokenizer": MultiScaleVQModel.from_pretrained("me/tokenizer").state_dict(),
         "local_tokenizer": MultiScaleVQModel.from_pretrained(root / "tokenizer").state_dict(),
         "local_files": {
             name: [path.relative_to(root / name).as_posix() for path in (root / name).rglob("*") if path.is_file()]
-            for name in ("tokenizer", "run", "student")
+            for name in ("tokenizer", "run", "student", "captions")
         },
     }
     torch.save(results, root / "results.pt")

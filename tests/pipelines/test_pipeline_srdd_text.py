@@ -8,7 +8,13 @@ from stand_ins import TracedGraph
 from tiny_models import POOLED_DIM, SAMPLE_SIZE, TEXT_DIM, random_texts, tiny_scheduler, tiny_transformer
 from tiny_texts import ENCODED, MAX_LENGTH, WITHOUT_ENCODERS, tiny_text_encoder, tiny_text_pipeline
 
-from srdd import SRDDTextInpaintPipeline, SRDDTextPipeline
+from srdd import (
+    SRDDInpaintPipeline,
+    SRDDPipeline,
+    SRDDSuperResolutionPipeline,
+    SRDDTextInpaintPipeline,
+    SRDDTextPipeline,
+)
 from srdd.acceleration import CudaGraphs
 from srdd.pipelines.conditions import text_conditions
 
@@ -215,6 +221,13 @@ def test_components_that_do_not_fit_are_refused():
         draw(tiny_text_pipeline(text_encoder=tiny_text_encoder(8, seed=0)), "red")
     with pytest.raises(ValueError, match="`transformer` must draw from texts, got a ScaleTransformer2DModel"):
         draw(tiny_text_pipeline(transformer=tiny_transformer()), "red")
+
+
+@pytest.mark.parametrize("pipeline", [SRDDPipeline, SRDDInpaintPipeline, SRDDSuperResolutionPipeline])
+def test_pipelines_that_draw_by_class_do_not_load_a_folder(pipeline, tmp_path):
+    tiny_text_pipeline(**WITHOUT_ENCODERS).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"draws by class for {pipeline.__name__}, got SRDDTextPipeline, which draws"):
+        pipeline.from_pretrained(tmp_path)
 
 
 def test_conditions_of_texts_have_one_length():

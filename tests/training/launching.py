@@ -4,6 +4,7 @@ The processes are forked from a server that has imported everything, so that the
 """
 
 import importlib.util
+import json
 import multiprocessing
 import os
 import resource
@@ -170,3 +171,17 @@ def make_image_folder(root: Path, images_per_class: int = 12) -> Path:
             pixels = np.clip(rng.normal(colour, 20, size=(height, width, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{index}.png")
     return root
+
+
+def caption_folders(folder: Path, cold: str, warm: str) -> Path:
+    """Texts for the pictures of [`make_image_folder`], one for each class."""
+    texts = {"cold": cold, "warm": warm}
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.png"))]
+    return write_captions(folder, {name: texts[name.partition("/")[0]] for name in names})
+
+
+def write_captions(folder: Path, texts: dict[str, str]) -> Path:
+    """Texts by the names of their pictures, where `datasets` looks for them, too."""
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in texts.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder

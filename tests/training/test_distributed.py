@@ -12,10 +12,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
+from tiny_texts import tiny_text_pipeline
 from training.comparing import assert_same_run
-from training.launching import SCRIPTS, free_port, make_image_folder, start
+from training.launching import SCRIPTS, caption_folders, free_port, make_image_folder, start
 
-from srdd import SRDDPipeline
+from srdd import SRDDPipeline, SRDDTextPipeline
 from srdd.training.checkpoints import list_checkpoints
 
 
@@ -181,6 +182,36 @@ def test_two_processes_make_the_same_token_cache_as_one(root, tokenizer):
     assert len(caches[0]) == 2
 
 
+@pytest.fixture(scope="module")
+def train_texts(root):
+    """A function that trains on captions, with all texts, and a cache of its own."""
+    captioned = caption_folders(make_image_folder(root / "captioned"), "blue", "red")
+    tiny_text_pipeline().save_pretrained(root / "pipeline")
+
+    def begin(name: str, *more, **options) -> Path:
+        words = [*common(root, root / name), "--train_data_dir", captioned, "--report_to", "none"]
+        words += ["--pretrained_model_name_or_path", root / "pipeline", "--proportion_empty_prompts", 0, *more]
+        start("train_srdd", *words, output=root / f"{name}.txt", **options).finish()
+        return root / name
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def texts_by_one(train_texts):
+    return train_texts("texts_by_one")
+
+
+def test_two_processes_train_on_texts_like_one_with_twice_the_batch(train_texts, texts_by_one):
+    by_two = train_texts("texts_by_two", "--train_batch_size", 4, num_processes=2)
+    assert_same_training(by_two, texts_by_one)
+    caches = [
+        {path.name: path.read_bytes() for path in (folder / "tokens").iterdir()} for folder in (by_two, texts_by_one)
+    ]
+    assert caches[0] == caches[1]
+    assert len([name for name in caches[0] if name.startswith("texts-")]) == 3
+
+
 def launch(*arguments: str | Path, **environment: str) -> subprocess.Popen:
     """Start `accelerate launch` on the CPU."""
     words = [sys.executable, "-m", "accelerate.commands.launch", *(str(argument) for argument in arguments)]
@@ -327,15 +358,21 @@ def sharded(root, tokenizer):
     return train_sharded(root, "sharded")
 
 
-def assert_same_results(left: Path, right: Path, atol: float = 1e-5) -> None:
+def assert_same_results(left: Path, right: Path, atol: float = 1e-5, pipeline: type = SRDDPipeline) -> None:
     """The same log and the same finished weights."""
     assert_same_logs(left, right, atol)
-    weights = [SRDDPipeline.from_pretrained(folder).transformer.state_dict() for folder in (left, right)]
+    weights = [pipeline.from_pretrained(folder).transformer.state_dict() for folder in (left, right)]
     torch.testing.assert_close(*weights, rtol=0, atol=atol)
 
 
 def test_sharded_training_gives_the_same_losses_and_weights(sharded, by_one):
     assert_same_results(sharded, by_one)
+
+
+def test_sharded_training_on_texts_gives_the_same_losses_and_weights(train_texts, texts_by_one):
+    options = ["--train_batch_size", 4]
+    sharded = train_texts("texts_sharded", *options, num_processes=2, environment=fsdp_environment())
+    assert_same_results(sharded, texts_by_one, pipeline=SRDDTextPipeline)
 
 
 def test_an_adapter_of_a_sharded_model_trains_as_on_one_process(root, by_one):

@@ -10,13 +10,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from no_host import SENDING
-from tiny_models import tiny_scheduler, tiny_transformer, tiny_vqvae
+from tiny_models import random_texts, tiny_scheduler, tiny_text_transformer, tiny_transformer, tiny_vqvae
 from torch.overrides import TorchFunctionMode
 
 from srdd.area_means import windows
 from srdd.models import MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.models.attention_scale import dense_mask
 from srdd.training.averaged_weights import AveragedWeights
+from srdd.training.condition_dropout import drop_conditions
 from srdd.training.finite_check import FiniteCheck
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
@@ -53,12 +54,23 @@ def _meta_device(monkeypatch):
 
 
 class Training:
-    """What `train_srdd.py` does in a step, or with a teacher `distill_srdd.py`."""
+    """What `train_srdd.py` does in a step by "classes" or "texts", or with a "teacher" `distill_srdd.py`."""
 
-    def __init__(self, device: torch.device, processor: ScaleAttnProcessor, has_teacher: bool = False, **overrides):
+    def __init__(self, device: torch.device, processor: ScaleAttnProcessor, kind: str = "classes", **overrides):
         self.scheduler, self.vqvae = tiny_scheduler(), tiny_vqvae().requires_grad_(False).to(device)
-        self.model = tiny_transformer(drop_path_rate=0.5, **overrides).train().to(device)
-        self.teacher = tiny_transformer(**overrides).requires_grad_(False).to(device) if has_teacher else None
+        self.teacher = self.empty_text = None
+        if kind == "texts":
+            self.model = tiny_text_transformer(**overrides)
+            texts = {name: tensor.to(device) for name, tensor in random_texts([3, 5, 4]).items()}
+            self.empty_text = {name: tensor[0] for name, tensor in texts.items()}
+            sizes = torch.zeros(2, 3, 2, device=device)
+            self.conditions = {**texts, "original_size": sizes[0], "crop_coords": sizes[1]}
+        else:
+            self.model = tiny_transformer(drop_path_rate=0.5, **overrides)
+            self.conditions = {"class_labels": torch.zeros(3, dtype=torch.int64, device=device)}
+        if kind == "teacher":
+            self.teacher = tiny_transformer(**overrides).requires_grad_(False).to(device)
+        self.model.train().to(device)
         for model in filter(None, (self.model, self.teacher)):
             model.set_attn_processor(processor)
         settings = OptimizationSettings(lr_warmup_steps=0)
@@ -67,16 +79,17 @@ class Training:
         self.ema = AveragedWeights(self.model.parameters(), decay=0.9)
         self.finite = FiniteCheck(device)
         self.token_ids = torch.zeros(3, self.scheduler.num_tokens, dtype=torch.int64, device=device)
-        self.labels = torch.zeros(3, dtype=torch.int64, device=device)
 
     def step(self) -> None:
         scale_sizes, timesteps = self.scheduler.scales, [scale.timestep for scale in self.scheduler.visits]
         inputs = self.vqvae.teacher_forcing_inputs(self.token_ids, scale_sizes)
-        logits = self.model(inputs, timestep=timesteps, class_labels=self.labels).sample
+        conditions = drop_conditions(self.conditions, self.empty_text, 0.1)
+        logits = self.model(inputs, timestep=timesteps, **conditions).sample
         result = token_loss(logits, self.token_ids, scale_sizes, 0.1, [3.0, 2.0, 1.0])
         losses = {"loss": result.loss, **result.by_scale(scale_sizes)}
         if self.teacher is not None:
-            losses["kl"] = guided_divergence(logits, self.teacher, inputs, self.labels, self.scheduler, 2.5)
+            labels = conditions["class_labels"]
+            losses["kl"] = guided_divergence(logits, self.teacher, inputs, labels, self.scheduler, 2.5)
             losses["loss"] = losses["loss"] + losses["kl"]
         self.finite.add(1, losses, lambda step, bad: str(bad))
         losses["loss"].backward()
@@ -88,11 +101,11 @@ class Training:
         self.ema.step(self.model.parameters())
 
 
-@pytest.mark.parametrize("has_teacher", [False, True])
+@pytest.mark.parametrize("kind", ["classes", "teacher", "texts"])
 @pytest.mark.parametrize("processor", [ScaleAttnProcessor, MaskedScaleAttnProcessor])
 @pytest.mark.parametrize("pattern", ["markov", "causal"])
-def test_no_step_waits_for_its_device(pattern, processor, has_teacher):
-    training = Training(DEVICE, processor(), has_teacher, attention_pattern=pattern)
+def test_no_step_waits_for_its_device(pattern, processor, kind):
+    training = Training(DEVICE, processor(), kind, attention_pattern=pattern)
     training.step()  # makes what later steps share
     with NoWaits():
         training.step()
@@ -101,10 +114,10 @@ def test_no_step_waits_for_its_device(pattern, processor, has_teacher):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("has_teacher", [False, True])
-def test_no_step_waits_for_a_gpu(monkeypatch, has_teacher):
+@pytest.mark.parametrize("kind", ["classes", "teacher", "texts"])
+def test_no_step_waits_for_a_gpu(monkeypatch, kind):
     monkeypatch.undo()  # it has autocast
-    training = Training(torch.device("cuda"), MaskedScaleAttnProcessor(), has_teacher)
+    training = Training(torch.device("cuda"), MaskedScaleAttnProcessor(), kind)
     training.step()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -255,7 +255,7 @@ def test_a_run_that_has_its_steps_but_no_card_is_finished(image_folder, trained,
         ("renamed", r"the classes are without \['warm'\] and with \['hot'\], in the order \['cold', 'hot'\]"),
         ("added", r"the classes are with \['mild'\], in the order \['cold', 'mild', 'warm'\]"),
         ("removed", "the number of training images was 24, now 23"),
-        ("repainted", "the training images have other names, labels, sizes or contents"),
+        ("repainted", "the training images have other names, labels, captions, sizes or contents"),
     ],
 )
 def test_other_data_are_refused(image_folder, trained, stopped, tmp_path, change, message):

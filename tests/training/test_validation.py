@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import CODEBOOK_SIZE, ID2LABEL, tiny_pipeline, tiny_scheduler, tiny_transformer
+from tiny_models import CODEBOOK_SIZE, ID2LABEL, random_texts, tiny_pipeline, tiny_scheduler, tiny_transformer
+from tiny_texts import tiny_text_pipeline
 from torch.utils.data import DataLoader
 
 from srdd import SRDDPipeline
+from srdd.data.text_cache import cached_texts
 from srdd.data.token_cache import TokenDataset
-from srdd.training.validation import draw, validate
+from srdd.training.validation import draw, spread, validate
 
 
 def make_tokens(pipe: SRDDPipeline, count: int) -> TokenDataset:
@@ -24,7 +26,7 @@ def test_validation_is_the_improbability_of_every_token_whatever_the_batches(pat
     pipe = tiny_pipeline(pattern, scheduler=tiny_scheduler(**overrides))
     tokens, scale_sizes = make_tokens(pipe, 7), pipe.scheduler.scales
     token_ids = torch.stack([pyramid["token_ids"] for pyramid in tokens])
-    labels = torch.stack([pyramid["labels"] for pyramid in tokens])
+    labels = torch.stack([pyramid["conditions"]["class_labels"] for pyramid in tokens])
     inputs = pipe.vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
     timesteps = [scale.timestep for scale in pipe.scheduler.visits]
     logits = pipe.transformer(inputs, timestep=timesteps, class_labels=labels).sample
@@ -86,3 +88,36 @@ def test_pictures_of_a_guidance_distilled_model_have_no_guidance():
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
     expected = pipe([0, 1, 2, 3], guidance_scale=1.0, generator=generators, output_type="pt").images
     torch.testing.assert_close(drawn, expected * 2 - 1)
+
+
+# Texts
+
+
+@torch.no_grad()
+def test_validation_tells_the_transformer_all_that_a_batch_has():
+    pipe = tiny_text_pipeline()
+    token_ids = torch.stack([pyramid["token_ids"] for pyramid in make_tokens(pipe, 2)])
+    conditions = {**random_texts(), "original_size": torch.full((2, 2), 512.0), "crop_coords": torch.rand(2, 2) * 99}
+    logits = pipe.transformer(pipe.vqvae.teacher_forcing_inputs(token_ids), **conditions).sample
+    improbability = -logits.log_softmax(dim=-1).gather(-1, token_ids[..., None])
+    loss = validate(pipe, [{"token_ids": token_ids, "conditions": conditions}])["loss"]
+    assert loss == pytest.approx(improbability.mean().item(), abs=1e-5)
+
+
+def test_pictures_of_texts_are_those_of_the_pipeline(tmp_path):
+    pipe = tiny_text_pipeline()
+    texts = ["ab", "", "abc", "ab"]
+    prompts = cached_texts(pipe, ["", *texts], tmp_path)
+    without = tiny_text_pipeline(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    for guidance_scale in (3.0, None):
+        [drawn] = draw(without, 4, guidance_scale, 0, prompts)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        expected = pipe(texts, guidance_scale=guidance_scale, generator=generators, output_type="pt").images
+        torch.testing.assert_close(drawn, expected * 2 - 1, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "count", "expected"), [(4, 2, [0, 0, 1, 1]), (2, 6, [0, 3]), (3, 3, [0, 1, 2]), (5, 1, [0] * 5)]
+)
+def test_pictures_are_spread_over_what_there_is(num_images, count, expected):
+    assert spread(num_images, count) == expected

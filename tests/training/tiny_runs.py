@@ -50,6 +50,11 @@ def train_transformer(image_folder: Path, tokenizer: Path, output_dir: Path, *mo
     )  # fmt: skip
 
 
+def train_texts(image_folder: Path, pipeline: Path, output_dir: Path, *more: str | Path) -> None:
+    """From a pipeline that draws from texts."""
+    run_script("train_srdd", *common(image_folder, output_dir), "--pretrained_model_name_or_path", pipeline, *more)
+
+
 def distill(image_folder: Path, teacher: Path, output_dir: Path, *more: str | Path) -> None:
     run_script("distill_srdd", *common(image_folder, output_dir), "--teacher", teacher, *more)
 

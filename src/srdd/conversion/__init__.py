@@ -4,6 +4,8 @@ Official checkpoints of VAR and of models that build on it as srdd pipelines; `f
 On the command line:
 
     python -m srdd.conversion --vae vae_ch160v4096z32.pth --transformer mvar-d16.pth --output mvar-d16
+    python -m srdd.conversion --vae VQVAE-Switti/model.safetensors --transformer Switti/model.safetensors \\
+        --text-encoders stabilityai/stable-diffusion-xl-base-1.0 --output switti-512
 
 In Python:
 
@@ -16,6 +18,7 @@ In Python:
 """
 
 from srdd.conversion.official_checkpoints import convert_checkpoints, imagenet_class_names
+from srdd.conversion.text_encoders import load_text_encoders
 
 
-__all__ = ["convert_checkpoints", "imagenet_class_names"]
+__all__ = ["convert_checkpoints", "imagenet_class_names", "load_text_encoders"]

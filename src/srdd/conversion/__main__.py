@@ -21,6 +21,7 @@ OPTIONS = {
     "transformer_path": "transformer",
     "family": "family",
     "attention_windows": "attention-windows",
+    "text_encoders": "text-encoders",
 }
 
 
@@ -47,13 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m srdd.conversion",
         description="Convert official checkpoints of VAR and of models that build on it into a folder for"
-        " SRDDPipeline, with a model card.",
+        " SRDDPipeline, or SRDDTextPipeline where they draw from texts, with a model card.",
     )
-    parser.add_argument("--vae", required=True, help="The official tokenizer, vae_ch160v4096z32.pth.")
+    parser.add_argument("--vae", required=True, help="The official tokenizer, as vae_ch160v4096z32.pth.")
     parser.add_argument(
         "--transformer",
         required=True,
-        help="The official transformer, as var_d16.pth or mvar-d16.pth, or a checkpoint of an official trainer.",
+        help="The official transformer, as var_d16.pth or mvar-d16.pth, or a checkpoint of an official trainer. Of"
+        " Switti's model.safetensors, the config.json beside it is read, too: use_ar, rope_theta and rope_size.",
     )
     parser.add_argument("--output", required=True, help="Folder to write, which must not exist yet, or be empty.")
     parser.add_argument(
@@ -75,6 +77,13 @@ def main(arguments: list[str] | None = None) -> None:
         " default is that of the family's published models.",
     )
     parser.add_argument(
+        "--text-encoders",
+        metavar="FOLDER_OR_REPOSITORY",
+        help="For Switti: where text_encoder, tokenizer, text_encoder_2 and tokenizer_2 are, as in"
+        " stabilityai/stable-diffusion-xl-base-1.0. They become a part of the folder; without them it draws from"
+        " embeddings of texts.",
+    )
+    parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
         help="Dtype of the weights; the checkpoint's by default.",
@@ -85,9 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             parser.error(f"`--output` must be a new or an empty folder, got {args.output}.")
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
-        converted = convert(
-            args.vae, args.transformer, args.attention_pattern, dtype, args.family, args.attention_windows
-        )
+        options = args.attention_pattern, dtype, args.family, args.attention_windows, args.text_encoders
+        converted = convert(args.vae, args.transformer, *options)
     except (OSError, ValueError) as error:
         parser.error(as_options(str(error)))
     try:

@@ -8,6 +8,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from srdd import __version__
 from srdd.conversion.official_checkpoints import Converted
 from srdd.evaluation.tables import markdown_table, readable
+from srdd.pipelines import SRDDTextPipeline
+from srdd.pipelines.scale_pipeline import ScalePipeline
+
+
+# What the snippet of a model that draws from texts asks for.
+PROMPT = "a red fox in the snow, photograph"
 
 
 def converted_card(converted: Converted, name: str) -> str:
@@ -21,20 +27,14 @@ def converted_card(converted: Converted, name: str) -> str:
     Returns:
         `str`: Markdown with a YAML header.
     """
-    family, pipeline = converted.family, converted.pipeline
-    vae_file, file = converted.files
+    family, (vae_file, file) = converted.family, converted.files
+    draws_from_texts = isinstance(converted.pipeline, SRDDTextPipeline)
     data = ModelCardData(
         library_name="srdd",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="text-to-image" if draws_from_texts else "unconditional-image-generation",
         tags=["srdd", "diffusers", "discrete-diffusion", "visual-autoregressive", family.title.lower()],
         **family.licence,
     )
-    label = pipeline.id2label.get(207, 0)
-    snippet = [
-        "from srdd import SRDDPipeline\n",
-        f"pipe = SRDDPipeline.from_pretrained({json.dumps(name, ensure_ascii=False)})",
-        f"image = pipe({json.dumps(label)}).images[0]",
-    ]
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {name}\n",
@@ -42,7 +42,7 @@ def converted_card(converted: Converted, name: str) -> str:
             f"{family.title} ({family.source}): `{file}` with the tokenizer `{vae_file}`, converted by"
             f" `python -m srdd.conversion` of srdd {__version__}. {family.about}"
         ),
-        "\n".join(["```py", *snippet, "```\n"]),
+        _snippet(converted.pipeline, json.dumps(name, ensure_ascii=False)),
         "## Published settings\n",
         _settings(converted),
         "## Model\n",
@@ -60,32 +60,70 @@ def _paragraph(text: str) -> str:
     return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-def _settings(converted: Converted) -> str:
-    depth, settings = converted.pipeline.transformer.config.num_layers, converted.settings
-    rows = [
-        [f"`{each.name}`", each.guidance_scale, each.top_k, each.top_p] for each in converted.family.of_depth(depth)
+def _snippet(pipeline: ScalePipeline, name: str) -> str:
+    kind, draws_from_texts = type(pipeline).__name__, isinstance(pipeline, SRDDTextPipeline)
+    wanted = json.dumps(PROMPT if draws_from_texts else pipeline.id2label.get(207, 0))
+    if not draws_from_texts or pipeline.encodes_texts:
+        imports, loading, notes, encoders = [], [], [], ""
+    else:
+        imports, encoders = ["from srdd.conversion import load_text_encoders"], ", **encoders"
+        loading = ['encoders = load_text_encoders("stabilityai/stable-diffusion-xl-base-1.0")']
+        text = (
+            "There are no text encoders here. Load them as above, or give what they make of texts: `prompt_embeds` and"
+            " `pooled_prompt_embeds`, `negative_prompt_embeds` and `negative_pooled_prompt_embeds`."
+        )
+        notes = [_paragraph(text)]
+    lines = [
+        f"from srdd import {kind}",
+        *imports,
+        "",
+        *loading,
+        f"pipe = {kind}.from_pretrained({name}{encoders})",
+        f"image = pipe({wanted}).images[0]",
     ]
+    return "\n".join(["```py", *lines, "```\n", *notes])
+
+
+def _settings(converted: Converted) -> str:
+    config, settings = converted.pipeline.transformer.config, converted.settings
+    published, depth = converted.family.of_depth(config.num_layers), config.num_layers
+    columns = {
+        "weights": [f"`{each.name}`" for each in published],
+        **{f"`{name}`": [getattr(each, name) for each in published] for name in ("guidance_scale", "top_k", "top_p")},
+    }
     text = (
         f"Unless told otherwise, the pipeline draws with guidance {settings.guidance_scale}, top-k {settings.top_k}"
         f" and top-p {settings.top_p}, as its scheduler says. `guidance_scale` is 1 + the `cfg` of the authors' code;"
         " its weight grows linearly over the scales."
     )
+    if settings.num_guided_scales is not None:
+        columns["guided scales"] = [f"{each.num_guided_scales} of {len(each.scale_sizes)}" for each in published]
+        columns["`temperature` of the others"] = [each.unguided_temperature for each in published]
+        is_published = converted.pipeline.scheduler.config.guidance_stop < 1
+        text += " The finest scales are drawn without guidance." if is_published else " All scales are guided here."
     if depth != settings.depth:
         text = f"None are published for {depth} blocks, these are those of the nearest number. {text}"
-    return markdown_table(["weights", "`guidance_scale`", "`top_k`", "`top_p`"], rows) + "\n" + _paragraph(text)
+    rows = [list(row) for row in zip(*columns.values())]
+    return markdown_table(list(columns), rows) + "\n" + _paragraph(text)
 
 
 def _model(converted: Converted) -> str:
-    pipeline, usual = converted.pipeline, converted.family.attention_pattern
+    pipeline, usual = converted.pipeline, converted.attention_pattern
     config = pipeline.transformer.config
+    parts = {"tokenizer": [pipeline.vqvae], "transformer": [pipeline.transformer]}
+    if isinstance(pipeline, SRDDTextPipeline) and pipeline.encodes_texts:
+        parts["text encoders"] = [pipeline.text_encoder, pipeline.text_encoder_2]
     counts = {
-        part: sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        for part, model in (("tokenizer", pipeline.vqvae), ("transformer", pipeline.transformer))
+        part: sum(parameter.numel() for model in models for parameter in model.parameters()) / 1e6
+        for part, models in parts.items()
     }
     facts = [f"{part} {count:.1f} M parameters" for part, count in counts.items()]
-    facts += [f"{config.num_layers} blocks", f"scales {readable(config.scale_sizes)}"]
+    height, width = pipeline.sample_size
+    facts += [f"{config.num_layers} blocks", f"pictures of {height} x {width} pixels"]
+    facts += [f"scales {readable(config.scale_sizes)}"]
     facts += [f"attention {config.attention_pattern!r}"]
-    facts += [f"windows {readable(config.attention_windows)}"] if config.attention_windows else []
+    windows = config.get("attention_windows")
+    facts += [f"windows {readable(windows)}"] if windows else []
     text = f"{'; '.join(facts)}."
     if config.attention_pattern != usual:
         text += f" The authors' model attends by {usual!r}: this one is a start for fine-tuning."

@@ -5,12 +5,11 @@ Its blocks are `base_blocks`, which both halves share, then `ns_blocks`; its inp
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from srdd.conversion.family import Family, PublishedSettings
-from srdd.conversion.official_config import Shapes, transformer_config
+from srdd.conversion.official_config import OfficialTransformer, Shapes, count_indices, transformer_config
 from srdd.conversion.official_layout import Origin, transformer_origins
 
 
@@ -22,7 +21,7 @@ LEFT_OUT = re.compile(
 
 def _num_shared(shapes: Shapes) -> int:
     """How many blocks both halves share."""
-    return len({key.split(".")[1] for key in shapes if re.match(r"base_blocks\.\d+\.", key)})
+    return count_indices(shapes, r"base_blocks\.(\d+)\.")
 
 
 def hmar_key(key: str, num_shared: int) -> str:
@@ -47,27 +46,22 @@ def _as_var(shapes: Shapes) -> Shapes:
     return {var_key(key): shape for key, shape in shapes.items() if not LEFT_OUT.fullmatch(key)}
 
 
-def hmar_config(
-    shapes: Shapes, scale_sizes: Sequence[int], codebook_size: int, latent_channels: int
-) -> dict[str, Any]:
+def hmar_config(official: OfficialTransformer) -> dict[str, Any]:
     """[`~srdd.conversion.official_config.transformer_config`] of the half that is converted."""
-    if not any(key.startswith("base_blocks.") for key in shapes):
-        raise ValueError("The transformer must be an official one, but no key of it starts with base_blocks.")
-    return transformer_config(_as_var(shapes), scale_sizes, codebook_size, latent_channels)
+    return transformer_config(replace(official, shapes=_as_var(official.shapes)))
 
 
 def hmar_origins(shapes: Shapes, official_shapes: Shapes) -> dict[str, Origin]:
     """[`~srdd.conversion.official_layout.transformer_origins`] by HMAR's keys."""
     num_shared = _num_shared(official_shapes)
     return {
-        key: origin if origin.key is None else replace(origin, key=hmar_key(origin.key, num_shared))
+        key: origin.renamed(lambda name: hmar_key(name, num_shared))
         for key, origin in transformer_origins(shapes).items()
     }
 
 
 HMAR = Family(
     title="HMAR",
-    model_names=(),
     prefix="base_blocks.",
     published=(
         PublishedSettings("hmar-d16", 16, 2.7, 1000, 0.99),
@@ -91,7 +85,6 @@ HMAR = Family(
   year      = {2025}
 }""",
     attention_pattern="markov",
-    is_sure=lambda state: True,
     config=hmar_config,
     origins=hmar_origins,
     left_out=LEFT_OUT,

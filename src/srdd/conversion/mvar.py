@@ -4,11 +4,10 @@ MVAR (github.com/CVL-UESTC/MVAR): VAR's transformer, keys and shapes, with the p
 From the ninth scale on, sides 13 and 16, a token sees the 7 x 7 tokens around it. The tensors do not show that.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from srdd.conversion.family import Family, PublishedSettings
-from srdd.conversion.official_config import Shapes, transformer_config
+from srdd.conversion.official_config import OfficialTransformer, transformer_config
 
 
 # What the official build function sets.
@@ -16,13 +15,10 @@ FIRST_WINDOWED_SCALE = 8
 WINDOW = 7
 
 
-def mvar_config(
-    shapes: Shapes, scale_sizes: Sequence[int], codebook_size: int, latent_channels: int
-) -> dict[str, Any]:
+def mvar_config(official: OfficialTransformer) -> dict[str, Any]:
     """[`~srdd.conversion.official_config.transformer_config`] with windows."""
-    windows = [WINDOW if scale >= FIRST_WINDOWED_SCALE else 0 for scale in range(len(scale_sizes))]
-    config = transformer_config(shapes, scale_sizes, codebook_size, latent_channels)
-    return {**config, "attention_windows": windows}
+    windows = [WINDOW if scale >= FIRST_WINDOWED_SCALE else 0 for scale in range(len(official.scale_sizes))]
+    return {**transformer_config(official), "attention_windows": windows}
 
 
 MVAR = Family(
@@ -45,7 +41,6 @@ MVAR = Family(
   year    = {2025}
 }""",
     attention_pattern="markov",
-    is_sure=lambda state: False,
     config=mvar_config,
     about="In its finest scales a token sees the square of tokens around it alone (`attention_windows`).",
 )

@@ -9,7 +9,9 @@ as blocks where no per-head temperature (QK l2-norm) tells.
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +21,38 @@ from srdd.scales import MAX_SCALES
 
 
 # The lists of the published models, by image size.
-KNOWN_SCALES = {256: [1, 2, 3, 4, 5, 6, 8, 10, 13, 16], 512: [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]}
+KNOWN_SCALES = {
+    256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    1024: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
 
 Shapes = Mapping[str, Shape]
 
 
-def _agreed_size(shapes: Shapes, default: int, *places: tuple[str, int]) -> int:
+@dataclass(frozen=True)
+class OfficialTransformer:
+    """
+    What is known of an official transformer before our model of it is made.
+
+    Args:
+        path (`Path`): Its file.
+        state (`Mapping[str, torch.Tensor]`): Its state dict.
+        shapes (`Mapping[str, tuple[int, ...]]`): The shapes in it.
+        scale_sizes (`list[int]`): Its scales.
+        codebook_size (`int`): Number of codes of its tokenizer.
+        latent_channels (`int`): Channels of its tokenizer's codes.
+    """
+
+    path: Path
+    state: Mapping[str, torch.Tensor]
+    shapes: Shapes
+    scale_sizes: list[int]
+    codebook_size: int
+    latent_channels: int
+
+
+def agreed_size(shapes: Shapes, default: int, *places: tuple[str, int]) -> int:
     """
     The size that most of these (key, axis) places have, so that one bad tensor does not make the others look bad; the
     published models' size if all are missing.
@@ -33,7 +61,7 @@ def _agreed_size(shapes: Shapes, default: int, *places: tuple[str, int]) -> int:
     return statistics.mode(sizes) if sizes else default
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
+def count_indices(shapes: Shapes, pattern: str) -> int:
     """How many different indices the keys that match `pattern` have."""
     return len({match[1] for key in shapes if (match := re.match(pattern, key))})
 
@@ -44,15 +72,9 @@ def residual_conv_layout(shapes: Shapes) -> tuple[str, int]:
     if any(key.startswith(single) for key in shapes):
         return single, 1
     for name in (separate, shared):
-        if count := _count(shapes, name.replace(".", r"\.").format(r"(\d+)")):
+        if count := count_indices(shapes, name.replace(".", r"\.").format(r"(\d+)")):
             return name, count
     return shared, 4
-
-
-def _check_recognisable(shapes: Shapes, model: str, prefixes: tuple[str, ...]) -> None:
-    absent = [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in shapes)]
-    if absent:
-        raise ValueError(f"The {model} must be an official one, but no key of it starts with {', '.join(absent)}.")
 
 
 def tokenizer_config(shapes: Shapes, scale_sizes: list[int]) -> dict[str, Any]:
@@ -69,16 +91,19 @@ def tokenizer_config(shapes: Shapes, scale_sizes: list[int]) -> dict[str, Any]:
     Raises:
         ValueError: If this is no official tokenizer.
     """
-    _check_recognisable(shapes, "tokenizer", ("encoder.down.0.block.", "decoder.", "quantize."))
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    prefixes = ("encoder.down.0.block.", "decoder.", "quantize.")
+    absent = [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in shapes)]
+    if absent:
+        raise ValueError(f"The tokenizer must be an official one, but no key of it starts with {', '.join(absent)}.")
+    levels = count_indices(shapes, r"encoder\.down\.(\d+)\.")
     attention = "Attn" if any(key.startswith(f"encoder.down.{levels - 1}.attn.") for key in shapes) else ""
     return {
-        "in_channels": _agreed_size(shapes, 3, ("encoder.conv_in.weight", 1)),
-        "out_channels": _agreed_size(shapes, 3, ("decoder.conv_out.bias", 0), ("decoder.conv_out.weight", 0)),
+        "in_channels": agreed_size(shapes, 3, ("encoder.conv_in.weight", 1)),
+        "out_channels": agreed_size(shapes, 3, ("decoder.conv_out.bias", 0), ("decoder.conv_out.weight", 0)),
         "down_block_types": ["DownEncoderBlock2D"] * (levels - 1) + [f"{attention}DownEncoderBlock2D"],
         "up_block_types": [f"{attention}UpDecoderBlock2D"] + ["UpDecoderBlock2D"] * (levels - 1),
         "block_out_channels": [
-            _agreed_size(
+            agreed_size(
                 shapes,
                 160,
                 *((f"encoder.down.{level}.block.0.{name}.bias", 0) for name in ("conv1", "norm2", "conv2")),
@@ -86,25 +111,32 @@ def tokenizer_config(shapes: Shapes, scale_sizes: list[int]) -> dict[str, Any]:
             )
             for level in range(levels)
         ],
-        "layers_per_block": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count_indices(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
         "mid_block_add_attention": any(key.startswith("encoder.mid.attn_1.") for key in shapes),
-        "latent_channels": _agreed_size(
+        "latent_channels": agreed_size(
             shapes, 32, ("quantize.embedding.weight", 1), ("quant_conv.bias", 0), ("post_quant_conv.bias", 0)
         ),
-        "codebook_size": _agreed_size(
-            shapes, 4096, ("quantize.embedding.weight", 0), ("quantize.ema_vocab_hit_SV", 1)
-        ),
+        "codebook_size": agreed_size(shapes, 4096, ("quantize.embedding.weight", 0), ("quantize.ema_vocab_hit_SV", 1)),
         "scale_sizes": scale_sizes,
         "sample_size": scale_sizes[-1] * 2 ** (levels - 1),
-        "quant_conv_kernel_size": _agreed_size(shapes, 3, ("quant_conv.weight", 3), ("post_quant_conv.weight", 3)),
+        "quant_conv_kernel_size": agreed_size(shapes, 3, ("quant_conv.weight", 3), ("post_quant_conv.weight", 3)),
         "num_residual_convs": residual_conv_layout(shapes)[1],
     }
 
 
-def transformer_scale_sizes(state: Mapping[str, torch.Tensor]) -> list[int]:
+def transformer_scale_sizes(
+    state: Mapping[str, torch.Tensor], published: Sequence[tuple[int, ...]] = tuple(KNOWN_SCALES.values())
+) -> list[int]:
     """
     The scales of an official transformer: read from its table of the tokens' scales, or else, where a file leaves the
-    tables out, the published list with as many scales and tokens.
+    tables out, the first published list with as many scales and tokens.
+
+    Args:
+        state (`Mapping[str, torch.Tensor]`): Its state dict.
+        published (`Sequence[tuple[int, ...]]`, *optional*): The lists of its family's models.
+
+    Returns:
+        `list[int]`: The side of each.
 
     Raises:
         ValueError: If neither tells.
@@ -119,57 +151,53 @@ def transformer_scale_sizes(state: Mapping[str, torch.Tensor]) -> list[int]:
         if [side**2 for side in sides] != counts:
             raise ValueError(f"`lvl_1L` must give every scale a square number of tokens, got {counts}.")
         return sides
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    num_tokens, num_scales = (
-        _agreed_size(shapes, 680, ("pos_1LC", 1)),
-        _agreed_size(shapes, 10, ("lvl_embed.weight", 0)),
-    )
-    for sides in KNOWN_SCALES.values():
-        if (len(sides), sum(side**2 for side in sides)) == (num_scales, num_tokens):
-            return sides
+    counts = {
+        what: state[key].shape[axis]
+        for what, key, axis in (("scales", "lvl_embed.weight", 0), ("tokens", "pos_1LC", 1))
+        if key in state and state[key].ndim > axis
+    }
+    for sides in published:
+        own = {"scales": len(sides), "tokens": sum(side**2 for side in sides)}
+        if counts.items() <= own.items():
+            return list(sides)
     raise ValueError(
-        f"The scales of a transformer without `lvl_1L` must be those of a published model, {KNOWN_SCALES}, but it has"
-        f" {num_scales} scales and {num_tokens} tokens."
+        f"The scales of a transformer without `lvl_1L` must be those of a published model, {list(published)}, but it"
+        f" has {' and '.join(f'{count} {what}' for what, count in counts.items())}."
     )
 
 
-def transformer_config(
-    shapes: Shapes, scale_sizes: list[int], codebook_size: int, latent_channels: int
-) -> dict[str, Any]:
+def transformer_config(official: OfficialTransformer) -> dict[str, Any]:
     """
     Configuration of the [`ScaleTransformer2DModel`] that an official transformer is.
 
     Args:
-        shapes (`Mapping[str, tuple[int, ...]]`): Keys and shapes of its state dict.
-        scale_sizes (`list[int]`): Its scales.
-        codebook_size (`int`): Number of codes of its tokenizer.
-        latent_channels (`int`): Channels of its tokenizer's codes.
+        official ([`OfficialTransformer`]): The transformer.
 
     Returns:
-        `dict[str, Any]`: Arguments of the model class.
+        `dict[str, Any]`: Arguments of the model class, but for what no tensor tells.
 
     Raises:
-        ValueError: If this is no official transformer.
+        ValueError: If its width does not fit its heads.
     """
-    _check_recognisable(shapes, "transformer", ("blocks.",))
-    depth = _count(shapes, r"blocks\.(\d+)\.")
+    shapes = official.shapes
+    depth = count_indices(shapes, r"blocks\.(\d+)\.")
     blocks = [f"blocks.{index}" for index in range(depth)]
-    width = _agreed_size(
+    width = agreed_size(
         shapes, 64 * depth, ("pos_1LC", 2), ("class_emb.weight", 1), ("lvl_embed.weight", 1), ("head.weight", 1)
     )
-    hidden = _agreed_size(shapes, 4 * width, *((f"{block}.ffn.fc1.bias", 0) for block in blocks))
-    heads = _agreed_size(shapes, depth, *((f"{block}.attn.scale_mul_1H11", 1) for block in blocks))
+    hidden = agreed_size(shapes, 4 * width, *((f"{block}.ffn.fc1.bias", 0) for block in blocks))
+    heads = agreed_size(shapes, depth, *((f"{block}.attn.scale_mul_1H11", 1) for block in blocks))
     if min(width, heads) < 1 or width % heads:
         raise ValueError(f"The width of the transformer must be a multiple of its {heads} heads, got {width}.")
     return {
-        "codebook_size": codebook_size,
-        "latent_channels": latent_channels,
-        "scale_sizes": scale_sizes,
+        "codebook_size": official.codebook_size,
+        "latent_channels": official.latent_channels,
+        "scale_sizes": official.scale_sizes,
         "num_layers": depth,
         "num_attention_heads": heads,
         "attention_head_dim": width // heads,
         "mlp_ratio": hidden / width,
-        "num_classes": _agreed_size(shapes, 1001, ("class_emb.weight", 0)) - 1,
+        "num_classes": agreed_size(shapes, 1001, ("class_emb.weight", 0)) - 1,
         "qk_norm": any(key.endswith(".attn.scale_mul_1H11") for key in shapes),
         "shared_adaln": any(key.startswith("shared_ada_lin.") for key in shapes),
         "drop_path_rate": 0.1 * depth / 24,

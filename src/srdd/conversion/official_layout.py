@@ -7,8 +7,8 @@ do not have.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,37 +66,44 @@ class Origin:
     Where one tensor of ours comes from.
 
     Args:
-        key (`str`, *optional*): Its name in the official state dict; `None` if it is zero there and not stored.
-        shape (`tuple[int, ...]`): The shape it has there.
-        third (`int`, *optional*): Which third of its rows is ours; the whole by default.
+        shapes (`dict[str, tuple[int, ...]]`): Names and shapes of the official tensors that it is made of; none for
+            one that is zero there and not stored.
+        part (`tuple[int, int]`, defaults to `(0, 1)`): Which one of how many equal parts of their rows is ours.
+        made_by (`Callable`, *optional*): Makes one tensor of them, in their order; by default their rows follow each
+            other.
     """
 
-    key: str | None
-    shape: Shape
-    third: int | None = None
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Names and shapes of the official tensors that it is made of."""
-        return {} if self.key is None else {self.key: self.shape}
+    shapes: dict[str, Shape]
+    part: tuple[int, int] = (0, 1)
+    made_by: Callable[..., torch.Tensor] | None = None
 
     def take(self, state: Mapping[str, torch.Tensor], shape: Shape) -> torch.Tensor:
-        """Our tensor, of the given shape: a view of the official one, or zeros."""
-        if self.key is None:
+        """Our tensor, of the given shape: a view where it is one official tensor or a part of it."""
+        tensors = [state[key] for key in self.shapes]
+        if not tensors:
             return torch.zeros(shape)
-        tensor = state[self.key]
-        return (tensor if self.third is None else tensor.chunk(3)[self.third]).reshape(shape)
+        if self.made_by is not None:
+            whole = self.made_by(*tensors)
+        else:
+            whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        index, count = self.part
+        return (whole if count == 1 else whole.chunk(count)[index]).reshape(shape)
+
+    def renamed(self, name: Callable[[str], str]) -> "Origin":
+        """The same with other official names."""
+        return replace(self, shapes={name(key): shape for key, shape in self.shapes.items()})
 
 
-def _renamed(key: str, renames: tuple[tuple[str, str], ...]) -> str:
+def renamed(key: str, renames: tuple[tuple[str, str], ...]) -> str:
+    """A name after all replacements of patterns."""
     for pattern, replacement in renames:
         key = re.sub(pattern, replacement, key)
     return key
 
 
-def _third(key: str) -> int | None:
+def _part(key: str) -> tuple[int, int]:
     projection = re.search(r"\.to_([qkv])\.", key)
-    return "qkv".index(projection[1]) if projection else None
+    return ("qkv".index(projection[1]), 3) if projection else (0, 1)
 
 
 def transformer_origins(
@@ -115,16 +122,14 @@ def transformer_origins(
     """
     origins = {}
     for key, shape in shapes.items():
-        official, third = _renamed(key, TRANSFORMER_RENAMES), None
-        if key.endswith(".to_k.bias"):
-            official = None
-        elif official.endswith(".mat_qkv.weight"):
-            shape, third = (3 * shape[0], shape[1]), _third(key)
+        official, part = renamed(key, TRANSFORMER_RENAMES), (0, 1)
+        if official.endswith(".mat_qkv.weight"):
+            shape, part = (3 * shape[0], shape[1]), _part(key)
         elif official.endswith(".scale_mul_1H11"):
             shape = (1, shape[0], 1, 1)
         elif official.endswith(".ada_gss"):
             shape = (1, 1, *shape)
-        origins[key] = Origin(official, shape, third)
+        origins[key] = Origin({} if key.endswith(".to_k.bias") else {official: shape}, part)
     return origins
 
 
@@ -144,12 +149,11 @@ def tokenizer_origins(shapes: Mapping[str, Shape], residual_conv_name: str) -> d
     for key, shape in shapes.items():
         # The official list of upward blocks starts at the finest one, ours at the one that runs first.
         official = re.sub(r"\.up_blocks\.(\d+)", lambda match: f".up_blocks.{levels - 1 - int(match[1])}", key)
-        official, third = _renamed(official, TOKENIZER_RENAMES), _third(key)
+        official, part = renamed(official, TOKENIZER_RENAMES), _part(key)
         if residual_conv := re.match(r"quantize\.residual_convs\.(\d+)\.", key):
             official = residual_conv_name.format(residual_conv[1]) + key[residual_conv.end() :]
-        if third is not None:
-            shape = (3 * shape[0], *shape[1:])
+        shape = (part[1] * shape[0], *shape[1:])
         if official.endswith((".qkv.weight", ".proj_out.weight")):
             shape = (*shape, 1, 1)
-        origins[key] = Origin(official, shape, third)
+        origins[key] = Origin({official: shape}, part)
     return origins

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from srdd.conversion.family import Family, PublishedSettings
+from srdd.conversion.official_config import KNOWN_SCALES
 
 
 def has_causal_table(state: Mapping[str, torch.Tensor]) -> bool:
@@ -27,7 +28,10 @@ VAR = Family(
     title="VAR",
     model_names=("var_wo_ddp",),
     prefix="blocks.",
-    published=tuple(PublishedSettings(f"var_d{depth}", depth, 2.5, 900, 0.96) for depth in (16, 20, 24, 30, 36)),
+    published=(
+        *(PublishedSettings(f"var_d{depth}", depth, 2.5, 900, 0.96) for depth in (16, 20, 24, 30)),
+        PublishedSettings("var_d36", 36, 2.5, 900, 0.96, KNOWN_SCALES[512]),
+    ),
     source="https://github.com/FoundationVision/VAR",
     licence={"license": "mit"},
     licence_note="The authors publish code and weights under the MIT licence.",

@@ -15,6 +15,7 @@ import torch
 from diffusers.utils import logging
 from PIL import Image, ImageOps
 
+from srdd.data.captions import check_caption_column, read_captions
 from srdd.data.class_labels import as_class_labels, class_order, describe_classes, is_missing, shortened
 from srdd.data.picture_folders import PictureFolder, PictureSplit, read_picture_folder
 from srdd.pictures import to_rgb
@@ -35,6 +36,7 @@ class LabelledImages:
         label_column (`str`, *optional*): Column of the integer labels; `None` for data without labels.
         id2label (`dict[int, str]`): Names of the classes, empty for data without labels.
         summary (`str`, defaults to `""`): How many pictures and classes there are, for people; may have several lines.
+        caption_column (`str`, *optional*): Column of the captions, texts that are not empty; `None` for data without.
     """
 
     train: datasets.Dataset
@@ -43,6 +45,7 @@ class LabelledImages:
     label_column: str | None
     id2label: dict[int, str]
     summary: str = ""
+    caption_column: str | None = None
 
 
 def load_labelled_images(
@@ -58,9 +61,11 @@ def load_labelled_images(
     strict: bool = False,
     num_proc: int | None = None,
     run_folders: Sequence[str | Path] = (),
+    caption_column: str | None = None,
 ) -> LabelledImages:
     """
-    Load images and labels from the Hub, a data set folder (parquet) or a folder with one subfolder per class.
+    Load images and labels from the Hub, a data set folder (parquet) or a folder with one subfolder per class; or
+    images and captions, which stand in `metadata.jsonl` where there is a folder.
 
     Folders of pictures are read by the rule of [`~srdd.data.picture_folders.read_picture_folder`]. Every picture is
     opened once (the outcome is remembered): those that are corrupt, cut off or too small are left out with a warning
@@ -81,35 +86,43 @@ def load_labelled_images(
         num_proc (`int`, *optional*): Processes that open the pictures.
         run_folders (`Sequence[str | Path]`, defaults to `()`): Folders that the run writes: no classes, where they lie
             in `train_data_dir`.
+        caption_column (`str`, *optional*): Column with captions, or the key of them in `metadata.jsonl`: loads them
+            instead of labels.
 
     Returns:
         [`LabelledImages`]
 
     Raises:
         ValueError: If not exactly one source is given, it cannot be read or is empty, there is no `train` split, a
-            column does not exist, a picture has no label or several, no picture can be used or, with `strict`, one
-            cannot.
+            column does not exist, a picture has no label or several, or no caption, no picture can be used or, with
+            `strict`, one cannot.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
             f"Give either `dataset_name` or `train_data_dir`, got {dataset_name!r} and {train_data_dir!r}."
         )
+    if caption_column == image_column:
+        raise ValueError(f"`caption_column` must be another column than `image_column`, got {caption_column!r}.")
     notes: list[str] = []
     if dataset_name is not None:
         splits = _load_data_set(dataset_name, dataset_config_name, cache_dir)
     else:
-        folder = read_picture_folder(train_data_dir, "train_data_dir", run_folders)
+        folder = read_picture_folder(train_data_dir, "train_data_dir", run_folders, caption_column is not None)
         if strict and folder.empty_classes:
             raise ValueError(
                 f"`train_data_dir` must hold pictures in all class folders, got none in"
                 f" {shortened(folder.empty_classes, 3)}."
             )
-        splits, notes = _folder_splits(folder, label_column), folder.notes
+        root = Path(train_data_dir).absolute()
+        splits, notes = _folder_splits(folder, label_column, root, caption_column), folder.notes
     if "train" not in splits:
         raise ValueError(f"The data set must have a `train` split, got {sorted(splits)}.")
     train, validation = splits["train"], splits.get("validation")
     if image_column not in train.column_names:
         raise ValueError(f"`image_column` must be one of {train.column_names}, got {image_column!r}.")
+    if caption_column is not None:
+        label_column = None
+        check_caption_column({"train": train} | ({"validation": validation} if validation else {}), caption_column)
     if label_column == "auto":
         label_column = "label" if "label" in train.column_names else None
     if label_column is not None and label_column not in train.column_names:
@@ -138,9 +151,12 @@ def load_labelled_images(
             f" {shortened(unused, 3)}."
         )
     counts = f"{len(train)} pictures to train on, {0 if validation is None else len(validation)} to validate with"
-    classes = describe_classes(id2label, ids_used, ids_found or ids_used)
+    if caption_column is None:
+        classes = describe_classes(id2label, ids_used, ids_found or ids_used)
+    else:
+        classes = f"captions of {caption_column!r}"
     summary = "\n".join([f"{dataset_name or train_data_dir}: {counts}; {classes}.", *notes])
-    return LabelledImages(train, validation, image_column, label_column, id2label, summary)
+    return LabelledImages(train, validation, image_column, label_column, id2label, summary, caption_column)
 
 
 def _with_class_ids(
@@ -180,9 +196,18 @@ def _load_data_set(name: str, config_name: str | None, cache_dir: str | None) ->
     return splits
 
 
-def _folder_splits(folder: PictureFolder, label_column: str | None) -> dict[str, datasets.Dataset]:
+def _folder_splits(
+    folder: PictureFolder, label_column: str | None, root: Path, caption_column: str | None
+) -> dict[str, datasets.Dataset]:
     """The splits of a folder of pictures as data sets."""
     splits = {"train": folder.train} | ({"validation": folder.validation} if folder.validation else {})
+    if caption_column is not None:
+        paths = [path for split in splits.values() for path in split.paths]
+        captions = dict(zip(paths, read_captions(root, paths, caption_column)))
+        return {
+            name: _as_data_set(split, {caption_column: [captions[path] for path in split.paths]})
+            for name, split in splits.items()
+        }
     without = [name for name, split in splits.items() if split.labels is None]
     if without and len(without) < len(splits) and label_column is not None:
         raise ValueError(
@@ -190,18 +215,18 @@ def _folder_splits(folder: PictureFolder, label_column: str | None) -> dict[str,
             f" {without[0]} ({len(splits[without[0]].paths)} pictures, such as {str(splits[without[0]].paths[0])!r}):"
             " sort them into class folders, take them elsewhere, or train without labels (`label_column` empty)."
         )
-    return {name: _as_data_set(split, with_labels=not without) for name, split in splits.items()}
+    return {name: _as_data_set(split, {} if without else {"label": split.labels}) for name, split in splits.items()}
 
 
-def _as_data_set(split: PictureSplit, with_labels: bool) -> datasets.Dataset:
-    """Pictures of a folder, known to `datasets` by what they are and where they lie."""
-    columns = {"image": [str(path) for path in split.paths]}
-    features = {"image": datasets.Image()}
-    if with_labels:
-        columns["label"] = split.labels
-        features["label"] = datasets.Value("string")
+def _as_data_set(split: PictureSplit, texts: dict[str, list[str]]) -> datasets.Dataset:
+    """
+    Pictures of a folder, known to `datasets` by what they are and where they lie, and texts of them. Another caption
+    makes no other pictures: what is kept of these stays.
+    """
+    columns = {"image": [str(path) for path in split.paths], **texts}
+    features = {"image": datasets.Image(), **dict.fromkeys(texts, datasets.Value("string"))}
     files = [(path, status.st_size, status.st_mtime_ns) for path in columns["image"] for status in [os.stat(path)]]
-    digest = hashlib.sha256(json.dumps([files, columns.get("label")]).encode())
+    digest = hashlib.sha256(json.dumps([files, texts.get("label")]).encode())
     data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return datasets.Dataset(data.data, info=data.info, fingerprint=digest.hexdigest()[:16])
 
@@ -284,17 +309,41 @@ def image_to_tensor(
     Returns:
         `torch.Tensor` of shape `(3, resolution, resolution)`, float32.
     """
+    rng = rng or random
+    image, _ = cut_square(image, resolution, random_crop, rng)
+    if random_flip and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return square_to_tensor(image)
+
+
+def cut_square(
+    image: Image.Image, resolution: int, random_crop: bool, rng: random.Random
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """
+    Scale the shorter side of a picture to `resolution` and crop a square.
+
+    Args:
+        image (`PIL.Image.Image`): The picture, read as [`~srdd.pictures.to_rgb`] does.
+        resolution (`int`): Side of the square.
+        random_crop (`bool`): Crop at random instead of in the centre.
+        rng (`random.Random`): Draws the crop.
+
+    Returns:
+        `tuple[PIL.Image.Image, tuple[int, int, int, int]]`: The square; height and width of the scaled picture, and
+        the square's distance from its top and left.
+    """
     image = to_rgb(image)
     if min(image.size) != resolution:
         ratio = resolution / min(image.size)
         size = (max(resolution, round(image.width * ratio)), max(resolution, round(image.height * ratio)))
         image = image.resize(size, Image.Resampling.BICUBIC)
     free_x, free_y = image.width - resolution, image.height - resolution
-    rng = rng or random
     left, top = (rng.randint(0, free_x), rng.randint(0, free_y)) if random_crop else (free_x // 2, free_y // 2)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    if random_flip and rng.random() < 0.5:
-        image = ImageOps.mirror(image)
+    return image.crop((left, top, left + resolution, top + resolution)), (image.height, image.width, top, left)
+
+
+def square_to_tensor(image: Image.Image) -> torch.Tensor:
+    """Pixels of a picture with 8 bits of red, green and blue, float32 `(3, height, width)` in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 

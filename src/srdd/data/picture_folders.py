@@ -9,11 +9,13 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from diffusers.utils import logging
 from PIL import Image
 
+from srdd.data.captions import METADATA_FILE
 from srdd.data.class_labels import class_order, shortened
 
 
@@ -73,12 +75,19 @@ class FolderReader:
         folder (`str` or `Path`): The folder.
         argument (`str`): What errors call it.
         run_folders (`Sequence[str | Path]`, defaults to `()`): Folders that the run at hand writes, if they exist.
+        with_captions (`bool`, defaults to `False`): Whether pictures have captions instead of classes.
 
     Raises:
         ValueError: If `folder` is no folder, may not be read, or is one that the run writes.
     """
 
-    def __init__(self, folder: str | Path, argument: str, run_folders: Sequence[str | Path] = ()):
+    def __init__(
+        self,
+        folder: str | Path,
+        argument: str,
+        run_folders: Sequence[str | Path] = (),
+        with_captions: bool = False,
+    ):
         self.argument, self.shown = argument, str(folder)
         self.root = Path(folder).absolute()
         problem = _problem_of(self.root) if self.shown else "an empty name"
@@ -92,6 +101,7 @@ class FolderReader:
                 f"`{argument}` must be a folder that the run does not write to, got {self.shown!r}; give the output a"
                 " folder of its own."
             )
+        self.with_captions = with_captions
         self.left_out: dict[str, list[str]] = {}
 
     def leave_out(self, path: Path, reason: str) -> None:
@@ -176,6 +186,8 @@ class FolderReader:
                 self.leave_out(path, NOT_UNICODE)
             elif kind == "folder":
                 folders.append(path)
+            elif kind == "file" and self.with_captions and entry.name == METADATA_FILE:
+                continue
             elif kind == "file" and path.suffix.lower() not in picture_suffixes():
                 self.leave_out(path, NO_PICTURE)
             elif kind != "file" or not os.access(path, os.R_OK):
@@ -218,7 +230,10 @@ class PictureFolder:
 
 
 def read_picture_folder(
-    folder: str | Path, argument: str = "folder", run_folders: Sequence[str | Path] = ()
+    folder: str | Path,
+    argument: str = "folder",
+    run_folders: Sequence[str | Path] = (),
+    with_captions: bool = False,
 ) -> PictureFolder:
     """
     Find pictures, classes and splits of a folder by a rule that no name can bend:
@@ -229,12 +244,16 @@ def read_picture_folder(
       these are splits, each with class folders or without. The first of those named is the validation split.
     - Names of files mean nothing but for their endings.
 
+    With captions, folders other than splits mean nothing: all pictures in them are read.
+
     What is left out is warned of.
 
     Args:
         folder (`str` or `Path`): The folder.
         argument (`str`, defaults to `"folder"`): What errors call it.
         run_folders (`Sequence[str | Path]`, defaults to `()`): Folders that the run at hand writes, if they exist.
+        with_captions (`bool`, defaults to `False`): Whether pictures have captions instead of classes. They are read
+            elsewhere ([`~srdd.data.captions.read_captions`]).
 
     Returns:
         [`PictureFolder`]
@@ -242,7 +261,7 @@ def read_picture_folder(
     Raises:
         ValueError: If it is no folder, may not be read, is one that the run writes, or has no pictures to train on.
     """
-    reader = FolderReader(folder, argument, run_folders)
+    reader = FolderReader(folder, argument, run_folders, with_captions)
     loose_pictures, folders = reader.entries(reader.root)
     splits = _split_folders(folders)
     pictures = {each: reader.pictures_below(each) for each in folders if each not in splits.values()}
@@ -265,7 +284,7 @@ def read_picture_folder(
                 notes.append(f"Validation pictures are those of {path.name!r}.")
             else:
                 reader.leave_out(path, WITHOUT_PICTURES)
-        if train.labels is None and train.paths:
+        if train.labels is None and train.paths and not with_captions:
             notes.append(
                 "There are no class folders in 'train', so pictures have no classes. For classes sort them into"
                 " 'train/NAME' (and likewise in the other splits)."
@@ -308,6 +327,8 @@ def _sorted_by_class(
     notes: list[str],
 ) -> PictureSplit:
     """Pictures by the order of their classes, if any of the folders that may be classes holds one."""
+    if reader.with_captions:
+        return PictureSplit(sorted([*loose_pictures, *chain(*pictures.values())]), None)
     for folder in [folder for folder, paths in pictures.items() if not paths]:
         if _leave_out_empty(reader, folder):
             empty_classes.append(folder.name)

@@ -1,26 +1,23 @@
 """Token pyramids of a whole data set on disk, so that the transformer's epochs never run the tokenizer."""
 
-import errno
 import hashlib
 import json
 import random
-import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from filelock import Timeout
 from tqdm.auto import tqdm
 
-from srdd.data.file_locks import hold_lock, release_lock
-from srdd.data.images import LabelledImages, image_to_tensor
+from srdd.data.array_cache import cached_array, damaged
+from srdd.data.images import LabelledImages, cut_square, square_to_tensor
 from srdd.data.loader_workers import leave_signals_to_main_process
+from srdd.data.text_cache import EncodedTexts
 from srdd.models import MultiScaleVQModel
 from srdd.models.saved_weights import check_finite_weights, weights_hash
 from srdd.scales import num_tokens_per_scale
@@ -32,7 +29,7 @@ CACHE_FORMAT = 2
 
 class TokenDataset(torch.utils.data.Dataset):
     """
-    Cached pyramids with their labels.
+    Cached pyramids with their labels. An item has `"token_ids"` and what the transformer is told, `"conditions"`.
 
     Args:
         token_ids (`np.ndarray` of shape `(num_rows, num_tokens)`): Packed pyramids, any integer type.
@@ -46,22 +43,54 @@ class TokenDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict:
         return {
             "token_ids": torch.from_numpy(self.token_ids[index].astype(np.int64)),
-            "labels": torch.tensor(int(self.labels[index])),
+            "conditions": {"class_labels": torch.tensor(int(self.labels[index]))},
         }
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+    def __getitems__(self, indices: list[int]) -> list[dict]:
         """The items of a batch, in half of the time: without workers a device may wait for them."""
         token_ids = torch.from_numpy(self.token_ids[indices].astype(np.int64))
         labels = torch.from_numpy(self.labels[indices].astype(np.int64))
-        return [{"token_ids": ids, "labels": label} for ids, label in zip(token_ids, labels)]
+        return [{"token_ids": ids, "conditions": {"class_labels": label}} for ids, label in zip(token_ids, labels)]
+
+
+class CaptionedTokens(torch.utils.data.Dataset):
+    """
+    Cached pyramids with their captions. An item has `"token_ids"` and what the transformer is told, `"conditions"`:
+    a text, and size and crop of the picture.
+
+    Args:
+        pyramids (`np.ndarray` of shape `(num_rows,)`): With the fields `"token_ids"`, packed pyramids, and `"places"`,
+            height and width of the scaled picture that each is of a part of, and where that lies from top and left.
+        resolution (`int`): The shorter side of scaled pictures.
+        texts ([`EncodedTexts`]): The captions, of several views of them one after the other.
+    """
+
+    def __init__(self, pyramids: np.ndarray, resolution: int, texts: EncodedTexts):
+        self.pyramids = pyramids
+        self.resolution = resolution
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.pyramids)
+
+    def __getitem__(self, index: int) -> dict:
+        token_ids, place = self.pyramids[index]
+        # The transformer is told of pictures whose shorter side is 512, whatever its own size.
+        place = torch.from_numpy(place.astype(np.float32)) * (512 / self.resolution)
+        text = self.texts[index % len(self.texts)]
+        return {
+            "token_ids": torch.from_numpy(token_ids.astype(np.int64)),
+            "conditions": {**text, "original_size": place[:2], "crop_coords": place[2:]},
+        }
 
 
 class ImageViews(torch.utils.data.Dataset):
     """
-    The views of every image that are tokenised: the centre or random crops, then the same mirrored. View by view.
+    The views of every image that are tokenised: the centre or random crops, then the same mirrored. View by view. An
+    item has the pixels, and height and width of the scaled picture and the view's distance from its top and left.
 
     Args:
         split (`datasets.Dataset`): The images.
@@ -86,13 +115,16 @@ class ImageViews(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.num_views * len(self.split)
 
-    def __getitem__(self, row: int) -> torch.Tensor:
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         view, index = divmod(row, len(self.split))
         flip, crop = divmod(view, self.num_crops)
         rng = random.Random(f"{self.seed} {crop} {index}")
         image = self.split[index][self.image_column]
-        pixels = image_to_tensor(image, self.resolution, random_crop=self.random_crops > 0, rng=rng)
-        return pixels.flip(-1) if flip else pixels
+        square, (height, width, top, left) = cut_square(image, self.resolution, self.random_crops > 0, rng)
+        pixels = square_to_tensor(square)
+        if flip:
+            pixels, left = pixels.flip(-1), width - self.resolution - left
+        return pixels, torch.tensor([height, width, top, left])
 
     def describe(self, row: int) -> str:
         """The image that a row is a view of, by its place and, if it has one, its name."""
@@ -102,13 +134,13 @@ class ImageViews(torch.utils.data.Dataset):
         return f"image {index}" + (f" ({name})" if name else "")
 
 
-def cache_key(vqvae: MultiScaleVQModel, views: ImageViews, scale_sizes: list[list[int]]) -> str:
-    """A name that changes when the tokenizer, the data or the preprocessing change."""
+def cache_key(vqvae: MultiScaleVQModel, views: ImageViews, scale_sizes: list[list[int]], *more: str) -> str:
+    """A name that changes when the tokenizer, the data, the preprocessing or what else there is change."""
     config = {name: value for name, value in vqvae.config.items() if not name.startswith("_")}
     preprocessing = [views.resolution, views.random_crops, views.num_views, views.seed if views.random_crops else 0]
     tokenizer = [weights_hash(vqvae), config]
-    key = json.dumps([CACHE_FORMAT, tokenizer, scale_sizes, preprocessing, views.split._fingerprint], sort_keys=True)
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+    parts = [CACHE_FORMAT, tokenizer, scale_sizes, preprocessing, views.split._fingerprint, *more]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -124,7 +156,8 @@ def cached_tokens(
     batch_size: int = 64,
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
-) -> TokenDataset:
+    texts: EncodedTexts | None = None,
+) -> TokenDataset | CaptionedTokens:
     """
     Tokenise a split once; later calls map the file. The cache holds another file for another tokenizer, other data or
     other preprocessing. With several processes each tokenises a share; all must call this.
@@ -141,9 +174,10 @@ def cached_tokens(
         batch_size (`int`, defaults to 64): Images per forward.
         num_workers (`int`, defaults to 0): Processes that read images.
         accelerator (`Accelerator`, *optional*): The processes to share the work among.
+        texts ([`EncodedTexts`], *optional*): The captions of the images, instead of labels.
 
     Returns:
-        [`TokenDataset`]
+        [`TokenDataset`], or [`CaptionedTokens`] with `texts`.
 
     Raises:
         ValueError: If the tokenizer has weights, or gives latents, that are not finite; if the folder cannot be
@@ -158,31 +192,22 @@ def cached_tokens(
         labels = np.zeros(len(split), dtype=np.int64)
     else:
         labels = np.asarray(split.with_format(None)[images.label_column], dtype=np.int64)
-    path = Path(cache_dir) / f"tokens-{cache_key(vqvae, views, scale_sizes)}.npy"
-    dtype = np.uint16 if vqvae.config.codebook_size <= 2**16 else np.int32
     shape = (len(views), sum(num_tokens_per_scale(scale_sizes)))
-    is_main = accelerator is None or accelerator.is_main_process
-    wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
-    with ExitStack() as stack:
-        partial = None
-        if is_main:
-            _remove_what_killed_runs_left(path)
-        if is_main and not path.exists():
-            partial = stack.enter_context(_own_partial_file(path))
-            with _clear_error(path):
-                np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-        if accelerator is not None:  # one decides for all whether there is a file, which other runs make too
-            [partial] = broadcast_object_list([partial])
-        if partial is not None:
-            first_byte = np.load(partial, mmap_mode="r").offset
-            for first_row, token_ids in _tokenise(vqvae, views, scale_sizes, batch_size, num_workers, accelerator):
-                # Written, not mapped: a full disk is then an error and not a crash.
-                with _clear_error(path), open(partial, "r+b") as file:
-                    file.seek(first_byte + first_row * shape[1] * np.dtype(dtype).itemsize)
-                    file.write(token_ids.astype(dtype).tobytes())
-            wait()
-    wait()
-    return TokenDataset(_read_cache(path, shape, vqvae.config.codebook_size), np.tile(labels, views.num_views))
+    dtype = np.dtype(np.uint16 if vqvae.config.codebook_size <= 2**16 else np.int32)
+    parts = () if texts is None else ("places",)
+    if texts is not None:
+        dtype, shape = np.dtype([("token_ids", dtype, shape[1:]), ("places", np.int32, 4)]), shape[:1]
+    path = Path(cache_dir) / f"tokens-{cache_key(vqvae, views, scale_sizes, *parts)}.npy"
+    make = partial(_tokenise, vqvae, views, scale_sizes, batch_size, num_workers, accelerator, dtype)
+    pyramids = cached_array(path, shape, dtype, make, "token cache", accelerator)
+    token_ids = pyramids if texts is None else pyramids["token_ids"]
+    # All ids are looked at here: on a GPU no step does.
+    low, high, codebook_size = int(token_ids.min()), int(token_ids.max()), vqvae.config.codebook_size
+    if low < 0 or high >= codebook_size:
+        raise damaged(path, "token cache", f": its ids must lie in [0, {codebook_size - 1}], got [{low}, {high}]")
+    if texts is not None:
+        return CaptionedTokens(pyramids, resolution, texts)
+    return TokenDataset(token_ids, np.tile(labels, views.num_views))
 
 
 def _tokenise(
@@ -192,8 +217,9 @@ def _tokenise(
     batch_size: int,
     num_workers: int,
     accelerator: Accelerator | None,
+    dtype: np.dtype,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The pyramids of this process's share of the views: the first row of each batch, and its tokens."""
+    """This process's share of the views: the first row of each batch, and its tokens, or all that `dtype` has."""
     # Batches are the same whatever the number of processes, and so are the tokens.
     batches = torch.arange(len(views)).split(batch_size)
     if accelerator is not None:
@@ -206,7 +232,7 @@ def _tokenise(
         generator=torch.Generator(),  # training draws the same numbers whether or not there is a cache already
     )
     is_main = accelerator is None or accelerator.is_main_process
-    for indices, pixels in zip(batches, tqdm(loader, desc="Tokenising", disable=not is_main)):
+    for indices, (pixels, places) in zip(batches, tqdm(loader, desc="Tokenising", disable=not is_main)):
         latents = vqvae.encode(pixels.to(vqvae.device, vqvae.dtype)).latents
         if list(latents.shape[-2:]) != list(scale_sizes[-1]):
             raise ValueError(
@@ -220,77 +246,8 @@ def _tokenise(
                 f" {vqvae.config.get('_name_or_path') or type(vqvae).__name__!r}: the weights of one or the values of"
                 " the other are broken, or too large for its dtype."
             )
-        yield int(indices[0]), vqvae.quantize_latents(latents, scale_sizes).cpu().numpy()
-
-
-def _read_cache(path: Path, shape: tuple[int, int], codebook_size: int) -> np.ndarray:
-    """Map a finished file. All ids are looked at here: on a GPU no step does."""
-    try:
-        token_ids = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"The token cache {str(path)!r} is damaged ({error}). Delete it, and it is made anew."
-        ) from error
-    if token_ids.shape != shape:
-        raise ValueError(
-            f"The token cache {str(path)!r} is damaged: it must have the shape {shape}, got {token_ids.shape}. Delete"
-            " it, and it is made anew."
-        )
-    low, high = int(token_ids.min()), int(token_ids.max())
-    if low < 0 or high >= codebook_size:
-        raise ValueError(
-            f"The token cache {str(path)!r} is damaged: its ids must lie in [0, {codebook_size - 1}], got [{low},"
-            f" {high}]. Delete it, and it is made anew."
-        )
-    return token_ids
-
-
-@contextmanager
-def _own_partial_file(path: Path) -> Iterator[Path]:
-    """
-    A name that no other run has for a file that is being made. Whole, it gets the name `path`; other runs may make the
-    same one at the same time. A lock beside it tells that its run is alive.
-    """
-    name = path.with_name(f"{path.stem}-{uuid.uuid4().hex}")
-    partial = name.with_suffix(".partial")
-    with _clear_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold_lock(name.with_suffix(".lock"), timeout=-1)
-    try:
-        yield partial
-        try:
-            partial.replace(path)
-        except PermissionError:  # on Windows, where another run maps one that is as good
-            if not path.exists():
-                raise
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        release_lock(lock, remove=True)
-
-
-def _remove_what_killed_runs_left(path: Path) -> None:
-    """Remove partial files of `path` and their locks, unless a run holds them. Where there are no locks, all stay."""
-    partial = {".partial", ".lock"}
-    for name in {file.with_suffix("") for file in path.parent.glob(f"{path.stem}*") if file.suffix in partial}:
-        try:
-            lock = hold_lock(name.with_suffix(".lock"))
-        except (Timeout, OSError):  # alive, or in a folder that is only read
-            continue
-        if lock is not None:
-            with suppress(OSError):
-                name.with_suffix(".partial").unlink(missing_ok=True)
-        release_lock(lock, remove=True)
-
-
-@contextmanager
-def _clear_error(path: Path) -> Iterator[None]:
-    """Say what was to be written where it cannot be."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or error.errno == errno.EROFS:
-            raise ValueError(
-                f"`cache_dir` must be a folder that can be written, got {str(path.parent)!r} ({error})."
-            ) from error
-        raise OSError(f"Could not write the token cache {str(path)!r} ({error}). Is the disk full?") from error
+        rows = token_ids = vqvae.quantize_latents(latents, scale_sizes).cpu().numpy()
+        if dtype.names is not None:
+            rows = np.empty(len(token_ids), dtype)
+            rows["token_ids"], rows["places"] = token_ids, places
+        yield int(indices[0]), rows

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from srdd import __version__
+from srdd.data.class_labels import printable
 from srdd.data.images import LabelledImages
 from srdd.evaluation.tables import markdown_table, readable
 from srdd.training.run_identity import describe_changes
@@ -48,6 +49,7 @@ def model_card(
     log: list[dict],
     trained_part: str | None = None,
     resumed: list[dict] | None = None,
+    prompts: list[str] | None = None,
 ) -> str:
     """
     A model card in the Hub's format, from what a run knows about itself.
@@ -61,20 +63,25 @@ def model_card(
         log (`list[dict]`): The loss log.
         trained_part (`str`, *optional*): What alone was trained.
         resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
+        prompts (`list[str]`, *optional*): The texts that the pictures were drawn from, one by one.
 
     Returns:
         `str`: Markdown with a YAML header.
     """
-    is_pipeline = "transformer" in models
+    task = "image-feature-extraction"
+    if "transformer" in models:
+        task = "text-to-image" if prompts else "unconditional-image-generation"
     data = ModelCardData(
         license=settings.license,
         library_name="srdd",
-        pipeline_tag="unconditional-image-generation" if is_pipeline else "image-feature-extraction",
+        pipeline_tag=task,
         tags=["srdd", "diffusers", "discrete-diffusion", "visual-autoregressive"],
     )
     source = settings.dataset_name or settings.train_data_dir
     description = settings.data_description or images.train.info.description or f"`{Path(source).name}`"
     classes = f", {len(images.id2label)} classes" if images.id2label else ", without labels"
+    if images.caption_column is not None:
+        classes = f", with captions (`{images.caption_column}`)"
     validation = f", {len(images.validation):,} for validation" if images.validation is not None else ""
     trained = f", of the {trained_part} alone" if trained_part else ""
     sections = [
@@ -82,6 +89,7 @@ def model_card(
         f"# {Path(settings.output_dir).name}\n",
         f"```py\n{snippet}\n```\n",
         f"![{picture}]({picture}.png)\n",
+        *([f"Drawn from these texts, row by row:\n\n{_text_list(prompts)}"] if prompts else []),
         "## Model\n",
         _model_table(models),
         "## Training data\n",
@@ -101,6 +109,11 @@ def model_card(
     card = "\n".join(sections)
     ModelCard(card, ignore_metadata_errors=False)  # raises where the header is malformed
     return card
+
+
+def _text_list(texts: list[str]) -> str:
+    """Texts that stand one after the other as a list, each once."""
+    return "".join(f"1. {printable(text)}\n" for text in dict.fromkeys(texts))
 
 
 def _command(command: list[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 from huggingface_hub import HfApi
 
-from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd import MultiScaleVQModel, SRDDPipeline, SRDDTextPipeline
 from srdd.data.images import LabelledImages
 from srdd.models.saved_weights import check_finite_weights
 from srdd.training.model_card import draw_curve, model_card
@@ -26,6 +26,8 @@ SAVED_CONFIGS = [
     "transformer/config.json",
     "lora/config.json",
     "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder_2/config.json",
 ]
 
 TOKENIZER_SNIPPET = """from srdd import MultiScaleVQModel
@@ -34,10 +36,10 @@ vqvae = MultiScaleVQModel.from_pretrained("{name}")
 token_ids = vqvae.tokenize(pixels)  # (batch, num_tokens), from pixels in [-1, 1]
 reconstruction = vqvae.decode_tokens(token_ids).sample"""
 
-PIPELINE_SNIPPET = """from srdd import SRDDPipeline
+PIPELINE_SNIPPET = """from srdd import {pipeline}
 
-pipe = SRDDPipeline.from_pretrained("{name}")
-image = pipe({labels}{guidance}).images[0]"""
+pipe = {pipeline}.from_pretrained("{name}")
+image = pipe({told}).images[0]"""
 
 
 def finish_tokenizer(
@@ -68,36 +70,40 @@ def finish_tokenizer(
 
 def finish_pipeline(
     settings: TrainingSettings,
-    pipe: SRDDPipeline,
+    pipe: SRDDPipeline | SRDDTextPipeline,
     images: LabelledImages,
-    guidance_scale: float,
+    guidance_scale: float | None,
     trained_part: str | None = None,
     resumed: list[dict] | None = None,
+    prompts: list[str] | None = None,
 ) -> None:
     """
     Save a trained pipeline with its card in `output_dir`, and upload it if asked to.
 
     Args:
         settings ([`TrainingSettings`]): What the script was told.
-        pipe ([`SRDDPipeline`]): The pipeline.
+        pipe ([`SRDDPipeline`] or [`SRDDTextPipeline`]): The pipeline, with all its components.
         images ([`LabelledImages`]): What it was trained on.
-        guidance_scale (`float`): Of the card's example, where classes are guided to.
+        guidance_scale (`float`, *optional*): Of the card's example, where classes or texts are guided to; the
+            pipeline's own by default.
         trained_part (`str`, *optional*): What alone was trained, "decoder" if not the transformer.
         resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
+        prompts (`list[str]`, *optional*): The texts of the last pictures, one by one.
 
     Raises:
         ValueError: If weights are not finite, before anything is saved.
     """
-    models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}
+    models = {"vqvae": pipe.vqvae, "transformer": pipe.transformer}  # text encoders stay as they are
     for name, model in models.items():
         _cast(model, settings.save_dtype)
         check_finite_weights(model, f"the trained {name} as {settings.save_dtype}")
     pipe.save_pretrained(settings.output_dir)
-    snippet = PIPELINE_SNIPPET.replace("{labels}", repr(pipe.id2label[0]) if pipe.id2label else "")
-    is_guided = pipe.id2label and not pipe.transformer.config.guidance_distilled
-    snippet = snippet.replace("{guidance}", f", guidance_scale={guidance_scale}" if is_guided else "")
+    told = [repr(prompts[0])] if prompts else [repr(pipe.id2label[0])] if pipe.id2label else []
+    if told and not pipe.transformer.config.guidance_distilled:
+        told.append(f"guidance_scale={pipe.default_guidance_scale if guidance_scale is None else guidance_scale}")
+    snippet = PIPELINE_SNIPPET.replace("{pipeline}", type(pipe).__name__).replace("{told}", ", ".join(told))
     picture = "reconstruction" if trained_part == "decoder" else "samples"
-    _publish(settings, images, models, snippet, picture, trained_part, resumed)
+    _publish(settings, images, models, snippet, picture, trained_part, resumed, prompts)
 
 
 def _cast(model: ModelMixin, dtype: str) -> None:
@@ -113,6 +119,7 @@ def _publish(
     picture: str,
     trained_part: str | None,
     resumed: list[dict] | None,
+    prompts: list[str] | None = None,
 ) -> None:
     folder = Path(settings.output_dir)
     for name in SAVED_CONFIGS:
@@ -125,7 +132,7 @@ def _publish(
 
     def write_card(repository: str) -> None:
         code = snippet.replace("{name}", repository)
-        text = model_card(settings, images, models, code, picture, log, trained_part, resumed)
+        text = model_card(settings, images, models, code, picture, log, trained_part, resumed, prompts)
         # The card comes last and at once: a folder with a card is finished.
         partial = folder / "README.partial"
         partial.write_text(text, encoding="utf-8")

@@ -33,7 +33,7 @@ def images_fingerprint(split: datasets.Dataset, image_column: str, label_column:
     Args:
         split (`datasets.Dataset`): The images.
         image_column (`str`): Their column.
-        label_column (`str`, *optional*): Column of the labels, if there are any.
+        label_column (`str`, *optional*): Column of the labels or captions, if there are any.
     """
     column, indices = split.data.column(image_column), split._indices
     pictures = pc.struct_field(column, [0])  # bytes, where they are not in files
@@ -87,7 +87,7 @@ def run_identity(
         "weights": {name: weights_hash(model) for name, model in (frozen or {}).items()},
     }
     if images is not None:
-        columns = images.image_column, images.label_column
+        columns = images.image_column, images.caption_column or images.label_column
         validation = images.validation
         identity["data"] = {
             "classes": [images.id2label[index] for index in sorted(images.id2label)],
@@ -168,9 +168,9 @@ def _changed_data(old: dict, new: dict) -> list[str]:
         return [f"the order of the classes was {before}, now {now}"]
     if old["num_images"] != new["num_images"]:
         return [f"the number of training images was {old['num_images']}, now {new['num_images']}"]
-    return (
-        [] if old["images"] == new["images"] else ["the training images have other names, labels, sizes or contents"]
-    )
+    if old["images"] != new["images"]:
+        return ["the training images have other names, labels, captions, sizes or contents"]
+    return []
 
 
 def write_identity(checkpoint: Path, identity: dict, resumed: list[dict]) -> None:

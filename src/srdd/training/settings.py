@@ -25,8 +25,8 @@ MAY_CHANGE = {
     *("pretrained_vqvae_name_or_path", "pretrained_model_name_or_path", "teacher"),  # what is there, is compared
     *("gradient_checkpointing", "attention_backend", "usage_warning"),
     *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps", "num_validation_images"),
-    *("validation_guidance_scale", "report_to", "save_dtype", "data_description", "license", "push_to_hub"),
-    "hub_model_id",
+    *("validation_guidance_scale", "validation_prompts", "report_to", "save_dtype", "data_description", "license"),
+    *("push_to_hub", "hub_model_id"),
 }
 
 # Where things lie on this machine, and what is nobody's business. Checkpoints do not hold these.
@@ -50,6 +50,14 @@ def positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def probability(text: str) -> float:
+    """A number in [0, 1]."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {number}")
     return number
 
 
@@ -232,7 +240,7 @@ class TokenLossSettings:
 
     label_smoothing: float = flag(0.0)
     scale_loss_weights: list[float] | None = flag(help="What a token of each scale counts; default: 1.")
-    validation_guidance_scale: float = flag(2.5, "Of the pictures at validations.")
+    validation_guidance_scale: float | None = flag(help="Of the pictures at validations; default: the pipeline's own.")
 
 
 @dataclass(kw_only=True)

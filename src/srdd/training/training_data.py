@@ -8,7 +8,7 @@ from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from srdd import MultiScaleVQModel
+from srdd import MultiScaleVQModel, SRDDTextPipeline
 from srdd.data.images import (
     AugmentedImages,
     LabelledImages,
@@ -17,12 +17,18 @@ from srdd.data.images import (
     validation_images,
 )
 from srdd.data.loader_workers import leave_signals_to_main_process
-from srdd.data.token_cache import TokenDataset, cached_tokens
+from srdd.data.text_cache import EncodedTexts, cached_texts
+from srdd.data.token_cache import CaptionedTokens, TokenDataset, cached_tokens
 from srdd.training.settings import DataSettings, PixelSettings, TrainingSettings, TransformerSettings
+from srdd.training.validation import spread
 
 
 def load_images(
-    settings: DataSettings, label_column: str | None, max_train_samples: int | None = None, seed: int | None = None
+    settings: DataSettings,
+    label_column: str | None,
+    max_train_samples: int | None = None,
+    seed: int | None = None,
+    caption_column: str | None = None,
 ) -> LabelledImages:
     """
     The data set that the settings name. What it holds is written to the console.
@@ -32,6 +38,7 @@ def load_images(
         label_column (`str`, *optional*): `None` for data without labels.
         max_train_samples (`int`, *optional*): Keep this many training images, drawn with `seed`.
         seed (`int`, *optional*): Seed of that draw.
+        caption_column (`str`, *optional*): For captions instead of labels.
     """
     # A run may write into a folder within the data: its own pictures are not to be trained on.
     written = [getattr(settings, name, None) for name in ("output_dir", "token_cache_dir", "cache_dir")]
@@ -48,6 +55,7 @@ def load_images(
         strict=settings.strict_data,
         num_proc=settings.preprocessing_num_workers,
         run_folders=[folder for folder in written if folder is not None],
+        caption_column=caption_column,
     )
     if PartialState().is_local_main_process:
         tqdm.write(images.summary, file=sys.stderr)  # what scripts write to the other stream is their result
@@ -69,8 +77,9 @@ def load_tokens(
     vqvae: MultiScaleVQModel,
     images: LabelledImages,
     scale_sizes: list[list[int]],
-) -> tuple[TokenDataset, TokenDataset]:
-    """The pyramids of training and validation images, tokenised once."""
+    pipe: SRDDTextPipeline | None = None,
+) -> tuple[TokenDataset, TokenDataset] | tuple[CaptionedTokens, CaptionedTokens]:
+    """The pyramids of training and validation images, tokenised once, with captions, if any, that `pipe` encodes."""
     options = {
         "cache_dir": settings.token_cache_dir,
         "scale_sizes": scale_sizes,
@@ -78,8 +87,28 @@ def load_tokens(
         "accelerator": accelerator,
     }
     views = {"random_crops": settings.random_crops, "random_flip": settings.random_flip, "seed": settings.seed}
-    train = cached_tokens(vqvae, images, images.train, **views, **options)
-    return train, cached_tokens(vqvae, images, validation_images(images, 1024), **options)
+
+    def tokens(split: datasets.Dataset, **views: bool | int) -> TokenDataset | CaptionedTokens:
+        texts = None
+        if images.caption_column is not None:
+            captions = split[images.caption_column][:]
+            texts = cached_texts(pipe, captions, settings.token_cache_dir, accelerator=accelerator)
+        return cached_tokens(vqvae, images, split, texts=texts, **views, **options)
+
+    return tokens(images.train, **views), tokens(validation_images(images, 1024))
+
+
+def load_prompts(
+    settings: TransformerSettings, accelerator: Accelerator, pipe: SRDDTextPipeline, images: LabelledImages
+) -> tuple[list[str], EncodedTexts]:
+    """
+    The text of each picture at validations, and these encoded, after the empty text. They are those of the settings,
+    or captions of validation images.
+    """
+    count = settings.num_validation_images
+    texts = settings.validation_prompts or validation_images(images, count)[images.caption_column][:]
+    texts = [texts[index] for index in spread(count, len(texts))]
+    return texts, cached_texts(pipe, ["", *texts], settings.token_cache_dir, accelerator=accelerator)
 
 
 def make_loader(settings: TrainingSettings, dataset: Dataset, num_processes: int = 1) -> DataLoader:
