@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from tiny_texts import ENCODED
 
 from srdd import MultiScaleVQModel, ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline, SRDDTextPipeline
 
@@ -50,10 +51,8 @@ def texts() -> dict:
 
 
 def embeddings() -> dict:
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    names = (*names, "prompt_attention_mask", "negative_prompt_attention_mask")
     encoded = SRDDTextPipeline.from_pretrained("me/texts").encode_prompt(["a cat", "dogs"], "fog")
-    return draw_texts(SRDDTextPipeline.from_pretrained("me/embeddings"), **dict(zip(names, encoded)))
+    return draw_texts(SRDDTextPipeline.from_pretrained("me/embeddings"), **dict(zip(ENCODED, encoded)))
 
 
 def sharded() -> dict:

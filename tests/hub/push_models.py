@@ -7,10 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from tiny_models import tiny_pipeline, tiny_scheduler
-from tiny_texts import tiny_text_pipeline
-
-
-TEXT_COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+from tiny_texts import WITHOUT_ENCODERS, tiny_text_pipeline
 
 
 def main(card_path: str) -> None:
@@ -27,7 +24,7 @@ def main(card_path: str) -> None:
         tiny_pipeline().save_pretrained(folder, max_shard_size="20KB", push_to_hub=True, repo_id="me/sharded")
 
     tiny_text_pipeline().push_to_hub("me/texts")
-    tiny_text_pipeline(**dict.fromkeys(TEXT_COMPONENTS)).push_to_hub("me/embeddings")
+    tiny_text_pipeline(**WITHOUT_ENCODERS).push_to_hub("me/embeddings")
 
     tiny_scheduler().push_to_hub("me/scheduler")
     tiny_scheduler(scales=[1, 4]).push_to_hub("me/presets", subfolder="distilled-2")
