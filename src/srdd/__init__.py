@@ -1,7 +1,13 @@
 """Scale-wise discrete diffusion for the diffusers ecosystem."""
 
 from srdd.diffusers_registration import register, register_auto_pipelines
-from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTextTransformer2DModel, ScaleTransformer2DModel
+from srdd.models import (
+    MultiScaleVQModel,
+    ScaleHistoryTransformer2DModel,
+    ScaleKVCache,
+    ScaleTextTransformer2DModel,
+    ScaleTransformer2DModel,
+)
 from srdd.pipelines import (
     SRDDInpaintPipeline,
     SRDDPipeline,
@@ -21,6 +27,7 @@ __all__ = [
     "SRDDPipelineOutput",
     "SRDDSuperResolutionPipeline",
     "SRDDTextPipeline",
+    "ScaleHistoryTransformer2DModel",
     "ScaleKVCache",
     "ScaleScheduler",
     "ScaleSchedulerOutput",
@@ -29,4 +36,12 @@ __all__ = [
     "register_auto_pipelines",
 ]
 
-register(["MultiScaleVQModel", "ScaleTransformer2DModel", "ScaleTextTransformer2DModel", "ScaleScheduler"])
+register(
+    [
+        "MultiScaleVQModel",
+        "ScaleTransformer2DModel",
+        "ScaleTextTransformer2DModel",
+        "ScaleHistoryTransformer2DModel",
+        "ScaleScheduler",
+    ]
+)

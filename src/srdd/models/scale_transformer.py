@@ -61,6 +61,9 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     attention, and what it returned beside hidden states in an earlier call with the same condition.
     """
 
+    # Attention patterns with which drawing scale after scale needs no [`ScaleKVCache`].
+    patterns_without_cache: tuple[str, ...] = ("markov",)
+
     _supports_gradient_checkpointing = True
     _skip_keys = ["kv_cache", "modulation_cache"]
 
@@ -95,7 +98,7 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     @property
     def needs_kv_cache(self) -> bool:
         """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
-        return self.config.attention_pattern != "markov"
+        return self.config.attention_pattern not in self.patterns_without_cache
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """
@@ -179,9 +182,11 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     ) -> None:
         if len(timesteps) > 1:
             raise ValueError(f"`timestep` must be one scale's with `token_indices`, got {timesteps}.")
-        if kv_cache is None or kv_cache.is_read_only or timesteps[0] not in kv_cache.places:
-            read_only = kv_cache is not None and kv_cache.is_read_only
-            given = "a read-only one" if read_only else None if kv_cache is None else kv_cache.timesteps
+        given = None
+        if kv_cache is not None:
+            given = "one that keeps no scale of its own" if not kv_cache.keeps_own_scale else kv_cache.timesteps
+            given = "a read-only one" if kv_cache.is_read_only else given
+        if not isinstance(given, list) or timesteps[0] not in given:
             raise ValueError(
                 f"`kv_cache` must hold the timestep {timesteps[0]} and not be read only with `token_indices`, got"
                 f" {given}."
