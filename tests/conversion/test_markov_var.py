@@ -111,10 +111,11 @@ def test_folders_compute_what_the_plain_network_does(vae, tmp_path):
     assert {name: pipe.scheduler.config[name] for name in sampling} == sampling
 
     inputs = torch.randn(2, NUM_TOKENS, CHANNELS, generator=torch.Generator().manual_seed(0))
-    for told in ((LABELS,), (NULL,), (NULL, LABELS)):
-        logits = transformer(inputs, None, *told).sample
+    for labels, input_labels in ((LABELS, None), (NULL, None), (NULL, LABELS)):
+        logits = transformer(inputs, class_labels=labels, history_class_labels=input_labels).sample
         assert logits.std() > 0.5
-        torch.testing.assert_close(logits, plain_logits(state, inputs, *told), atol=1e-4, rtol=0)
+        expected = plain_logits(state, inputs, labels, input_labels)
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
     pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, temperature=0.0)
     # The unconditional half's inputs are told the image's class, but for the coarsest scale.

@@ -72,7 +72,7 @@ class ScaleHistory(nn.Module):
     """
     Inputs of scales, each with a summary of the last scales and with the image's class (Markov-VAR).
 
-    One learned query for each head looks at the inputs of all tokens of the last `window` scales, its own among them.
+    One learned query for each head looks at the inputs of all tokens of the last scales, the one at hand among them.
     Scales that are left out are not there: the last ones are the last that were visited. In a sampling run keys and
     values stay in the cache, in a layer of their own; a pass at a scale replaces its own.
 

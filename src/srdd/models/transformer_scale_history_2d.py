@@ -193,11 +193,11 @@ class ScaleHistoryTransformer2DModel(ClassScaleTransformer):
         hidden_states: torch.Tensor,
         timestep: Timesteps | None = None,
         class_labels: torch.LongTensor | None = None,
-        history_class_labels: torch.LongTensor | None = None,
         kv_cache: ScaleKVCache | None = None,
         modulation_cache: ModulationCache | None = None,
         guidance_weight: float | torch.Tensor | None = None,
         token_indices: torch.LongTensor | None = None,
+        history_class_labels: torch.LongTensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """
@@ -207,12 +207,9 @@ class ScaleHistoryTransformer2DModel(ClassScaleTransformer):
                 of the coarsest scale are not read: the class embedding stands there.
             timestep (`int`, `Sequence[int]` or `torch.Tensor`, *optional*):
                 The scales in `hidden_states`, as falling timesteps `K - 1 ... 0`; all of them by default (training).
-                The last ones among those that were visited are each other's history.
+                Only scales that are visited are in a history.
             class_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 Class ids in `[0, num_classes]`; `num_classes` is the null class, the default.
-            history_class_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                The classes that join the history, `class_labels` by default. Guidance tells both halves the image's
-                class here: the unconditional one is so of its start and its modulations.
             kv_cache ([`ScaleKVCache`], *optional*):
                 Has what the scales in `hidden_states` look back at, which is their history whatever the pattern is,
                 and receives theirs.
@@ -223,6 +220,9 @@ class ScaleHistoryTransformer2DModel(ClassScaleTransformer):
             token_indices (`torch.LongTensor` of shape `(batch, num_tokens)`, *optional*):
                 As in [`ScaleTransformer2DModel`]: the tokens of one scale to compute. Their part of the history is
                 replaced, too.
+            history_class_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                The classes that join the history, `class_labels` by default. Guidance tells both halves the image's
+                class here; start and modulations of the unconditional half are those of the null class.
             return_dict (`bool`, defaults to `True`): Whether to return a `Transformer2DModelOutput`.
 
         Returns:
