@@ -26,7 +26,7 @@ from srdd.conversion.official_layout import RESIDUAL_CONV_NAMES, Origin, Shape, 
 FAMILY_OF = {settings.name: name for name, family in FAMILIES.items() for settings in family.published}
 
 # Where a file holds its transformer; in most it is all that there is.
-CONTAINERS = {"mvar": ("mvar_wo_ddp",)}
+CONTAINERS = {"mvar": ("mvar_wo_ddp",), "markov-var": ("var_wo_ddp", "trainer")}
 
 # HMAR's two halves share so many of their blocks here; files tell by their keys how many it is.
 SHARED_BY_HALVES = 0.75
@@ -56,6 +56,9 @@ def random_transformer(family_name: str, depth: int, scale_sizes: tuple[int, ...
     """A transformer's state dict, with the tables that the official code derives and saves."""
     family = FAMILIES[family_name]
     sizes = {"num_layers": depth, "num_attention_heads": depth, "scale_sizes": scale_sizes}
+    if family_name == "markov-var":  # hidden channels in steps of 256
+        width = 64 * depth
+        sizes["mlp_ratio"] = (8 * width // 3 + 255) // 256 * 256 / width
     shapes = shapes_of(without_weights(family.transformer, **sizes).state_dict())
     num_shared = max(1, round(SHARED_BY_HALVES * depth))
     shared = {f"base_blocks.{index}.": () for index in range(num_shared)} if family_name == "hmar" else {}

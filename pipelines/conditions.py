@@ -37,7 +37,11 @@ class Conditions:
 
 
 def class_conditions(
-    class_labels: Any, num_classes: int, id2label: Mapping[int | str, str], device: torch.device | None = None
+    class_labels: Any,
+    num_classes: int,
+    id2label: Mapping[int | str, str],
+    device: torch.device | None = None,
+    labels_of_both_halves: Iterable[str] = (),
 ) -> Conditions:
     """
     Conditions of classes, whose ids a model was trained on; the id `num_classes` says nothing.
@@ -48,6 +52,8 @@ def class_conditions(
         num_classes (`int`): Number of classes.
         id2label (`Mapping`): Names of the classes by their ids, which may be written as text.
         device (`torch.device`, *optional*): Where the tensors lie.
+        labels_of_both_halves (`Iterable[str]`, defaults to `()`): Further arguments of the transformer, that tell its
+            unconditional half the images' classes, too.
 
     Raises:
         ValueError: As [`label_ids`].
@@ -55,7 +61,9 @@ def class_conditions(
     if class_labels is None:
         return Conditions(1, {"class_labels": torch.tensor([num_classes], device=device)})
     told = torch.tensor(label_ids(class_labels, num_classes, id2label), device=device)
-    return Conditions(len(told), {"class_labels": told}, {"class_labels": torch.full_like(told, num_classes)})
+    both = dict.fromkeys(labels_of_both_halves, told)
+    halves = {"class_labels": told, **both}, {"class_labels": torch.full_like(told, num_classes), **both}
+    return Conditions(len(told), *halves)
 
 
 def text_conditions(

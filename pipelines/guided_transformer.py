@@ -43,7 +43,7 @@ class GuidedTransformer:
         guidance ([`Guidance`]): Of the run as it begins; it may be replaced later.
         num_tokens (`int`): Tokens of all scales of the run.
 
-    `kv_cache` is the run's cache where the attention pattern looks back, `None` elsewhere.
+    `kv_cache` is the run's cache where the model looks back, `None` elsewhere. It keeps what finer scales see.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class GuidedTransformer:
         self.transformer = transformer
         self.guidance = guidance
         self.batch_size = conditions.batch_size
-        looks_back = transformer.config.attention_pattern != "markov"
-        self.kv_cache = ScaleKVCache(num_tokens) if looks_back else None
+        looks_back = transformer.config.attention_pattern not in transformer.patterns_without_cache
+        self.kv_cache = ScaleKVCache(num_tokens, keeps_own_scale=False) if looks_back else None
         guided = [timestep for timestep, is_guided in guidance.is_guided.items() if is_guided]
         # Guided scales look back at what the unconditional half has seen of all scales before.
         self.last_guided = guided[-1] if guided and self.kv_cache is not None else None
@@ -92,13 +92,13 @@ class GuidedTransformer:
             `torch.Tensor` of shape `(num_images, num_indices, codebook_size)`: Logits.
 
         Raises:
-            ValueError: If guidance begins after the run has, and the attention pattern looks back.
+            ValueError: If guidance begins after the run has, and the model looks back.
         """
         is_guided, weight = self.guidance.is_guided[scale.timestep], self.guidance.weights[-1 - scale.timestep]
         if is_guided and self.kv_cache is not None and self.last_guided is None:
             raise ValueError(
-                "`guidance_scale` must be above 1 from the start to be so later with the attention pattern"
-                f" {self.transformer.config.attention_pattern!r}, which looks back, got a weight of"
+                "`guidance_scale` must be above 1 from the start to be so later with a transformer that looks back"
+                f" ({type(self.transformer).__name__}, {self.transformer.config.attention_pattern!r}), got a weight of"
                 f" {weight.item()} at timestep {scale.timestep}."
             )
         looked_back_at = self.last_guided is not None and scale.timestep >= self.last_guided

@@ -15,7 +15,8 @@ class SRDDPipeline(scale_pipeline.ClassPipeline):
 
     Args:
         vqvae ([`MultiScaleVQModel`]): Tokenizer between images and token pyramids.
-        transformer ([`ScaleTransformer2DModel`]): Predicts the tokens of a scale from the latent state before it.
+        transformer ([`ScaleTransformer2DModel`] or [`ScaleHistoryTransformer2DModel`]): Predicts the tokens of a scale
+            from the latent state before it.
         scheduler ([`ScaleScheduler`]): The scale schedule.
 
     Example:

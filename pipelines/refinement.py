@@ -57,13 +57,13 @@ class RefinedScale:
 
     def first_pass(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits of all tokens, and the cache that further passes are given."""
-        run_cache = self.guided.kv_cache
-        own_cache = ScaleKVCache() if self.keeps_accepted and run_cache is None else None
+        run_cache, own_cache = self.guided.kv_cache, None
+        if self.keeps_accepted:
+            own_cache = ScaleKVCache() if run_cache is None else run_cache.keeping_own_scale()
         self.logits = self.guided(hidden_states, self.scale, own_cache)
-        if run_cache is None:
-            self.kv_cache = own_cache
-        else:
-            self.kv_cache = run_cache.clone() if self.keeps_accepted else run_cache.read_only()
+        if run_cache is not None:
+            own_cache = run_cache.read_only() if own_cache is None else own_cache.clone()
+        self.kv_cache = own_cache
         return self.logits
 
 

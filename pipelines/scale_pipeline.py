@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from srdd.acceleration import CudaGraphs
 from srdd.checks import check_dtype, shown
-from srdd.models import MultiScaleVQModel, ScaleTransformer2DModel
+from srdd.models import MultiScaleVQModel, ScaleHistoryTransformer2DModel, ScaleTransformer, ScaleTransformer2DModel
 from srdd.models.saved_weights import reading
 from srdd.pictures import Pictures, read_pictures
 from srdd.pipelines.callbacks import TENSOR_INPUTS, StepEnd, callback_tensor_inputs
@@ -33,9 +33,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MAX_IMAGES, MAX_SIDE = 10_000, 16_384
 
 
-def check_components(
-    vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler
-) -> None:
+def check_components(vqvae: MultiScaleVQModel, transformer: ScaleTransformer, scheduler: ScaleScheduler) -> None:
     """
     Make sure that tokenizer, transformer and schedule belong together.
 
@@ -118,7 +116,12 @@ class ScalePipeline(DiffusionPipeline):
     _usual_guidance_scale = 2.5  # where neither the call nor the scheduler says another
     _told_by = "`conditions`", "conditions"  # the argument that says what to draw, and what it holds
 
-    def __init__(self, vqvae: MultiScaleVQModel, transformer: ScaleTransformer2DModel, scheduler: ScaleScheduler):
+    def __init__(
+        self,
+        vqvae: MultiScaleVQModel,
+        transformer: ScaleTransformer2DModel | ScaleHistoryTransformer2DModel,
+        scheduler: ScaleScheduler,
+    ):
         super().__init__()
         self.register_modules(vqvae=vqvae, transformer=transformer, scheduler=scheduler)
         self.vae_scale_factor = vqvae.spatial_compression_ratio if getattr(self, "vqvae", None) is not None else 1
@@ -473,7 +476,8 @@ class ClassPipeline(ScalePipeline):
 
     def encode_class_labels(self, class_labels: Any) -> Conditions:
         """What the transformer is told of classes, one image each; `None` is one image without a class."""
-        config = self.transformer.config
+        transformer, config = self.transformer, self.transformer.config
         if "num_classes" not in config:
-            raise ValueError(f"`transformer` must draw by class, got a {type(self.transformer).__name__}.")
-        return class_conditions(class_labels, config.num_classes, config.id2label, self._execution_device)
+            raise ValueError(f"`transformer` must draw by class, got a {type(transformer).__name__}.")
+        names = config.num_classes, config.id2label
+        return class_conditions(class_labels, *names, self._execution_device, transformer.labels_of_both_halves)

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_pipeline, tiny_scheduler, tiny_text_transformer, tiny_transformer
+from tiny_models import (
+    tiny_history_transformer,
+    tiny_pipeline,
+    tiny_scheduler,
+    tiny_text_transformer,
+    tiny_transformer,
+)
 from tiny_texts import tiny_text_pipeline
 
 from srdd import (
@@ -83,6 +89,8 @@ FAMILIES = (
     Family("class causal", partial(tiny_transformer, "causal")),
     Family("class banded", partial(tiny_transformer, "banded")),
     Family("class windows", partial(tiny_transformer, attention_windows=[0, 0, 3])),
+    Family("class history", tiny_history_transformer),
+    Family("class causal history", partial(tiny_history_transformer, "causal")),
     Family("text markov", tiny_text_transformer, draws_from_texts=True),
     Family("text causal", partial(tiny_text_transformer, "causal"), draws_from_texts=True),
 )

@@ -223,7 +223,7 @@ def test_graph_check_sees_a_graph_that_draws_something_else(load, what, monkeypa
         graph_check.check_graphs(pipe, draws[:3])
 
 
-@pytest.mark.parametrize("weights", ["var_d16", "mvar-d16", "hmar-d16", "Switti"])
+@pytest.mark.parametrize("weights", ["var_d16", "mvar-d16", "hmar-d16", "d24", "Switti"])
 def test_random_checkpoints_are_those_of_their_families(weights, load, tmp_path, capsys):
     script = load("random_checkpoint")
     name = script.FAMILY_OF[weights]

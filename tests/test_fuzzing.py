@@ -26,6 +26,7 @@ from tiny_texts import tiny_text_pipeline
 
 from srdd import (
     MultiScaleVQModel,
+    ScaleHistoryTransformer2DModel,
     ScaleScheduler,
     ScaleTextTransformer2DModel,
     ScaleTransformer2DModel,
@@ -334,6 +335,7 @@ def arguments_of(model_class: type) -> dict[str, st.SearchStrategy]:
 
 TOKENIZER, TRANSFORMER = arguments_of(MultiScaleVQModel), arguments_of(ScaleTransformer2DModel)
 TEXT_TRANSFORMER = arguments_of(ScaleTextTransformer2DModel)
+HISTORY_TRANSFORMER = arguments_of(ScaleHistoryTransformer2DModel)
 
 
 def make_or_refuse(model_class: type, arguments: dict) -> None:
@@ -362,6 +364,12 @@ def test_transformers(arguments):
 @given(options(TEXT_TRANSFORMER))
 def test_transformers_of_texts(arguments):
     make_or_refuse(ScaleTextTransformer2DModel, {"codebook_size": 32, "latent_channels": 8, **arguments})
+
+
+@seeded(100)
+@given(options(HISTORY_TRANSFORMER))
+def test_transformers_with_a_history(arguments):
+    make_or_refuse(ScaleHistoryTransformer2DModel, {"codebook_size": 32, "latent_channels": 8, **arguments})
 
 
 VQVAE, TRANSFORMERS = tiny_vqvae(), {pattern: tiny_transformer(pattern) for pattern in ("markov", "causal")}

@@ -112,6 +112,47 @@ def hmar_state(num_shared=1) -> dict[str, torch.Tensor]:
     return {**state, "mask_embed.weight": torch.ones(1, WIDTH)}
 
 
+def markov_var_state(sides=SIDES, depth=DEPTH) -> dict[str, torch.Tensor]:
+    """Markov-VAR's. The pool of its history has heads of 8 channels in place of 128."""
+    linears = {
+        "word_embed": (WIDTH, CHANNELS),
+        "lvl_embed.mlp.0": (WIDTH, 256),
+        "lvl_embed.mlp.2": (WIDTH, WIDTH),
+        "head_nm.ada_lin.1": (2 * WIDTH, WIDTH),
+        "head": (CODEBOOK_SIZE, WIDTH),
+        "context_pool.ca.proj": (WIDTH, WIDTH),
+        "head_context": (WIDTH, 2 * WIDTH),
+    }
+    shapes = {
+        "class_emb.weight": (NUM_CLASSES + 1, WIDTH),
+        "context_pool.ca.mat_q": (1, WIDTH // 8, 8),
+        "context_pool.ca.mat_kv.weight": (2 * WIDTH, WIDTH),
+        "context_pool.ca.v_bias": (WIDTH,),
+    }
+    norms = {"norm_x": ("weight", "bias"), "norm_cond": ("weight", "bias"), "head_nm.ln_wo_grad": ("weight",)}
+    for block in (f"blocks.{index}" for index in range(depth)):
+        linears |= {f"{block}.ada_lin.1": (6 * WIDTH, WIDTH), f"{block}.attn.proj": (WIDTH, WIDTH)}
+        shapes |= {
+            f"{block}.attn.scale_mul_1H11": (1, HEADS, 1, 1),
+            f"{block}.attn.q_bias": (WIDTH,),
+            f"{block}.attn.v_bias": (WIDTH,),
+            f"{block}.attn.qkv_proj.weight": (3 * WIDTH, WIDTH),
+            f"{block}.ffn.gate_proj.weight": (80, WIDTH),
+            f"{block}.ffn.up_proj.weight": (80, WIDTH),
+            f"{block}.ffn.down_proj.weight": (WIDTH, 80),
+        }
+        norms[f"{block}.ln_wo_grad"] = ("weight",)
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    shapes |= {f"{norm}.{what}": (WIDTH,) for norm, names in norms.items() for what in names}
+    state = {key: tensor(key, shape) for key, shape in shapes.items()}
+    state |= {f"{norm}.weight": 1 + 2 * tensor(norm, (WIDTH,)) for norm in norms}
+    state |= {key: value * value.shape[1] ** -0.5 for key, value in state.items() if re.match(r"lvl.*weight", key)}
+    state["context_pool.ca.mat_q"] *= 8  # so that it matters which token is looked at
+    attentions = [*(f"blocks.{index}.attn" for index in range(depth)), "context_pool.ca"]
+    return {**state, **{f"{name}.zero_k_bias": torch.zeros(WIDTH) for name in attentions}, **tables(sides, "markov")}
+
+
 def switti_state(sides=SIDES, pattern="markov", depth=DEPTH) -> dict[str, torch.Tensor]:
     """Switti's, which has as many heads as blocks and draws from texts of [`tiny_models.random_texts`]."""
     linears = {

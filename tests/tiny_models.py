@@ -7,6 +7,7 @@ import torch
 
 from srdd import (
     MultiScaleVQModel,
+    ScaleHistoryTransformer2DModel,
     ScaleScheduler,
     ScaleTextTransformer2DModel,
     ScaleTransformer2DModel,
@@ -47,7 +48,7 @@ VQVAE_CONFIG = {
 }
 
 
-# What both kinds of transformers have.
+# What all kinds of transformers have.
 TRANSFORMER_SIZES = {
     "codebook_size": CODEBOOK_SIZE,
     "latent_channels": LATENT_CHANNELS,
@@ -87,6 +88,20 @@ def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrid
     if config["num_classes"] != len(ID2LABEL) and "id2label" not in overrides:
         config["id2label"] = None
     return _redraw(ScaleTransformer2DModel(**config), seed)
+
+
+def tiny_history_transformer(
+    attention_pattern: str = "markov", seed: int = 1, **overrides: Any
+) -> ScaleHistoryTransformer2DModel:
+    """A transformer with a history for [`tiny_vqvae`]; `overrides` are config values."""
+    config = {
+        **TRANSFORMER_SIZES,
+        "num_classes": len(ID2LABEL),
+        "attention_pattern": attention_pattern,
+        "history_head_dim": 8,
+        "id2label": ID2LABEL,
+    }
+    return _redraw(ScaleHistoryTransformer2DModel(**{**config, **overrides}), seed)
 
 
 def tiny_text_transformer(

@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
-from srdd import ScaleScheduler, ScaleTransformer2DModel, SRDDPipeline
+from srdd import ScaleScheduler, SRDDPipeline
 from srdd.training.accelerator import make_accelerator, on_main_process
 from srdd.training.attention_choice import check_attention, set_attention
 from srdd.training.checkpoints import checkpoint_step, list_checkpoints
@@ -98,7 +98,7 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     null_class = teacher.config.num_classes
     dropout = 0.0 if guided else teacher.config.class_dropout_prob
     # Labels are dropped below, for teacher and student alike.
-    model = ScaleTransformer2DModel.from_pretrained(
+    model = type(teacher).from_pretrained(
         source, subfolder="transformer", class_dropout_prob=0.0, guidance_distilled=guided
     )
     if args.gradient_checkpointing:

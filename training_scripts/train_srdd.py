@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from srdd import (
     MultiScaleVQModel,
+    ScaleHistoryTransformer2DModel,
     ScaleScheduler,
     ScaleTextTransformer2DModel,
     ScaleTransformer2DModel,
@@ -137,19 +138,23 @@ def make_class_pipeline(args: SRDDSettings, id2label: dict) -> SRDDPipeline:
     return SRDDPipeline(vqvae, model, ScaleScheduler(scale_sizes=vqvae.config.scale_sizes))
 
 
-def build_model(args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict) -> ScaleTransformer2DModel:
+def build_model(
+    args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict
+) -> ScaleTransformer2DModel | ScaleHistoryTransformer2DModel:
     training = {"class_dropout_prob": args.class_dropout_prob, "drop_path_rate": args.drop_path_rate}
     if args.pretrained_model_name_or_path:
-        if args.attention_pattern:
-            training["attention_pattern"] = args.attention_pattern
-        if args.attention_pattern not in (None, "markov"):
-            training["attention_windows"] = None  # of MVAR; a token sees more than its own scale then
-        if "cross_attention_dim" in ScaleTransformer2DModel.load_config(args.pretrained_model_name_or_path):
+        config = ScaleTransformer2DModel.load_config(args.pretrained_model_name_or_path)
+        if "cross_attention_dim" in config:
             raise ValueError(
                 "`pretrained_model_name_or_path` must be a whole pipeline where the transformer draws from texts, got"
                 f" {args.pretrained_model_name_or_path!r}."
             )
-        model = ScaleTransformer2DModel.from_pretrained(args.pretrained_model_name_or_path, **training)
+        kind = ScaleHistoryTransformer2DModel if "history_window" in config else ScaleTransformer2DModel
+        if args.attention_pattern:
+            training["attention_pattern"] = args.attention_pattern
+        if args.attention_pattern not in (None, "markov") and kind is ScaleTransformer2DModel:
+            training["attention_windows"] = None  # of MVAR; a token sees more than its own scale then
+        model = kind.from_pretrained(args.pretrained_model_name_or_path, **training)
         for name in ("scale_sizes", "codebook_size", "latent_channels"):
             ours, theirs = model.config[name], vqvae.config[name]
             if ours != theirs:
@@ -174,7 +179,7 @@ def build_model(args: SRDDSettings, vqvae: MultiScaleVQModel, id2label: dict) ->
 
 
 @torch.no_grad()
-def fit_classes(model: ScaleTransformer2DModel, id2label: dict[int, str]) -> None:
+def fit_classes(model: ScaleTransformer2DModel | ScaleHistoryTransformer2DModel, id2label: dict[int, str]) -> None:
     """Give a pretrained transformer the classes of the data: known names stay, new ones start as the null class."""
     if model.id2label == id2label and model.config.num_classes == len(id2label):
         return

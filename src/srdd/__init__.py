@@ -1,7 +1,13 @@
 """Scale-wise discrete diffusion for the diffusers ecosystem."""
 
 from srdd.diffusers_registration import register, register_auto_pipelines
-from srdd.models import MultiScaleVQModel, ScaleKVCache, ScaleTextTransformer2DModel, ScaleTransformer2DModel
+from srdd.models import (
+    MultiScaleVQModel,
+    ScaleHistoryTransformer2DModel,
+    ScaleKVCache,
+    ScaleTextTransformer2DModel,
+    ScaleTransformer2DModel,
+)
 from srdd.pipelines import (
     SRDDInpaintPipeline,
     SRDDPipeline,
@@ -25,6 +31,7 @@ __all__ = [
     "SRDDTextInpaintPipeline",
     "SRDDTextPipeline",
     "SRDDTextSuperResolutionPipeline",
+    "ScaleHistoryTransformer2DModel",
     "ScaleKVCache",
     "ScaleScheduler",
     "ScaleSchedulerOutput",
@@ -33,4 +40,12 @@ __all__ = [
     "register_auto_pipelines",
 ]
 
-register(["MultiScaleVQModel", "ScaleTransformer2DModel", "ScaleTextTransformer2DModel", "ScaleScheduler"])
+register(
+    [
+        "MultiScaleVQModel",
+        "ScaleTransformer2DModel",
+        "ScaleTextTransformer2DModel",
+        "ScaleHistoryTransformer2DModel",
+        "ScaleScheduler",
+    ]
+)

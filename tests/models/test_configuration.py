@@ -8,9 +8,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny_models import VQVAE_CONFIG, tiny_text_transformer, tiny_transformer, tiny_vqvae
+from tiny_models import VQVAE_CONFIG, tiny_history_transformer, tiny_text_transformer, tiny_transformer, tiny_vqvae
 
-from srdd import MultiScaleVQModel, ScaleTextTransformer2DModel, ScaleTransformer2DModel
+from srdd import (
+    MultiScaleVQModel,
+    ScaleHistoryTransformer2DModel,
+    ScaleTextTransformer2DModel,
+    ScaleTransformer2DModel,
+)
 from srdd.models.configuration import (
     BOOLEANS,
     CHOICES,
@@ -26,6 +31,7 @@ MAKERS = {
     MultiScaleVQModel: tiny_vqvae,
     ScaleTransformer2DModel: tiny_transformer,
     ScaleTextTransformer2DModel: tiny_text_transformer,
+    ScaleHistoryTransformer2DModel: tiny_history_transformer,
 }
 NO_INTEGERS = ["16", 16.0, 1.5, True, math.nan, math.inf, [16], (16,), {}, torch.tensor(16), -1, 10**9, -(10**30)]
 NO_NUMBERS = ["0.5", True, math.nan, math.inf, -math.inf, [0.5], {}, 1j, torch.tensor(0.5), -0.1, 1e9]
@@ -124,6 +130,8 @@ def test_each_argument_refuses_what_it_cannot_be(model_class, name):
         (ScaleTransformer2DModel, {"codebook_size": 2**20, "attention_head_dim": 4096, "num_attention_heads": 8}),
         (ScaleTransformer2DModel, {"scale_sizes": [4096], "num_attention_heads": 16, "attention_head_dim": 512}),
         (ScaleTextTransformer2DModel, {"num_attention_heads": 1024, "attention_head_dim": 4096}),
+        (ScaleHistoryTransformer2DModel, {"num_attention_heads": 1024, "attention_head_dim": 4096}),
+        (ScaleHistoryTransformer2DModel, {"num_classes": 10**6, "num_attention_heads": 512, "attention_head_dim": 64}),
         (ScaleTextTransformer2DModel, {"cross_attention_dim": 2**16, "num_layers": 256, "attention_head_dim": 512}),
         (MultiScaleVQModel, {"block_out_channels": [8192, 8192], "layers_per_block": 64}),
         (MultiScaleVQModel, {"decoder_block_out_channels": [8192, 8192], "decoder_layers_per_block": 64}),

@@ -113,7 +113,8 @@ def test_logits_are_those_of_dense_masked_attention(way, scales):
 def test_masks_for_one_call_allow_what_windows_do(scales):
     timesteps, processor = [LAST - scale for scale in scales], MaskedScaleAttnProcessor()
     counts = [TOKENS[scale].stop - TOKENS[scale].start for scale in scales]
-    segments = scale_segments("markov", timesteps, counts, (), make_transformer().neighbourhoods(timesteps))
+    packed = map(tuple, (timesteps, counts, (), make_transformer().neighbourhoods(timesteps)))
+    segments = scale_segments(1, *packed)
     expected, places = plain_mask(scales), torch.arange(sum(counts))
     assert torch.equal(processor.attention_mask(segments, None, CPU)[0, 0], expected)
     processor._attention_backend = AttentionBackendName.FLEX

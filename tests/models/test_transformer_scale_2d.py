@@ -18,7 +18,7 @@ from torch._inductor.cudagraph_trees import MarkStepBox
 
 from srdd import ScaleKVCache, ScaleTransformer2DModel
 from srdd.models import MaskedScaleAttnProcessor, ModulationCache, ScaleAttnProcessor
-from srdd.models.attention_scale import scale_segments
+from srdd.models.attention_scale import REACH, scale_segments
 
 
 PATTERNS = ("causal", "markov", "banded")
@@ -157,7 +157,7 @@ def test_flex_attention_is_left_to_calls_under_a_mask(pattern):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_masks_allow_what_the_pattern_does(pattern):
-    segments = scale_segments(pattern, [3, 2, 1, 0], NUM_SCALE_TOKENS)
+    segments = scale_segments(REACH[pattern], (3, 2, 1, 0), tuple(NUM_SCALE_TOKENS))
     processor, device = MaskedScaleAttnProcessor(), torch.device("cpu")
     expected = sees_by_token(pattern, range(4))
     dense = processor.attention_mask(segments, None, device)
@@ -167,7 +167,7 @@ def test_masks_allow_what_the_pattern_does(pattern):
     positions = torch.arange(NUM_TOKENS)
     assert torch.equal(block_mask.mask_mod(0, 0, positions[:, None], positions), expected)
     # Once for all layers and calls.
-    again = scale_segments(pattern, [3, 2, 1, 0], NUM_SCALE_TOKENS)
+    again = scale_segments(REACH[pattern], (3, 2, 1, 0), tuple(NUM_SCALE_TOKENS))
     assert processor.attention_mask(again, None, device) is block_mask
     assert processor.attention_mask(segments[:1], None, device) is None
     assert processor.attention_mask(segments, ScaleKVCache(), device) is None
@@ -176,7 +176,8 @@ def test_masks_allow_what_the_pattern_does(pattern):
 @pytest.mark.parametrize(("pattern", "num_tiles"), [("markov", 9 * 9 + 3 * 3 - 1), ("causal", 9 * 11 + 2 * 3)])
 def test_flex_attention_skips_tiles_that_are_forbidden(pattern, num_tiles):
     # 1297 tokens are 11 x 11 tiles of 128: scales 1 to 3 lie in the first three rows, scale 4 from the third on.
-    segments, processor = scale_segments(pattern, [3, 2, 1, 0], [1, 16, 256, 1024]), MaskedScaleAttnProcessor()
+    segments = scale_segments(REACH[pattern], (3, 2, 1, 0), (1, 16, 256, 1024))
+    processor = MaskedScaleAttnProcessor()
     processor._attention_backend = AttentionBackendName.FLEX
     block_mask = processor.attention_mask(segments, None, torch.device("cpu"))
     tiles = block_mask.to_dense()[0, 0]

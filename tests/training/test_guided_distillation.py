@@ -3,7 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import CODEBOOK_SIZE, ID2LABEL, tiny_scheduler, tiny_transformer, tiny_vqvae
+from tiny_models import (
+    CODEBOOK_SIZE,
+    ID2LABEL,
+    tiny_history_transformer,
+    tiny_scheduler,
+    tiny_transformer,
+    tiny_vqvae,
+)
 
 from srdd.models.guidance import guide
 from srdd.training.guided_distillation import guided_distribution, guided_divergence
@@ -22,12 +29,14 @@ def make_batch(scheduler) -> tuple[torch.LongTensor, torch.LongTensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pattern", ["markov", "causal", "banded"])
+@pytest.mark.parametrize("kind", ["markov", "causal", "banded", "history"])
 @pytest.mark.parametrize("overrides", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("guidance_scale", [0.5, 1.0, 2.5])
-def test_a_teachers_distribution_is_what_it_draws_from_scale_by_scale(pattern, overrides, guidance_scale):
-    vqvae, teacher, scheduler = tiny_vqvae(), tiny_transformer(pattern), tiny_scheduler(**overrides)
+def test_a_teachers_distribution_is_what_it_draws_from_scale_by_scale(kind, overrides, guidance_scale):
+    vqvae, scheduler = tiny_vqvae(), tiny_scheduler(**overrides)
+    teacher = tiny_history_transformer() if kind == "history" else tiny_transformer(kind)
     token_ids, labels = make_batch(scheduler)
+    told = {"history_class_labels": labels} if kind == "history" else {}  # to both halves
     inputs = vqvae.teacher_forcing_inputs(token_ids, scheduler.scales)
     distribution = guided_distribution(teacher, inputs, labels, scheduler, guidance_scale)
     assert distribution.shape == (5, scheduler.num_tokens, CODEBOOK_SIZE)
@@ -40,7 +49,7 @@ def test_a_teachers_distribution_is_what_it_draws_from_scale_by_scale(pattern, o
         hidden_states.append(scheduler.scale_model_input(state, scale.timestep))
         timesteps.append(scale.timestep)
         conditional, unconditional = (
-            teacher(torch.cat(hidden_states, dim=1), timestep=timesteps, class_labels=classes).sample[:, scale.tokens]
+            teacher(torch.cat(hidden_states, dim=1), timesteps, classes, **told).sample[:, scale.tokens]
             for classes in (labels, None)
         )
         weight = scheduler.guidance_weight(scale.timestep, guidance_scale)

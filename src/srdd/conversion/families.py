@@ -7,13 +7,20 @@ import torch
 from srdd.checks import shown
 from srdd.conversion.family import Family
 from srdd.conversion.hmar import HMAR
+from srdd.conversion.markov_var import MARKOV_VAR
 from srdd.conversion.mvar import MVAR
 from srdd.conversion.switti import SWITTI
 from srdd.conversion.var import VAR
 
 
 # Where a state dict has prefixes of several, it is of the last: others build on VAR, which has least of its own.
-FAMILIES: dict[str, Family] = {"var": VAR, "mvar": MVAR, "hmar": HMAR, "switti": SWITTI}
+FAMILIES: dict[str, Family] = {
+    "var": VAR,
+    "mvar": MVAR,
+    "hmar": HMAR,
+    "markov-var": MARKOV_VAR,
+    "switti": SWITTI,
+}
 
 # What training checkpoints call a transformer.
 MODEL_NAMES = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.model_names))

@@ -3,6 +3,7 @@ from srdd.models.autoencoder_multiscale_vq import MultiScaleVQModel
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache
 from srdd.models.scale_transformer import ScaleTransformer
 from srdd.models.transformer_scale_2d import ScaleTransformer2DModel
+from srdd.models.transformer_scale_history_2d import ScaleHistoryTransformer2DModel
 from srdd.models.transformer_scale_text_2d import ScaleTextTransformer2DModel
 
 
@@ -12,6 +13,7 @@ __all__ = [
     "ModulationCache",
     "MultiScaleVQModel",
     "ScaleAttnProcessor",
+    "ScaleHistoryTransformer2DModel",
     "ScaleKVCache",
     "ScaleTextTransformer2DModel",
     "ScaleTransformer",

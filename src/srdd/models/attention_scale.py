@@ -19,9 +19,13 @@ from srdd.acceleration import accelerate
 from srdd.models.configuration import CHOICES
 from srdd.models.neighbourhoods import Neighbourhood, neighbourhood_mask
 from srdd.models.scale_cache import ScaleKVCache, SeenStates
+from srdd.scales import MAX_SCALES
 
 
 ATTENTION_PATTERNS = CHOICES["attention_pattern"]
+
+# How many scales a token sees under each of them, its own among them.
+REACH = {"causal": MAX_SCALES, "markov": 1, "banded": 2}
 
 # Cosines and sines of the angles by which tokens turn.
 RotaryEmbedding = tuple[torch.Tensor, torch.Tensor]
@@ -46,43 +50,38 @@ class ScaleSegment:
     neighbourhood: Neighbourhood | None = None
 
 
+@functools.lru_cache(maxsize=512)
 def scale_segments(
-    pattern: str,
-    timesteps: Sequence[int],
-    num_tokens: Sequence[int],
-    cached: Sequence[int] = (),
-    neighbourhoods: Sequence[Neighbourhood | None] = (),
-) -> list[ScaleSegment]:
+    reach: int,
+    timesteps: tuple[int, ...],
+    num_tokens: tuple[int, ...],
+    cached: tuple[int, ...] = (),
+    neighbourhoods: tuple[Neighbourhood | None, ...] = (),
+) -> tuple[ScaleSegment, ...]:
     """
-    What each packed scale sees under an attention pattern.
+    What each packed scale sees. It is the same in every run, and made once.
 
     Args:
-        pattern (`str`): "causal", "markov" or "banded".
-        timesteps (`Sequence[int]`): The packed scales, coarse to fine.
-        num_tokens (`Sequence[int]`): How many tokens each has.
-        cached (`Sequence[int]`, defaults to `()`): Timesteps of coarser scales that a cache holds, coarse to fine.
-        neighbourhoods (`Sequence[Neighbourhood]`, defaults to `()`): What the packed scales see of themselves, for the
-            pattern "markov"; all of it where there are none.
+        reach (`int`): How many scales a token sees, its own among them.
+        timesteps (`tuple[int, ...]`): The packed scales, coarse to fine.
+        num_tokens (`tuple[int, ...]`): How many tokens each has.
+        cached (`tuple[int, ...]`, defaults to `()`): Timesteps of coarser scales that a cache holds, coarse to fine.
+        neighbourhoods (`tuple[Neighbourhood, ...]`, defaults to `()`): What the packed scales see of themselves, where
+            they see nothing else; all of it where there are none.
 
     Returns:
-        `list[ScaleSegment]`
+        `tuple[ScaleSegment, ...]`
     """
     segments, start = [], 0
     for index, (timestep, count) in enumerate(zip(timesteps, num_tokens)):
-        tokens = slice(start, start + count)
-        first, seen_cached = index, ()
-        if pattern == "causal":
-            first, seen_cached = 0, tuple(cached)
-        elif pattern == "banded" and index > 0:
-            first = index - 1
-        elif pattern == "banded":
-            seen_cached = tuple(cached[-1:])
+        tokens, first = slice(start, start + count), max(0, index + 1 - reach)
+        seen_cached = cached[max(0, len(cached) + index + 1 - reach) :]
         seen_from = segments[first].tokens.start if first < index else start
         seen = (*seen_cached, *timesteps[first : index + 1])
         context, neighbourhood = slice(seen_from, tokens.stop), neighbourhoods[index] if neighbourhoods else None
         segments.append(ScaleSegment(timestep, tokens, context, seen_cached, seen, neighbourhood))
         start = tokens.stop
-    return segments
+    return tuple(segments)
 
 
 class ScaleAttnProcessor:

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from srdd.models.attention_scale import RotaryEmbedding, ScaleAttention
+from srdd.models.rotary_positions import place_angles
 
 
 def scale_rotary_embedding(
@@ -19,8 +20,7 @@ def scale_rotary_embedding(
     Cosines and sines of the angles by which pairs of a head's channels turn with their place in the picture.
 
     The first half of the pairs turns with the column, the second with the row. All scales span the same extent, so
-    that tokens at the same place in the picture have nearly the same angles at all of them. Everything is computed on
-    the device, which need not be sent anything.
+    that tokens at the same place in the picture have nearly the same angles at all of them.
 
     Args:
         scale_sizes (`Sequence`): `(height, width)` of the packed scales.
@@ -32,19 +32,10 @@ def scale_rotary_embedding(
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Float32, of shape `(1, num_tokens, 1, head_dim / 2)`.
     """
-    exponents = torch.arange(head_dim // 4, device=device, dtype=torch.float32) * (-4 / head_dim)
-    frequencies = torch.pow(rope_theta, exponents)  # (D/H/4,)
-    angles = []
-    for sides in scale_sizes:
-        rows, columns = (
-            (torch.arange(side, device=device, dtype=torch.float32) * (rope_extent / max(side - 1, 1))).unsqueeze(-1)
-            * frequencies
-            for side in sides
-        )
-        grid = [columns.expand(sides[0], -1, -1), rows.unsqueeze(1).expand(-1, sides[1], -1)]  # each (h, w, D/H/4)
-        angles.append(torch.cat(grid, dim=-1).flatten(0, 1))
-    joined = (angles[0] if len(angles) == 1 else torch.cat(angles))[None, :, None]  # (1, N, 1, D/H/2)
-    return joined.cos(), joined.sin()
+    spacings = [[rope_extent / max(side - 1, 1) for side in size] for size in scale_sizes]
+    rows, columns = place_angles(scale_sizes, spacings, head_dim, rope_theta, device)  # (N, D/H/4) each
+    angles = torch.cat([columns, rows], dim=-1)[None, :, None]  # (1, N, 1, D/H/2)
+    return angles.cos(), angles.sin()
 
 
 def rotated(states: torch.Tensor, rotary: RotaryEmbedding) -> torch.Tensor:

@@ -18,6 +18,8 @@ INTEGERS = {
     "attention_head_dim": (1, 4096),
     "codebook_size": (1, 2**20),
     "cross_attention_dim": (1, 2**16),
+    "history_head_dim": (1, 2**16),
+    "history_window": (1, 100),
     "in_channels": (1, 1024),
     "latent_channels": (1, 4096),
     "layers_per_block": (1, 64),

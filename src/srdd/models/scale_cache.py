@@ -36,10 +36,13 @@ class ScaleKVCache:
 
     Args:
         num_tokens (`int`, *optional*): Tokens of all scales to come; without it the buffers grow as needed.
+        keeps_own_scale (`bool`, defaults to `True`): Whether it also keeps what no finer scale looks back at, which
+            further passes of some tokens of a scale need.
     """
 
-    def __init__(self, num_tokens: int | None = None):
+    def __init__(self, num_tokens: int | None = None, keeps_own_scale: bool = True):
         self.num_tokens = num_tokens
+        self.keeps_own_scale = keeps_own_scale
         self.is_read_only = False
         self.image_indices: torch.LongTensor | None = None
         self.token_indices: torch.LongTensor | None = None
@@ -98,6 +101,12 @@ class ScaleKVCache:
         image_indices = slice(batch_size) if self.image_indices is None else self.image_indices
         pieces = [[stored[image_indices, place] for place in places] for stored in self.buffers[layer]]
         return tuple(piece[0] if len(piece) == 1 else torch.cat(piece, dim=1) for piece in pieces)
+
+    def keeping_own_scale(self) -> "ScaleKVCache":
+        """This cache for a forward that further passes of some tokens of its scale will follow."""
+        view = copy.copy(self)
+        view.keeps_own_scale = True
+        return view
 
     def read_only(self) -> "ScaleKVCache":
         """This cache for forwards that shall leave it as it is."""

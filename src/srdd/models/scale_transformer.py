@@ -17,7 +17,7 @@ from diffusers.models.attention import AttentionMixin
 
 from srdd.acceleration import accelerate, set_fast_linears
 from srdd.checks import described, shown
-from srdd.models.attention_scale import MaskedScaleAttnProcessor, ScaleSegment, scale_segments
+from srdd.models.attention_scale import REACH, MaskedScaleAttnProcessor, ScaleSegment, scale_segments
 from srdd.models.guidance import guide
 from srdd.models.neighbourhoods import scale_masks
 from srdd.models.saved_weights import SavedModelMixin
@@ -37,18 +37,16 @@ def begin_step(*_) -> None:
 
 class PackedScales(NamedTuple):
     """
-    What a forward computes: inputs of one scale, or of several packed coarse to fine.
+    What a forward computes: one scale, or several packed coarse to fine.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(batch, num_tokens, latent_channels)`): The inputs.
-        segments (`list[ScaleSegment]`): Where each scale lies, and what its tokens see.
+        segments (`tuple[ScaleSegment, ...]`): Where each scale lies, and what its tokens see.
         kv_cache ([`ScaleKVCache`], *optional*): Keys and values of scales that are not in the inputs.
         token_indices (`torch.LongTensor` of shape `(batch, num_tokens)`, *optional*): Which tokens of the one scale
             the inputs are, if not all.
     """
 
-    hidden_states: torch.Tensor
-    segments: list[ScaleSegment]
+    segments: tuple[ScaleSegment, ...]
     kv_cache: ScaleKVCache | None
     token_indices: torch.LongTensor | None
 
@@ -62,6 +60,9 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     `adaln_out` and `proj_out`. A block is called with hidden states, conditioning, segments, cache and mask of its
     attention, and what it returned beside hidden states in an earlier call with the same condition.
     """
+
+    # Attention patterns with which drawing scale after scale needs no [`ScaleKVCache`].
+    patterns_without_cache: tuple[str, ...] = ("markov",)
 
     _supports_gradient_checkpointing = True
     _skip_keys = ["kv_cache", "modulation_cache"]
@@ -97,7 +98,7 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     @property
     def needs_kv_cache(self) -> bool:
         """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
-        return self.config.attention_pattern != "markov"
+        return self.config.attention_pattern not in self.patterns_without_cache
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """
@@ -150,7 +151,8 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         cached = [t for t in kv_cache.timesteps if t > timesteps[0]] if kv_cache is not None else []
         num_tokens = [tokens.stop - tokens.start for tokens in (self.token_slices[-1 - t] for t in timesteps)]
         neighbourhoods = self.neighbourhoods(timesteps) if self.config.get("attention_windows") else ()
-        segments = scale_segments(self.config.attention_pattern, timesteps, num_tokens, cached, neighbourhoods)
+        packed = map(tuple, (timesteps, num_tokens, cached, neighbourhoods))
+        segments = scale_segments(REACH[self.config.attention_pattern], *packed)
         expected = (segments[-1].tokens.stop, self.config.latent_channels)
         if token_indices is not None:
             self._check_token_indices(token_indices, timesteps, kv_cache)
@@ -173,16 +175,18 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
                 "`hidden_states` must be two halves with `guidance_weight`, conditional and unconditional, got a batch"
                 f" of {len(hidden_states)}."
             )
-        return PackedScales(hidden_states, segments, kv_cache, token_indices)
+        return PackedScales(segments, kv_cache, token_indices)
 
     def _check_token_indices(
         self, token_indices: torch.LongTensor, timesteps: list[int], kv_cache: ScaleKVCache | None
     ) -> None:
         if len(timesteps) > 1:
             raise ValueError(f"`timestep` must be one scale's with `token_indices`, got {timesteps}.")
-        if kv_cache is None or kv_cache.is_read_only or timesteps[0] not in kv_cache.places:
-            read_only = kv_cache is not None and kv_cache.is_read_only
-            given = "a read-only one" if read_only else None if kv_cache is None else kv_cache.timesteps
+        given = None
+        if kv_cache is not None:
+            given = "one that keeps no scale of its own" if not kv_cache.keeps_own_scale else kv_cache.timesteps
+            given = "a read-only one" if kv_cache.is_read_only else given
+        if not isinstance(given, list) or timesteps[0] not in given:
             raise ValueError(
                 f"`kv_cache` must hold the timestep {timesteps[0]} and not be read only with `token_indices`, got"
                 f" {given}."
@@ -197,6 +201,7 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     def _predict(
         self,
         packed: PackedScales,
+        hidden_states: torch.Tensor,
         embedding: torch.Tensor,
         condition: torch.Tensor,
         conditioning: Any,
@@ -204,10 +209,11 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         guidance_weight: float | torch.Tensor | None,
     ) -> torch.Tensor:
         """
-        Logits of packed scales: embeddings of input, position and scale, all blocks, the last norm and the head.
+        Logits of packed scales: embeddings of start, position and scale, all blocks, the last norm and the head.
 
         Args:
             packed ([`PackedScales`]): The scales.
+            hidden_states (`torch.Tensor` of shape `(batch, num_tokens, dim)`): Their embedded inputs.
             embedding (`torch.Tensor` of shape `(batch, dim)`): Of the condition: the coarsest scale starts from it.
             condition (`torch.Tensor` of shape `(batch, dim)`): Its SiLU, by which the last norm is modulated.
             conditioning (`Any`): What all blocks are told of the condition.
@@ -217,8 +223,7 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, codebook_size)`
         """
-        inputs, segments, kv_cache, token_indices = packed
-        hidden_states = self.proj_in(inputs.to(self.start_pos_embed.dtype))  # (B, N, D)
+        segments, kv_cache, token_indices = packed
         if segments[0].timestep == len(self.token_slices) - 1:
             start_pos_embed = self.start_pos_embed if token_indices is None else self.start_pos_embed[0, token_indices]
             start = embedding.unsqueeze(1) + start_pos_embed

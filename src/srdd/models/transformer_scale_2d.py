@@ -4,9 +4,8 @@ Shape legend: B batch, K scales, N_k tokens in scale k, N tokens of the scales a
 channels, V codebook.
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from types import NoneType
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,16 +14,12 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from srdd.checks import described, shown
-from srdd.models.attention_scale import (
-    AttentionMask,
-    ScaleAttention,
-    ScaleSegment,
-)
+from srdd.models.attention_scale import AttentionMask, RotaryEmbedding, ScaleAttention, ScaleSegment
 from srdd.models.configuration import check_configuration, check_num_parameters
 from srdd.models.neighbourhoods import Neighbourhood, check_windows
 from srdd.models.scale_cache import ModulationCache, ScaleKVCache, SeenStates
-from srdd.models.scale_transformer import ScaleTransformer, Timesteps
+from srdd.models.scale_class_transformer import ClassScaleTransformer, class_names
+from srdd.models.scale_transformer import Timesteps
 from srdd.scales import ScaleSizes, normalize_scale_sizes, scale_slices
 
 
@@ -35,6 +30,11 @@ class ScaleTransformerBlock(nn.Module):
     The six modulations are, in order: gates of attention and MLP, scales of both, to which 1 was added, shifts of
     both.
     """
+
+    # What it is made of.
+    norm_class: type[nn.Module] = nn.LayerNorm
+    attention_class: type[ScaleAttention] = ScaleAttention
+    feed_forward: dict[str, Any] = {"activation_fn": "gelu-approximate"}
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class ScaleTransformerBlock(nn.Module):
     ):
         super().__init__()
         self.drop_path_rate = drop_path_rate
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
-        self.attn = ScaleAttention(dim, heads, qk_norm, layer)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
-        self.ff = FeedForward(dim, inner_dim=round(dim * mlp_ratio), activation_fn="gelu-approximate")
+        self.norm1 = self.norm_class(dim, eps=norm_eps, elementwise_affine=False)
+        self.attn = self.attention_class(dim, heads, qk_norm, layer)
+        self.norm2 = self.norm_class(dim, eps=norm_eps, elementwise_affine=False)
+        self.ff = FeedForward(dim, inner_dim=round(dim * mlp_ratio), **self.feed_forward)
         if shared_adaln:
             self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
         else:
@@ -71,6 +71,7 @@ class ScaleTransformerBlock(nn.Module):
         kv_cache: ScaleKVCache | SeenStates | None = None,
         attention_mask: AttentionMask | None = None,
         modulations: torch.Tensor | None = None,
+        image_rotary_emb: RotaryEmbedding | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -83,6 +84,8 @@ class ScaleTransformerBlock(nn.Module):
                 asked for, or the masks of the scales' windows.
             modulations (`torch.Tensor` of shape `(batch, 6, dim)`, *optional*): What follows from `conditioning`, from
                 an earlier call.
+            image_rotary_emb (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Where the tokens lie, for an attention
+                that asks for it.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Hidden states and modulations.
@@ -96,7 +99,7 @@ class ScaleTransformerBlock(nn.Module):
             modulations = torch.cat([gates, 1 + scales, shifts], dim=1)
         gate1, gate2, scale1, scale2, shift1, shift2 = modulations.unsqueeze(2).unbind(1)  # each (B, 1, D)
         modulated = torch.addcmul(shift1, self.norm1(hidden_states), scale1)  # AdaLN
-        branch = self.attn(modulated, segments, kv_cache, attention_mask)
+        branch = self.attn(modulated, segments, kv_cache, attention_mask, image_rotary_emb)
         drops_paths = self.training and torch.is_grad_enabled() and self.drop_path_rate > 0
         hidden_states = torch.addcmul(hidden_states, gate1, self.drop_path(branch) if drops_paths else branch)
         branch = self.ff(torch.addcmul(shift2, self.norm2(hidden_states), scale2))
@@ -104,26 +107,7 @@ class ScaleTransformerBlock(nn.Module):
         return hidden_states, modulations
 
 
-def class_names(id2label: Mapping[int | str, str] | None, num_classes: int) -> dict[str, str]:
-    """
-    Names of classes as JSON has them: it turns integer keys into strings.
-
-    Raises:
-        ValueError: If a class does not exist, or a name is no string.
-    """
-    if not isinstance(id2label, (Mapping, NoneType)):
-        raise ValueError(f"`id2label` must be a dict of names by class id, got {shown(id2label)}.")
-    names = {str(index): name for index, name in (id2label or {}).items()}
-    unknown = sorted(index for index in names if not re.fullmatch(r"[0-9]{1,9}", index) or int(index) >= num_classes)
-    if unknown:
-        raise ValueError(f"`id2label` must name classes in [0, {num_classes - 1}], got {shown(unknown)}.")
-    wrong = [name for name in names.values() if not isinstance(name, str)]
-    if wrong:
-        raise ValueError(f"`id2label` must hold names that are strings, got {shown(wrong)}.")
-    return names
-
-
-class ScaleTransformer2DModel(ScaleTransformer):
+class ScaleTransformer2DModel(ClassScaleTransformer):
     r"""
     Predicts the tokens of a scale from the latent state before it: `p_theta(z_k | x_k, k, y)`.
 
@@ -231,11 +215,6 @@ class ScaleTransformer2DModel(ScaleTransformer):
         self.proj_out = nn.Linear(dim, codebook_size)
         self.init_weights()
 
-    @property
-    def id2label(self) -> dict[int, str]:
-        """Names of the classes by id."""
-        return {int(index): name for index, name in self.config.id2label.items()}
-
     def neighbourhoods(self, timesteps: Sequence[int]) -> list[Neighbourhood | None]:
         """
         What the tokens of scales see of their own scale; `None` where that is all of it.
@@ -293,27 +272,12 @@ class ScaleTransformer2DModel(ScaleTransformer):
                 from accelerators, which would wait for it: on CUDA one out of range is a device-side assertion.
         """
         packed = self._check_inputs(hidden_states, timestep, kv_cache, guidance_weight, token_indices)
-        null_class = self.config.num_classes
-        if class_labels is None:
-            class_labels = torch.full((hidden_states.shape[0],), null_class, device=hidden_states.device)
-        if not isinstance(class_labels, torch.Tensor) or class_labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"`class_labels` must be an int64 or int32 tensor, got {described(class_labels)}.")
-        if class_labels.shape != hidden_states.shape[:1]:
-            raise ValueError(
-                f"`class_labels` must have shape ({hidden_states.shape[0]},), got {tuple(class_labels.shape)}."
-            )
-        # A training step wants gradients; drawing with a model in training mode does not depend on that mode.
-        if self.training and torch.is_grad_enabled() and self.config.class_dropout_prob > 0:
-            dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout_prob
-            class_labels = torch.where(dropped, null_class, class_labels)
-
-        try:
-            class_embedding = self.class_embed(class_labels)  # (B, D)
-        except IndexError as error:
-            low, high = (bound.item() for bound in class_labels.aminmax())
-            raise ValueError(f"`class_labels` must lie in [0, {null_class}], got [{low}, {high}].") from error
+        class_embedding = self._embed_classes(hidden_states, class_labels, self.config.class_dropout_prob)  # (B, D)
         condition = conditioning = F.silu(class_embedding)
         if self.adaln is not None and (modulation_cache is None or modulation_cache.out is None):
             conditioning = self.adaln(condition)
-        logits = self._predict(packed, class_embedding, condition, conditioning, modulation_cache, guidance_weight)
+        embedded = self.proj_in(hidden_states.to(self.start_pos_embed.dtype))  # (B, N, D)
+        logits = self._predict(
+            packed, embedded, class_embedding, condition, conditioning, modulation_cache, guidance_weight
+        )
         return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)

@@ -332,6 +332,7 @@ class ScaleTextTransformer2DModel(ScaleTransformer):
         if token_indices is not None:
             rotary = tuple(part[0, token_indices] for part in rotary)  # each (B, N, 1, D/H/2)
         dtype, mask = self.start_pos_embed.dtype, encoder_attention_mask
+        embedded = self.proj_in(hidden_states.to(dtype))  # (B, N, D)
         pooled, size, text = self.pooled_embed(pooled_projections.to(dtype)), None, None  # (B, D)
         if modulation_cache is None or modulation_cache.out is None:
             size = self.size_embed(self._sizes(batch_size, original_size, crop_coords, device), dtype)
@@ -340,5 +341,7 @@ class ScaleTextTransformer2DModel(ScaleTransformer):
                 text = text.masked_fill(~mask.unsqueeze(-1), 0.0)  # no weight of attention makes a number of NaN
         text_mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, L)
         conditioning = TextConditioning(None if size is None else pooled, size, text, text_mask, rotary)
-        logits = self._predict(packed, pooled, F.silu(pooled), conditioning, modulation_cache, guidance_weight)
+        logits = self._predict(
+            packed, embedded, pooled, F.silu(pooled), conditioning, modulation_cache, guidance_weight
+        )
         return Transformer2DModelOutput(sample=logits) if return_dict else (logits,)

@@ -30,7 +30,8 @@ def guided_distribution(
     timesteps = [scale.timestep for scale in scheduler.visits]
     logits = teacher(inputs, timestep=timesteps, class_labels=class_labels).sample.float()
     if guidance_scale > 1:
-        unconditional = teacher(inputs, timestep=timesteps).sample.float()
+        told = dict.fromkeys(teacher.labels_of_both_halves, class_labels)
+        unconditional = teacher(inputs, timestep=timesteps, **told).sample.float()
         weights = scheduler.guidance_weights(guidance_scale).to(logits, non_blocking=True)
         logits = guide(logits, unconditional, weights[:, None])
     return logits.log_softmax(dim=-1)

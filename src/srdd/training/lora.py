@@ -20,6 +20,7 @@ SHAPE_CONFIG = (
     *("codebook_size", "latent_channels", "scale_sizes", "num_layers", "num_attention_heads", "attention_head_dim"),
     *("mlp_ratio", "qk_norm", "shared_adaln", "norm_eps"),
     *("cross_attention_dim", "pooled_projection_dim", "rope_theta", "rope_extent"),
+    *("history_window", "history_head_dim"),
 )
 
 
