@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -260,6 +261,18 @@ class ScalePipeline(DiffusionPipeline):
         return self._usual_guidance_scale if guidance_scale is None else guidance_scale
 
     @property
+    def _execution_device(self) -> torch.device:
+        """
+        As [`DiffusionPipeline`] has it. That walks through all modules ten times to look for hooks, which takes longer
+        than to launch all kernels of a recorded draw; this does it once.
+        """
+        models = [model for model in self.components.values() if isinstance(model, torch.nn.Module)]
+        for module in chain.from_iterable(model.modules() for model in models):
+            if "_hf_hook" in vars(module) or "_diffusers_hook" in vars(module):
+                return super()._execution_device
+        return next(models[0].parameters()).device
+
+    @property
     def num_timesteps(self) -> int:
         """Most passes of a run."""
         return len(self.scheduler.timesteps)
@@ -335,18 +348,21 @@ class ScalePipeline(DiffusionPipeline):
             *(image.repeat_interleave(batch_size // num_images, dim=0) for image in images),
         )
 
-    def prepare_latents(self, batch_size: int, latents: torch.Tensor | None = None) -> torch.Tensor:
-        """The latent state to start from, float32: zeros, or the caller's."""
+    def check_latents(self, latents: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """
+        A caller's latent state to start from.
+
+        Raises:
+            ValueError: If it is of another kind or shape, or not finite.
+        """
         shape = (batch_size, self.vqvae.config.latent_channels, *self.vqvae.config.scale_sizes[-1])
-        if latents is None:
-            return torch.zeros(shape, device=self._execution_device)
         if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
             raise ValueError(f"`latents` must be a torch.Tensor of floats, got {shown(latents)}.")
         if tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
         if not latents.isfinite().all():
             raise ValueError("`latents` must be finite, got NaN or infinite values.")
-        return latents.to(self._execution_device, torch.float32)
+        return latents
 
     def decode_latents(self, latents: torch.Tensor, output_type: str) -> Any:
         """Pictures of latent states, as `output_type` says."""
@@ -401,13 +417,18 @@ class ScalePipeline(DiffusionPipeline):
         if callback_on_step_end is not None:
             names = callback_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
             on_step_end = StepEnd(self, callback_on_step_end, names)
-        latents = self.prepare_latents(batch_size, latents)
+        device = next(iter(conditions.conditional.values())).device
+        if latents is None:
+            channels, grid_size = self.vqvae.config.latent_channels, self.vqvae.config.scale_sizes[-1]
+            latents = torch.zeros(batch_size, channels, *grid_size, device=device)
+        else:
+            latents = self.check_latents(latents, batch_size).to(device, torch.float32)
         if conditions.unconditional is None:
             guidance_scale = 1.0
         elif guidance_scale is None:
             guidance_scale = self.default_guidance_scale
         self._call.guidance_scale, self._call.interrupt = guidance_scale, False
-        scheduler, device = self.scheduler, latents.device
+        scheduler = self.scheduler
         inputs = SamplingInputs(conditions, Guidance.of(scheduler, guidance_scale, device), latents)
         is_recordable = known_tokens is on_step_end is None and scheduler.draws_all_tokens
         is_recordable &= device.type == self._cuda_graphs.device_type

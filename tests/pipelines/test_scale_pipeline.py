@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from families import POLICIES, TASKS, each_family, seeded
-from tiny_models import tiny_scheduler, tiny_transformer, tiny_vqvae
+from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 from tiny_pictures import random_hole, random_image
 
 from srdd.pipelines.scale_pipeline import check_components
@@ -113,3 +115,27 @@ def test_components_that_do_not_fit_are_refused(change, message):
 
 def test_a_tokenizer_may_have_scales_of_its_own():
     check_components(tiny_vqvae(scale_sizes=[1, 3, 4]), tiny_transformer(), tiny_scheduler(scales=[1, 4]))
+
+
+def offload_groups(pipe) -> None:
+    """In groups, as if to another device: there is none here."""
+    pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    _get_top_level_group_offload_hook(pipe.transformer).config.onload_device = torch.device("meta")
+
+
+HOOKS = {
+    "none": lambda pipe: None,
+    "on a model": lambda pipe: add_hook_to_module(pipe.transformer, AlignDevicesHook(execution_device="meta")),
+    "on a layer": lambda pipe: add_hook_to_module(
+        pipe.transformer.blocks[0].attn.to_q, AlignDevicesHook(execution_device="meta")
+    ),
+    "of groups": offload_groups,
+}
+
+
+@pytest.mark.parametrize("where", HOOKS)
+def test_the_device_is_found_as_diffusers_finds_it(where):
+    pipe = tiny_pipeline()
+    HOOKS[where](pipe)
+    assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe)
+    assert (pipe._execution_device.type == "meta") == (where in ("on a model", "of groups"))
