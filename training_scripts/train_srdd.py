@@ -30,7 +30,7 @@ from srdd import (
     SRDDPipeline,
     SRDDTextPipeline,
 )
-from srdd.models import ATTENTION_PATTERNS
+from srdd.models import ATTENTION_PATTERNS, ScaleTransformer
 from srdd.pipelines.scale_pipeline import check_components
 from srdd.training.accelerator import make_accelerator
 from srdd.training.attention_choice import check_attention, set_attention
@@ -192,7 +192,7 @@ def fit_classes(model: ScaleTransformer2DModel | ScaleHistoryTransformer2DModel,
     )
 
 
-def add_lora(model: ScaleTransformer2DModel | ScaleTextTransformer2DModel, args: SRDDSettings) -> None:
+def add_lora(model: ScaleTransformer, args: SRDDSettings) -> None:
     """Freeze all but a fresh adapter and the class embedding, which new classes need."""
     from peft import LoraConfig
 
@@ -205,7 +205,7 @@ def add_lora(model: ScaleTransformer2DModel | ScaleTextTransformer2DModel, args:
             target_modules=LORA_TARGETS,
         )
     )
-    if isinstance(model, ScaleTransformer2DModel):
+    if hasattr(model, "class_embed"):
         model.class_embed.requires_grad_(True)
 
 

@@ -62,6 +62,8 @@ def test_an_adapter_and_its_base_are_the_trained_model(run, base):
     folder = run("lora", "--lora_rank", 2, "--gradient_checkpointing")
     merged, transformer = load(folder).transformer, ScaleHistoryTransformer2DModel.from_pretrained(base)
     assert (merged.history.to_k.weight - transformer.history.to_k.weight).abs().max() > 1e-4
+    started = transformer.class_embed.weight  # each class of the data has one of these at first
+    assert torch.cdist(merged.class_embed.weight, started).amin(dim=1).min() > 1e-3
     load_lora(transformer, folder / "lora")
     transformer.fuse_lora()
     transformer.unload_lora()
