@@ -222,6 +222,8 @@ class PixelSettings(TrainingSettings, PixelLossSettings):
     """What training tokenizers and distilling decoders have in common."""
 
     center_crop: bool = flag(False, "Crop in the centre instead of at random.")
+    min_crop: float = flag(1.0, "Smallest random crop, as a share of the picture's shorter side.")
+    random_colors: bool = flag(False, "Change the colours of most images: for pictures unlike those at hand.")
     adam_weight_decay: float = flag(0.0)  # decay would pull codes and norms to zero
 
 

@@ -67,7 +67,15 @@ def load_pixels(
 ) -> tuple[AugmentedImages, datasets.Dataset]:
     """Training and validation images of the size that a tokenizer reads."""
     resolution = vqvae.config.scale_sizes[-1][0] * vqvae.spatial_compression_ratio
-    train = AugmentedImages(images, resolution, not settings.center_crop, settings.random_flip, settings.seed)
+    train = AugmentedImages(
+        images,
+        resolution,
+        not settings.center_crop,
+        settings.random_flip,
+        settings.seed,
+        settings.min_crop,
+        settings.random_colors,
+    )
     return train, validation_images(images, 512).with_transform(training_transform(images, resolution))
 
 
