@@ -406,8 +406,8 @@ def validation_images(images: LabelledImages, count: int) -> datasets.Dataset:
 
 class AugmentedImages(torch.utils.data.Dataset):
     """
-    Training images, cropped, mirrored and coloured at random, but always alike for one seed, epoch and image: a run that is
-    resumed sees what an uninterrupted one does.
+    Training images, cropped, mirrored and coloured at random, but always alike for one seed, epoch and image: a run
+    that is resumed sees what an uninterrupted one does.
 
     Args:
         images ([`LabelledImages`]): Its training split is used.
