@@ -334,8 +334,8 @@ def pictures() -> LabelledImages:
     return LabelledImages(datasets.Dataset.from_dict({"image": noise}, features=features), None, "image", None, {})
 
 
-def augment(pictures: LabelledImages, random_crop: bool, random_flip: bool, seed: int = 0, epoch: int = 0):
-    augmented = AugmentedImages(pictures, 16, random_crop, random_flip, seed)
+def augment(pictures: LabelledImages, random_crop: bool, random_flip: bool, seed: int = 0, epoch: int = 0, **options):
+    augmented = AugmentedImages(pictures, 16, random_crop, random_flip, seed, **options)
     augmented.set_epoch(epoch)
     assert len(augmented) == 24
     return torch.stack([augmented[index]["pixel_values"] for index in range(24)])
@@ -346,6 +346,36 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(pictures):
     assert torch.equal(first, augment(pictures, True, True))
     for other in (augment(pictures, True, True, epoch=1), augment(pictures, True, True, seed=1)):
         assert (first != other).flatten(1).any(dim=1).float().mean() > 0.5
+
+
+def test_crops_of_a_smaller_part_show_it_larger():
+    # A gradient: the range of its values is the share of the picture that a crop shows.
+    gradient = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[:, None, None], (1, 200, 3)))
+    rng = random.Random(0)
+    crops = [image_to_tensor(gradient, 8, random_crop=True, rng=rng, min_crop=0.5) for _ in range(40)]
+    shares = torch.tensor([(crop.amax() - crop.amin()) * 127.5 / 175 for crop in crops])  # of 8 pixels, 7 steps
+    assert 0.45 < shares.min() < 0.6
+    assert 0.9 < shares.max() < 1.05
+    enlarged = image_to_tensor(gradient.resize((10, 10)), 8, random_crop=True, rng=rng, min_crop=0.1)
+    assert enlarged.shape == (3, 8, 8)
+    whole = image_to_tensor(gradient.resize((8, 8)), 8, rng=rng, min_crop=0.1)  # none has fewer pixels than asked for
+    assert torch.equal(whole, image_to_tensor(gradient.resize((8, 8)), 8))
+
+
+def test_other_colours_keep_shapes(pictures):
+    coloured, plain = augment(pictures, False, False, random_colors=True), augment(pictures, False, False)
+    changed = (coloured != plain).flatten(1).any(dim=1)
+    assert 10 <= changed.sum() < 24
+    assert torch.equal(coloured, augment(pictures, False, False, random_colors=True))
+    assert coloured.abs().max() <= 1
+    square = Image.new("RGB", (16, 16), (200, 40, 40))
+    square.paste((20, 20, 20), (4, 4, 12, 12))
+    pixels = [image_to_tensor(square, 16, rng=random.Random(seed), random_colors=True) for seed in range(60)]
+    assert len({tuple(each[:, 0, 0].tolist()) for each in pixels}) > 30
+    for each in pixels:
+        assert (each[:, :4] == each[:, :1, :1]).all()
+        assert (each[:, 4:12, 4:12] == each[:, 4:5, 4:5]).all()
+        assert (each[:, 0, 0] > each[:, 8, 8]).any()
 
 
 def test_images_are_cropped_in_the_centre_if_asked_to(pictures):

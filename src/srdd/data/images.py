@@ -13,7 +13,7 @@ import numpy as np
 import PIL
 import torch
 from diffusers.utils import logging
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from srdd.data.captions import check_caption_column, read_captions
 from srdd.data.class_labels import as_class_labels, class_order, describe_classes, is_missing, shortened
@@ -295,6 +295,8 @@ def image_to_tensor(
     random_crop: bool = False,
     random_flip: bool = False,
     rng: random.Random | None = None,
+    min_crop: float = 1.0,
+    random_colors: bool = False,
 ) -> torch.Tensor:
     """
     Scale the shorter side of a picture to `resolution`, crop a square and return pixels in [-1, 1].
@@ -304,16 +306,31 @@ def image_to_tensor(
         resolution (`int`): Side of the square.
         random_crop (`bool`, defaults to `False`): Crop at random instead of in the centre.
         random_flip (`bool`, defaults to `False`): Mirror half of the pictures.
-        rng (`random.Random`, *optional*): Draws crop and mirroring; Python's shared generator by default.
+        rng (`random.Random`, *optional*): Draws crop, mirroring and colours; Python's shared generator by default.
+        min_crop (`float`, defaults to 1.0): Below 1, the square is cut before scaling, with a side of at least this
+            share of the picture's shorter one, but never of less than `resolution` pixels.
+        random_colors (`bool`, defaults to `False`): Give most pictures other colours ([`with_random_colors`]).
 
     Returns:
         `torch.Tensor` of shape `(3, resolution, resolution)`, float32.
     """
     rng = rng or random
+    if min_crop < 1:
+        image = random_part(to_rgb(image), resolution, min_crop, rng)
     image, _ = cut_square(image, resolution, random_crop, rng)
     if random_flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
+    if random_colors:
+        image = with_random_colors(image, rng)
     return square_to_tensor(image)
+
+
+def random_part(image: Image.Image, resolution: int, min_crop: float, rng: random.Random) -> Image.Image:
+    """A square of a picture, of at least `resolution` pixels a side if the picture has them."""
+    shorter = min(image.size)
+    side = max(min(resolution, shorter), round(shorter * rng.uniform(min_crop, 1)))
+    left, top = (rng.randint(0, length - side) for length in image.size)
+    return image.crop((left, top, left + side, top + side))
 
 
 def cut_square(
@@ -347,6 +364,29 @@ def square_to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
 
+def with_random_colors(image: Image.Image, rng: random.Random) -> Image.Image:
+    """
+    A picture in other colours: three of four are turned in hue, changed in saturation, brightness and contrast, and
+    half of these have their colour channels in another order.
+    """
+    if rng.random() < 0.25:
+        return image
+    turn = rng.randrange(256)
+    hue, saturation, value = image.convert("HSV").split()
+    image = Image.merge("HSV", (hue.point(lambda hue: (hue + turn) % 256), saturation, value)).convert("RGB")
+    for enhancer, low, high in (
+        (ImageEnhance.Color, 0.3, 2.5),
+        (ImageEnhance.Brightness, 0.7, 1.4),
+        (ImageEnhance.Contrast, 0.6, 1.4),
+    ):
+        image = enhancer(image).enhance(rng.uniform(low, high))
+    if rng.random() < 0.5:
+        channels = list(image.split())
+        rng.shuffle(channels)
+        image = Image.merge("RGB", channels)
+    return image
+
+
 def training_transform(images: LabelledImages, resolution: int) -> Callable[[dict], dict]:
     """Transform for `datasets.Dataset.set_transform`: `"pixel_values"`, cropped in the centre, and `"labels"`."""
 
@@ -366,8 +406,8 @@ def validation_images(images: LabelledImages, count: int) -> datasets.Dataset:
 
 class AugmentedImages(torch.utils.data.Dataset):
     """
-    Training images, cropped and mirrored at random, but always alike for one seed, epoch and image: a run that is
-    resumed sees what an uninterrupted one does.
+    Training images, cropped, mirrored and coloured at random, but always alike for one seed, epoch and image: a run
+    that is resumed sees what an uninterrupted one does.
 
     Args:
         images ([`LabelledImages`]): Its training split is used.
@@ -375,11 +415,28 @@ class AugmentedImages(torch.utils.data.Dataset):
         random_crop (`bool`): Crop at random instead of in the centre.
         random_flip (`bool`): Mirror half of the images.
         seed (`int`): Seed of the augmentation.
+        min_crop (`float`, defaults to 1.0): As in [`image_to_tensor`].
+        random_colors (`bool`, defaults to `False`): As in [`image_to_tensor`].
     """
 
-    def __init__(self, images: LabelledImages, resolution: int, random_crop: bool, random_flip: bool, seed: int):
+    def __init__(
+        self,
+        images: LabelledImages,
+        resolution: int,
+        random_crop: bool,
+        random_flip: bool,
+        seed: int,
+        min_crop: float = 1.0,
+        random_colors: bool = False,
+    ):
         self.images = images
-        self.options = (resolution, random_crop, random_flip)
+        self.options = {
+            "resolution": resolution,
+            "random_crop": random_crop,
+            "random_flip": random_flip,
+            "min_crop": min_crop,
+            "random_colors": random_colors,
+        }
         self.seed = seed
         self.epoch = 0
 
@@ -393,7 +450,7 @@ class AugmentedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = random.Random(f"{self.seed} {self.epoch} {index}")
         image = self.images.train[index][self.images.image_column]
-        return {"pixel_values": image_to_tensor(image, *self.options, rng=rng)}
+        return {"pixel_values": image_to_tensor(image, **self.options, rng=rng)}
 
 
 def picture_grid(rows: list[torch.Tensor]) -> np.ndarray:

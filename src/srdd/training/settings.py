@@ -61,6 +61,14 @@ def probability(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {number}")
+    return number
+
+
 def non_negative_float(text: str) -> float:
     """A number that is not below zero."""
     number = float(text)
@@ -222,6 +230,10 @@ class PixelSettings(TrainingSettings, PixelLossSettings):
     """What training tokenizers and distilling decoders have in common."""
 
     center_crop: bool = flag(False, "Crop in the centre instead of at random.")
+    min_crop: float = flag(
+        1.0, "Smallest random crop, as a share of the picture's shorter side; none has fewer pixels.", type=share
+    )
+    random_colors: bool = flag(False, "Change the colours of most images: for pictures unlike those at hand.")
     adam_weight_decay: float = flag(0.0)  # decay would pull codes and norms to zero
 
 

@@ -65,9 +65,24 @@ def load_images(
 def load_pixels(
     settings: PixelSettings, vqvae: MultiScaleVQModel, images: LabelledImages
 ) -> tuple[AugmentedImages, datasets.Dataset]:
-    """Training and validation images of the size that a tokenizer reads."""
+    """
+    Training and validation images of the size that a tokenizer reads.
+
+    Raises:
+        ValueError: If crops are to be random in size, but in the centre.
+    """
+    if settings.center_crop and settings.min_crop < 1:
+        raise ValueError(f"`min_crop` must be 1 with `center_crop`, got {settings.min_crop}.")
     resolution = vqvae.config.scale_sizes[-1][0] * vqvae.spatial_compression_ratio
-    train = AugmentedImages(images, resolution, not settings.center_crop, settings.random_flip, settings.seed)
+    train = AugmentedImages(
+        images,
+        resolution,
+        not settings.center_crop,
+        settings.random_flip,
+        settings.seed,
+        settings.min_crop,
+        settings.random_colors,
+    )
     return train, validation_images(images, 512).with_transform(training_transform(images, resolution))
 
 
