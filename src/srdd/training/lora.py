@@ -84,9 +84,12 @@ def load_lora(
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
             adapter = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
-        ours = [name for name in (*SHAPE_CONFIG, *OWN_CONFIG) if name in transformer.config]
-        theirs = {name: config[name] for name in ours}
         targets, rank = tuple(adapter["target_modules"]), adapter["r"]
+        kind = config["_class_name"]
+    ours = [name for name in (*SHAPE_CONFIG, *OWN_CONFIG) if name in transformer.config]
+    if not set(ours) <= config.keys():
+        raise ValueError(f"`transformer` must be a {kind}, as the adapter's base, got a {type(transformer).__name__}.")
+    theirs = {name: config[name] for name in ours}
     for name in SHAPE_CONFIG:
         if name in theirs and theirs[name] != transformer.config[name]:
             raise ValueError(
