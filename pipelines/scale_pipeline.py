@@ -263,8 +263,8 @@ class ScalePipeline(DiffusionPipeline):
     @property
     def _execution_device(self) -> torch.device:
         """
-        As [`DiffusionPipeline`] has it. That walks through all modules ten times to look for hooks, which takes longer
-        than to launch all kernels of a recorded draw; this does it once.
+        As [`DiffusionPipeline`] has it. That walks through the modules of every component several times to look for
+        hooks, for which a recorded draw would wait; this does it once.
         """
         models = [model for model in self.components.values() if isinstance(model, torch.nn.Module)]
         for module in chain.from_iterable(model.modules() for model in models):

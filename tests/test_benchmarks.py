@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_pipeline
+from tiny_texts import tiny_text_pipeline
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.acceleration.cpu import MULTIPLIES_INT8
@@ -31,8 +32,8 @@ def load(monkeypatch):
     """Imports a benchmark as running it would."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    names = ("measuring", "samplers", "official_var", "graph_check", "speed")
-    for name in (*names, "training_step", "training_run", "decoder_slices", "text_drawing", "random_checkpoint"):
+    names = ["measuring", "samplers", "official_var", "graph_check", "speed", "training_step", "training_run"]
+    for name in (*names, "decoder_slices", "text_drawing", "random_checkpoint", "first_picture"):
         sys.modules.pop(name, None)
 
 
@@ -237,6 +238,16 @@ def test_random_checkpoints_are_those_of_their_families(weights, load, tmp_path,
     config = pipe.transformer.config
     assert (config.num_layers, pipe.sample_size) == (2, (512, 512) if name == "switti" else (256, 256))
     assert config.attention_pattern == ("causal" if name == "var" else "markov")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.parametrize("make_pipeline", [tiny_pipeline, tiny_text_pipeline])
+def test_first_picture(make_pipeline, load, tmp_path, capsys):
+    make_pipeline().save_pretrained(tmp_path)
+    script = load("first_picture")
+    script.main(script.parse_args([str(tmp_path), "--dtype", "bfloat16"]))
+    pattern = r"\(1, 3, 8, 8\), finite: True; loading [\d.]+ s, drawing [\d.]+ s, peak [\d.]+ GiB\n"
+    assert re.fullmatch(pattern, capsys.readouterr().out)
 
 
 GPU_CHECK = BENCHMARKS / "gpu_check.sh"
