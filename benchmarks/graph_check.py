@@ -14,7 +14,6 @@ Random weights. Prints Markdown, and ends with an error if something differs or 
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from measuring import device_name, error_text, synchronize, without_tf32
+from measuring import device_name, error_text, synchronize, without_tf32, write_results
 from samplers import EAGER, GUIDANCE_SCALE, add_model_arguments, random_pipeline, row_of, row_sampler
 from tqdm.auto import tqdm
 
@@ -212,13 +211,7 @@ def main(args: argparse.Namespace) -> None:
     with without_tf32():
         results = run(args)
     write_text(report(args, results))
-    if args.output:
-        facts = {
-            "arguments": {name: str(value) for name, value in vars(args).items()},
-            "device": device_name(torch.device(args.device)),
-            "torch": torch.__version__,
-        }
-        args.output.write_text(json.dumps({**facts, "rows": results}, indent=2) + "\n", encoding="utf-8")
+    write_results(args, results)
     is_exact = args.dtype == "float32"
     if any("failure" in result or (is_exact and not is_equal(result)) for result in results.values()):
         sys.exit("Not all rows draw the same with CUDA graphs.")

@@ -1,8 +1,10 @@
 """How the benchmarks measure: seconds of a call, seconds by component, memory, and what a failure was."""
 
+import argparse
 import contextlib
 import ctypes
 import gc
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -36,6 +38,18 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def write_results(args: argparse.Namespace, results: Any) -> None:
+    """JSON of what was measured and where, for `args.output` if that is a file."""
+    if args.output:
+        facts = {
+            "arguments": {name: str(value) for name, value in vars(args).items()},
+            "device": device_name(torch.device(args.device)),
+            "torch": torch.__version__,
+            "rows": results,
+        }
+        args.output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def error_text(error: Exception) -> str:

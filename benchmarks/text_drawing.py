@@ -11,12 +11,11 @@ takes JSON.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 import torch
-from measuring import WARM_UP_CALLS, cuda_memory, device_name, error_text, peak_memory, seconds_of
+from measuring import WARM_UP_CALLS, cuda_memory, device_name, error_text, peak_memory, seconds_of, write_results
 from samplers import draw_weights
 from tqdm.auto import tqdm
 
@@ -178,13 +177,7 @@ def report(args: argparse.Namespace, results: list[dict]) -> str:
 def main(args: argparse.Namespace) -> None:
     results = run(args)
     write_text(report(args, results))
-    if args.output:
-        facts = {
-            "arguments": {name: str(value) for name, value in vars(args).items()},
-            "device": device_name(torch.device(args.device)),
-            "torch": torch.__version__,
-        }
-        args.output.write_text(json.dumps({**facts, "rows": results}, indent=2) + "\n", encoding="utf-8")
+    write_results(args, results)
 
 
 if __name__ == "__main__":

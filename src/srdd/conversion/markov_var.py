@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from srdd.conversion.family import Family, PublishedSettings
-from srdd.conversion.official_config import OfficialTransformer, Shapes, agreed_size, count_indices
+from srdd.conversion.official_config import OfficialTransformer, Shapes, agreed_size, block_sizes, count_indices
 from srdd.conversion.official_layout import TRANSFORMER_RENAMES, Origin, renamed
 from srdd.models import ScaleHistoryTransformer2DModel
 
@@ -132,16 +132,8 @@ def markov_var_config(official: OfficialTransformer) -> dict[str, Any]:
     )
     hidden = agreed_size(shapes, 11 * width // 4, *((f"{block}.ffn.gate_proj.weight", 0) for block in blocks))
     heads = agreed_size(shapes, depth, *((f"{block}.attn.scale_mul_1H11", 1) for block in blocks))
-    if min(width, heads) < 1 or width % heads:
-        raise ValueError(f"The width of the transformer must be a multiple of its {heads} heads, got {width}.")
     return {
-        "codebook_size": official.codebook_size,
-        "latent_channels": official.latent_channels,
-        "scale_sizes": official.scale_sizes,
-        "num_layers": depth,
-        "num_attention_heads": heads,
-        "attention_head_dim": width // heads,
-        "mlp_ratio": hidden / width,
+        **block_sizes(official, depth, width, hidden, heads),
         "num_classes": agreed_size(shapes, 1001, ("class_emb.weight", 0)) - 1,
         "qk_norm": any(key.endswith(".attn.scale_mul_1H11") for key in shapes),
         "history_head_dim": agreed_size(shapes, 128, ("context_pool.ca.mat_q", 2)),

@@ -166,6 +166,33 @@ def transformer_scale_sizes(
     )
 
 
+def block_sizes(official: OfficialTransformer, depth: int, width: int, hidden: int, heads: int) -> dict[str, Any]:
+    """
+    What all configurations of transformers have.
+
+    Args:
+        official ([`OfficialTransformer`]): The transformer.
+        depth (`int`): Number of blocks.
+        width (`int`): Width of the hidden states.
+        hidden (`int`): Width of the MLP.
+        heads (`int`): Number of heads.
+
+    Raises:
+        ValueError: If its width does not fit its heads.
+    """
+    if min(width, heads) < 1 or width % heads:
+        raise ValueError(f"The width of the transformer must be a multiple of its {heads} heads, got {width}.")
+    return {
+        "codebook_size": official.codebook_size,
+        "latent_channels": official.latent_channels,
+        "scale_sizes": official.scale_sizes,
+        "num_layers": depth,
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "mlp_ratio": hidden / width,
+    }
+
+
 def transformer_config(official: OfficialTransformer) -> dict[str, Any]:
     """
     Configuration of the [`ScaleTransformer2DModel`] that an official transformer is.
@@ -187,16 +214,8 @@ def transformer_config(official: OfficialTransformer) -> dict[str, Any]:
     )
     hidden = agreed_size(shapes, 4 * width, *((f"{block}.ffn.fc1.bias", 0) for block in blocks))
     heads = agreed_size(shapes, depth, *((f"{block}.attn.scale_mul_1H11", 1) for block in blocks))
-    if min(width, heads) < 1 or width % heads:
-        raise ValueError(f"The width of the transformer must be a multiple of its {heads} heads, got {width}.")
     return {
-        "codebook_size": official.codebook_size,
-        "latent_channels": official.latent_channels,
-        "scale_sizes": official.scale_sizes,
-        "num_layers": depth,
-        "num_attention_heads": heads,
-        "attention_head_dim": width // heads,
-        "mlp_ratio": hidden / width,
+        **block_sizes(official, depth, width, hidden, heads),
         "num_classes": agreed_size(shapes, 1001, ("class_emb.weight", 0)) - 1,
         "qk_norm": any(key.endswith(".attn.scale_mul_1H11") for key in shapes),
         "shared_adaln": any(key.startswith("shared_ada_lin.") for key in shapes),

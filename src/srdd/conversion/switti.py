@@ -15,7 +15,14 @@ from diffusers.utils import logging
 
 from srdd.checks import check_bool, check_number
 from srdd.conversion.family import Family, PublishedSettings
-from srdd.conversion.official_config import KNOWN_SCALES, OfficialTransformer, Shapes, agreed_size, count_indices
+from srdd.conversion.official_config import (
+    KNOWN_SCALES,
+    OfficialTransformer,
+    Shapes,
+    agreed_size,
+    block_sizes,
+    count_indices,
+)
 from srdd.conversion.official_layout import Origin, renamed
 from srdd.conversion.var import has_causal_table
 from srdd.models import ScaleTextTransformer2DModel
@@ -121,16 +128,8 @@ def switti_config(official: OfficialTransformer) -> dict[str, Any]:
     width = agreed_size(shapes, 64 * depth, ("pos_start", 2), ("lvl_embed.weight", 1), ("head.weight", 1))
     hidden = agreed_size(shapes, 8 * width // 3, *((f"{block}.ffn.gate_proj.weight", 0) for block in blocks))
     is_causal = config.get("use_ar", has_causal_table(official.state))
-    if width < 1 or width % depth:
-        raise ValueError(f"The width of the transformer must be a multiple of its {depth} heads, got {width}.")
     return {
-        "codebook_size": official.codebook_size,
-        "latent_channels": official.latent_channels,
-        "scale_sizes": official.scale_sizes,
-        "num_layers": depth,
-        "num_attention_heads": depth,
-        "attention_head_dim": width // depth,
-        "mlp_ratio": hidden / width,
+        **block_sizes(official, depth, width, hidden, heads=depth),
         "cross_attention_dim": agreed_size(
             shapes, 2048, *((f"{block}.cross_attn.to_kv.weight", 1) for block in blocks)
         ),

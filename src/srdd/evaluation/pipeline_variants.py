@@ -63,7 +63,7 @@ class PipelineVariant:
             transformer, vqvae = (copy.deepcopy(each).to(getattr(torch, self.dtype)) for each in (transformer, vqvae))
         if self.attention_pattern is not None:
             transformer.register_to_config(attention_pattern=self.attention_pattern)
-            if self.attention_pattern != "markov":
+            if self.attention_pattern != "markov" and "attention_windows" in transformer.config:
                 transformer.register_to_config(attention_windows=None)
         if self.linear_layers == "torch":
             transformer.disable_fast_linears()
