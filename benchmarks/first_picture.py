@@ -10,9 +10,10 @@ A folder that draws by class draws its first one; one that draws from texts is g
 import argparse
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
-from measuring import process_memory
+from measuring import process_memory, write_results
 from text_drawing import Drawing
 
 import srdd
@@ -24,6 +25,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="Of a pipeline.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--output", type=Path, help="JSON of what was measured.")
     return parser.parse_args(arguments)
 
 
@@ -41,10 +43,18 @@ def main(args: argparse.Namespace) -> None:
     draw = Drawing(pipe, 1) if kind is srdd.SRDDTextPipeline else partial(draw_class, pipe)
     images = draw()
     drawn = time.perf_counter()
+    result = {
+        "shape": list(images.shape),
+        "finite": bool(images.isfinite().all()),
+        "loading_s": round(loaded - started, 1),
+        "drawing_s": round(drawn - loaded, 1),
+        "peak_gib": round(process_memory("VmHWM") / 1024, 1),
+    }
     write_text(
-        f"{tuple(images.shape)}, finite: {bool(images.isfinite().all())}; loading {loaded - started:.1f} s, drawing"
-        f" {drawn - loaded:.1f} s, peak {process_memory('VmHWM') / 1024:.1f} GiB\n"
+        f"{tuple(images.shape)}, finite: {result['finite']}; loading {result['loading_s']} s, drawing"
+        f" {result['drawing_s']} s, peak {result['peak_gib']} GiB\n"
     )
+    write_results(args, result, pipe.device)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
     with without_tf32():
         results = run(args)
     write_text(report(args, results))
-    write_results(args, results)
+    write_results(args, results, torch.device(args.device))
     is_exact = args.dtype == "float32"
     if any("failure" in result or (is_exact and not is_equal(result)) for result in results.values()):
         sys.exit("Not all rows draw the same with CUDA graphs.")

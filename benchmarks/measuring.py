@@ -40,12 +40,12 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def write_results(args: argparse.Namespace, results: Any) -> None:
+def write_results(args: argparse.Namespace, results: Any, device: torch.device) -> None:
     """JSON of what was measured and where, for `args.output` if that is a file."""
     if args.output:
         facts = {
             "arguments": {name: str(value) for name, value in vars(args).items()},
-            "device": device_name(torch.device(args.device)),
+            "device": device_name(device),
             "torch": torch.__version__,
             "rows": results,
         }

@@ -177,7 +177,7 @@ def report(args: argparse.Namespace, results: list[dict]) -> str:
 def main(args: argparse.Namespace) -> None:
     results = run(args)
     write_text(report(args, results))
-    write_results(args, results)
+    write_results(args, results, torch.device(args.device))
 
 
 if __name__ == "__main__":
