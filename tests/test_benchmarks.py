@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_pipeline
+from tiny_models import tiny_pipeline, tiny_vqvae
 from tiny_texts import tiny_text_pipeline
 
 from srdd import ScaleScheduler, SRDDPipeline
@@ -21,6 +22,7 @@ from srdd.acceleration.cpu import MULTIPLIES_INT8
 from srdd.conversion import __main__ as conversion
 from srdd.conversion.families import FAMILIES
 from srdd.models.guidance import guide
+from srdd.scales import num_tokens_per_scale
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -33,7 +35,7 @@ def load(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
     names = ["measuring", "samplers", "official_var", "graph_check", "speed", "training_step", "training_run"]
-    for name in (*names, "decoder_slices", "text_drawing", "random_checkpoint", "first_picture"):
+    for name in (*names, "decoder_slices", "text_drawing", "random_checkpoint", "first_picture", "own_scale_headroom"):
         sys.modules.pop(name, None)
 
 
@@ -423,3 +425,25 @@ def test_compiled_training_steps_train_the_same_weights(load):
     twin.register_to_config(attention_pattern="causal")
     assert step.model.config.attention_pattern == "markov"
     assert twin.blocks[0].attn is not step.model.blocks[0].attn
+
+
+@pytest.mark.parametrize("kind", ["equal", "independent"])
+def test_headroom_is_what_tokens_tell_of_each_other(kind, load, tmp_path):
+    script = load("own_scale_headroom")
+    words = ["--dataset_name", "x", "--pretrained_vqvae_name_or_path", "x", "--folder", str(tmp_path)]
+    sizes = ["--num_layers", "1", "--num_attention_heads", "1", "--max_train_steps", "300", "--learning_rate", "5e-3"]
+    args = script.parse_args([*words, *sizes, "--device", "cpu"])
+    vqvae, rng = tiny_vqvae().eval().requires_grad_(False), np.random.default_rng(0)
+    counts, codebook_size = num_tokens_per_scale(vqvae.config.scale_sizes), vqvae.config.codebook_size
+    pyramids = rng.integers(codebook_size, size=(640, sum(counts)))
+    if kind == "equal":  # all tokens of a scale
+        pyramids = rng.integers(codebook_size, size=(640, len(counts))).repeat(counts, axis=1)
+    tokens = script.TokenDataset(pyramids.astype(np.uint16), np.zeros(640, dtype=np.int64))
+    probe = script.Probe(args, vqvae, num_classes=1)
+    script.train(args, probe, tokens)
+    ordinary, shown = probe.headroom(tokens, share=0.75)
+    headroom = [before - after for before, after in zip(ordinary, shown)]
+    assert headroom[-1] > 1 if kind == "equal" else abs(headroom[-1]) < 0.1
+    going_on = script.Probe(args, vqvae, num_classes=1)
+    script.train(args, going_on, tokens)  # nothing is left to do
+    assert going_on.headroom(tokens, share=0.75) == (ordinary, shown)
