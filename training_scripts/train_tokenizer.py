@@ -100,6 +100,7 @@ class CodebookSettings:
 class TokenizerSettings(PixelSettings, ModelSettings, LossSettings, CodebookSettings):
     """How the tokenizer is trained."""
 
+    learning_rate: float = flag(5e-4)
     scale_dropout_prob: float = flag(0.0, "Images decoded without fine scales.")
     train_decoder_only: bool = flag(False, "Tokens stay as they are, and transformers stay valid.")
 

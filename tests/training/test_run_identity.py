@@ -102,6 +102,7 @@ def test_what_may_change_is_listed():
     before = {"max_train_steps": 10, "learning_rate": 1e-3, "report_to": "none"}
     after = {"max_train_steps": 20, "learning_rate": 1e-4, "report_to": "wandb", "logging_dir": "x", "cache_dir": "y"}
     changes = {"max_train_steps": [10, 20], "learning_rate": [1e-3, 1e-4], "report_to": ["none", "wandb"]}
+    changes |= {"lr_warmup_steps": [0, 1], "validation_steps": [1, 2]}  # follow from the number of steps
     assert compare(before, after) == changes
     assert compare(before, {**before, "hub_token": "secret", "resume_from_checkpoint": "latest"}) == {}
 

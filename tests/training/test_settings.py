@@ -47,6 +47,16 @@ def test_defaults_are_those_of_the_fields():
     assert settings.command[1:] == ["--name", "pear", "--output_dir", "out"]
 
 
+def test_warm_up_checkpoints_and_validations_follow_from_the_length():
+    settings = parse("--name", "pear", "--output_dir", "out", "--max_train_steps", "400")
+    assert (settings.lr_warmup_steps, settings.checkpointing_steps, settings.validation_steps) == (20, 20, 40)
+    settings = parse("--name", "pear", "--output_dir", "out", "--max_train_steps", "5")
+    assert (settings.lr_warmup_steps, settings.checkpointing_steps, settings.validation_steps) == (0, 1, 1)
+    given = ["--lr_warmup_steps", "0", "--checkpointing_steps", "7", "--validation_steps", "9"]
+    settings = parse("--name", "pear", "--output_dir", "out", "--max_train_steps", "400", *given)
+    assert (settings.lr_warmup_steps, settings.checkpointing_steps, settings.validation_steps) == (0, 7, 9)
+
+
 def test_flags_are_read_as_their_fields_are_annotated():
     settings = parse(
         "--name", "7", "--output_dir", "out", "--sizes", "1,2", "--weights", "0.5,1", "--baskets", "1,2", "--baskets",

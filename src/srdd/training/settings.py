@@ -166,7 +166,7 @@ class OptimizationSettings:
         False, "VAR's rule: `--learning_rate` is for 256 images a step; multiply it by their number over 256."
     )
     lr_scheduler: str = flag("cosine", "A schedule of `diffusers.optimization`.")
-    lr_warmup_steps: int = flag(100)
+    lr_warmup_steps: int | None = flag(help="Default: a twentieth of `--max_train_steps`.")
     adam_beta1: float = flag(0.9)
     adam_beta2: float = flag(0.95)
     adam_weight_decay: float = flag(0.05)
@@ -176,6 +176,10 @@ class OptimizationSettings:
     mixed_precision: str | None = flag(help="Default: accelerate's own.", choices=["no", "fp16", "bf16"])
     gradient_checkpointing: bool = flag(False, "Less memory, more time.")
     seed: int = flag(0)
+
+    def __post_init__(self):
+        if self.lr_warmup_steps is None:
+            self.lr_warmup_steps = self.max_train_steps // 20
 
     def images_per_step(self, num_processes: int) -> int:
         """How many images all processes together take a step on."""
@@ -187,11 +191,13 @@ class OutputSettings:
     """What is written, and how often."""
 
     output_dir: str = flag(MISSING, "Checkpoints, logs and the finished model go here.")
-    checkpointing_steps: int = flag(500, type=positive_int)
+    checkpointing_steps: int | None = flag(help="Default: a twentieth of `--max_train_steps`.", type=positive_int)
     checkpoints_total_limit: int = flag(2, type=positive_int)
     resume_from_checkpoint: str | None = flag(help="'latest' or a checkpoint's name.")
     logging_steps: int = flag(10, "Steps between lines of `train_log.jsonl`.", type=positive_int)
-    validation_steps: int = flag(500, "Steps between validations with pictures.", type=positive_int)
+    validation_steps: int | None = flag(
+        help="Steps between validations with pictures; default: a tenth of `--max_train_steps`.", type=positive_int
+    )
     num_validation_images: int = flag(16, type=positive_int)
     logging_dir: str = flag("logs")
     report_to: str = flag("tensorboard", "tensorboard, wandb, trackio, another tracker of accelerate, none.")
@@ -211,9 +217,17 @@ class CardSettings:
 
 @dataclass(kw_only=True)
 class TrainingSettings(TrainingDataSettings, OptimizationSettings, OutputSettings, CardSettings):
-    """What all training scripts are told; `command` is their command line, for the card."""
+    """
+    What all training scripts are told; `command` is their command line, for the card. How often checkpoints and
+    validations come follows from the length of the run, unless it is given.
+    """
 
     command: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.checkpointing_steps = self.checkpointing_steps or max(1, self.max_train_steps // 20)
+        self.validation_steps = self.validation_steps or max(1, self.max_train_steps // 10)
 
 
 @dataclass(kw_only=True)
@@ -266,4 +280,5 @@ class TransformerSettings(TrainingSettings, TokenSettings, TokenLossSettings):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         self.token_cache_dir = self.token_cache_dir or f"{self.output_dir}/tokens"
