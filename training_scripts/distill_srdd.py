@@ -11,6 +11,8 @@ Each `--scales` is a stage that starts from the one before (progressive pruning)
 By default the loss is the paper's, cross-entropy on the data. `--kl_weight` adds the divergence from the teacher at
 the same scales. `--guidance_scale` makes the teacher's guided distribution the target: the student then needs no
 guidance, and sampling no second half. That is exact for the teacher's own scales, the default of `--scales`.
+
+`--schedules` makes one student for several schedules, in one stage: each step learns one of them.
 """
 
 from dataclasses import MISSING, dataclass, replace
@@ -33,6 +35,7 @@ from srdd.training.output_lock import lock_output_dir
 from srdd.training.publishing import CARD, finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
 from srdd.training.token_loss import token_loss
+from srdd.training.trained_schedules import TrainedSchedules
 from srdd.training.training_data import load_images, load_tokens, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 from srdd.training.validation import draw, validate
@@ -64,13 +67,16 @@ def parse_args(arguments: list[str] | None = None) -> DistillationSettings:
         parser.error("`--ce_weight` and `--kl_weight` must not be negative, nor both be zero.")
     if guided and args.kl_weight == 0:
         parser.error("`--guidance_scale` needs a positive `--kl_weight`.")
+    if args.scales and args.schedules:
+        parser.error("`--scales` must be left out with `--schedules`, which one student learns in one stage.")
     return args
 
 
-def stages(args: DistillationSettings, config: dict) -> list[tuple[Path, ScaleScheduler]]:
-    """Folder and schedule of every stage; a schedule that the weights do not know is an error."""
-    schedules = [ScaleScheduler.from_config(config, scales=scales) for scales in args.scales or [config["scales"]]]
-    folders = [Path(args.output_dir) / f"stage-{index}" for index in range(1, len(schedules))]
+def stages(args: DistillationSettings, config: dict) -> list[tuple[Path, TrainedSchedules]]:
+    """Folder and schedules of every stage; a schedule that the weights do not know is an error."""
+    schedulers = [ScaleScheduler.from_config(config, scales=scales) for scales in args.scales or [config["scales"]]]
+    folders = [Path(args.output_dir) / f"stage-{index}" for index in range(1, len(schedulers))]
+    schedules = [TrainedSchedules.from_settings(args, scheduler) for scheduler in schedulers]
     return list(zip([*folders, Path(args.output_dir)], schedules))
 
 
@@ -83,7 +89,7 @@ def check_classes(id2label: dict[int, str], teacher: dict[int, str]) -> None:
         )
 
 
-def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler, root: str) -> None:
+def run_stage(args: DistillationSettings, source: str, schedules: TrainedSchedules, root: str) -> None:
     """Train one student, from the weights in `source`, into `args.output_dir`, in or below `root`."""
     accelerator = make_accelerator(args)
     on_main_process(accelerator, lambda: lock_output_dir(root))
@@ -103,26 +109,27 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     )
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
-    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes)
+    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, schedules)
     if not images.id2label:
         tokens.labels[:] = validation_tokens.labels[:] = null_class
     loader = make_loader(args, tokens, accelerator.num_processes)
     validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
 
     averaged = evaluation_copy(model, accelerator)
-    pipe = SRDDPipeline(vqvae, averaged, scheduler)
-    set_attention([model, teacher], args.attention_backend, accelerator.device)
+    pipe = SRDDPipeline(vqvae, averaged, schedules.first)
+    set_attention([model, teacher], args.attention_backend, accelerator.device, len(schedules.schedulers))
     parameters = parameter_groups(model, args.adam_weight_decay)
     optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes, accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     run = TrainingRun(
         args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae, "teacher": teacher},
-        unit="tok", units_per_image=scheduler.num_tokens,
+        unit="tok", units_per_image=schedules.mean_num_tokens,
     )  # fmt: skip
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
-            token_ids, labels = batch["token_ids"], batch["conditions"]["class_labels"]
+            scheduler, token_ids = schedules.of_step(run.step, batch["token_ids"])
+            scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
+            labels = batch["conditions"]["class_labels"]
             labels = torch.where(torch.rand(labels.shape, device=labels.device) < dropout, null_class, labels)
             inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
             logits = model(inputs, timestep=timesteps, class_labels=labels).sample
@@ -144,7 +151,7 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
         if run.is_due(args.validation_steps):
             run.copy_averages_to(averaged)
             if accelerator.is_main_process:
-                metrics = validate(pipe, validation_loader)
+                metrics = validate(pipe, validation_loader, schedules)
                 pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed)
                 run.record_validation(metrics, "samples", pictures)
         run.checkpoint()
@@ -168,13 +175,13 @@ def main(args: DistillationSettings) -> None:
     source = args.teacher
     config = ScaleScheduler.load_config(args.teacher, subfolder="scheduler")
     plan = stages(args, config)
-    for index, (folder, scheduler) in enumerate(plan, start=1):
+    for index, (folder, schedules) in enumerate(plan, start=1):
         if args.resume_from_checkpoint and is_finished(folder, args.max_train_steps):
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
             push_to_hub = args.push_to_hub and index == len(plan)
             run_stage(
-                replace(args, output_dir=str(folder), push_to_hub=push_to_hub), str(source), scheduler, args.output_dir
+                replace(args, output_dir=str(folder), push_to_hub=push_to_hub), str(source), schedules, args.output_dir
             )
         source = folder
     PartialState().destroy_process_group()

@@ -41,6 +41,7 @@ from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings, probability
 from srdd.training.token_loss import token_loss
+from srdd.training.trained_schedules import TrainedSchedules
 from srdd.training.training_data import load_images, load_prompts, load_tokens, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 from srdd.training.validation import draw, validate
@@ -226,15 +227,14 @@ def main(args: SRDDSettings) -> None:
     with accelerator.main_process_first():
         images = load_images(args, args.label_column or None, args.max_train_samples, args.seed, caption_column)
     pipe = load_text_pipeline(args) if is_text else make_class_pipeline(args, images.id2label)
-    vqvae, model, scheduler = pipe.vqvae, pipe.transformer, pipe.scheduler
+    vqvae, model, schedules = pipe.vqvae, pipe.transformer, TrainedSchedules.from_settings(args, pipe.scheduler)
     vqvae.requires_grad_(False).eval().to(accelerator.device)
     if args.lora_rank:
         add_lora(model, args)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     set_seed(args.seed, device_specific=True)
-    scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
-    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes, pipe)
+    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, schedules, pipe)
     texts = prompts = empty_text = None
     if is_text:
         texts, prompts = load_prompts(args, accelerator, pipe, images)
@@ -243,20 +243,21 @@ def main(args: SRDDSettings) -> None:
     validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
 
     averaged = evaluation_copy(model, accelerator)
-    set_attention([model], args.attention_backend, accelerator.device)
+    set_attention([model], args.attention_backend, accelerator.device, len(schedules.schedulers))
     parameters = parameter_groups(model, args.adam_weight_decay)
     optimizer, schedule = make_optimizer(args, parameters, accelerator.num_processes, accelerator.device)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     encoders = {name: part for name, part in pipe.components.items() if name.startswith("text_encoder")}
     run = TrainingRun(
         args, accelerator, model, schedule, images=images, frozen={"tokenizer": vqvae, **encoders}, unit="tok",
-        units_per_image=scheduler.num_tokens,
+        units_per_image=schedules.mean_num_tokens,
     )  # fmt: skip
-    pipe = type(pipe)(vqvae, averaged, scheduler)
+    pipe = type(pipe)(vqvae, averaged, schedules.first)
     del encoders  # all texts are encoded
     for batch in run.batches(loader):
         with accelerator.accumulate(model):
-            token_ids = batch["token_ids"]
+            scheduler, token_ids = schedules.of_step(run.step, batch["token_ids"])
+            scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
             conditions = drop_conditions(batch["conditions"], empty_text, args.proportion_empty_prompts)
             inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes)
             logits = model(inputs, timestep=timesteps, **conditions).sample
@@ -274,7 +275,7 @@ def main(args: SRDDSettings) -> None:
         if run.is_due(args.validation_steps):
             run.copy_averages_to(averaged)
             if accelerator.is_main_process:
-                metrics = validate(pipe, validation_loader)
+                metrics = validate(pipe, validation_loader, schedules)
                 pictures = draw(pipe, args.num_validation_images, args.validation_guidance_scale, args.seed, prompts)
                 run.record_validation(metrics, "samples", pictures)
         run.checkpoint()
@@ -288,7 +289,7 @@ def main(args: SRDDSettings) -> None:
             averaged.unload_lora()
         if is_text:
             pipe = SRDDTextPipeline.from_pretrained(
-                args.pretrained_model_name_or_path, vqvae=vqvae, transformer=averaged, scheduler=scheduler
+                args.pretrained_model_name_or_path, vqvae=vqvae, transformer=averaged, scheduler=schedules.first
             )
         finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed, prompts=texts)
     accelerator.wait_for_everyone()

@@ -159,6 +159,17 @@ def test_stochastic_depth_makes_a_graph_for_every_block_and_no_more():
     assert counters["stats"]["unique_graphs"] == 3
 
 
+def test_every_schedule_has_its_graphs():
+    model = training_model(num_layers=3, drop_path_rate=0.2, scale_sizes=[1, 2, 3, 4])
+    set_attention([model], "mask", CPU)
+    schedules = {(3, 2, 1, 0): 30, (3, 2, 0): 21, (3, 1, 0): 26, (3, 0): 17}
+    compile_blocks([model], len(schedules), backend="eager", fullgraph=True)
+    for _ in range(2):
+        for timesteps, num_tokens in schedules.items():
+            model(torch.randn(3, num_tokens, 8), timestep=timesteps).sample.sum().backward()
+    assert counters["stats"]["unique_graphs"] == 3 * len(schedules)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["whole", "adapter"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])

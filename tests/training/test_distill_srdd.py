@@ -90,6 +90,8 @@ def guided(run, sharp_teacher):
         (["--ce_weight", -1, "--kl_weight", 1], "must not be negative"),
         (["--guidance_scale", 2, "--kl_weight", 0, "--ce_weight", 1], "`--guidance_scale` needs a positive `--kl_w"),
         (["--scales", "1,x"], "invalid int_list value"),
+        (["--schedules", "1-2-4", "1-x"], "invalid dashed_ints value: '1-x'"),
+        (["--scales", "1,4", "--schedules", "1-4", "1-2-4"], "`--scales` must be left out with `--schedules`"),
     ],
 )
 def test_bad_arguments_are_refused(capsys, arguments, message):
@@ -116,18 +118,24 @@ def test_the_loss_is_cross_entropy_or_with_guidance_the_divergence(arguments, ce
 
 def test_every_stage_has_a_folder_and_a_schedule():
     config = dict(ScaleScheduler(scale_sizes=[1, 2, 4, 8], top_k=9).config)
-    [(folder, scheduler)] = SCRIPT.stages(parse(), config)
-    assert (folder, scheduler.scales) == (Path("out"), [[1, 1], [2, 2], [4, 4], [8, 8]])
-    assert scheduler.config.top_k == 9
+    [(folder, schedules)] = SCRIPT.stages(parse(), config)
+    assert (folder, schedules.first.scales) == (Path("out"), [[1, 1], [2, 2], [4, 4], [8, 8]])
+    assert schedules.first.config.top_k == 9
     plan = SCRIPT.stages(parse("--scales", "1,2,8", "--scales", "1,8"), config)
     assert [folder for folder, _ in plan] == [Path("out/stage-1"), Path("out")]
-    assert [scheduler.scales for _, scheduler in plan] == [[[1, 1], [2, 2], [8, 8]], [[1, 1], [8, 8]]]
+    assert [[scheduler.scales for scheduler in schedules.schedulers] for _, schedules in plan] == [
+        [[[1, 1], [2, 2], [8, 8]]],
+        [[[1, 1], [8, 8]]],
+    ]
+    [(folder, schedules)] = SCRIPT.stages(parse("--schedules", "1-8", "1-2-8"), config)
+    assert (folder, len(schedules.schedulers)) == (Path("out"), 2)
+    assert schedules.first.scales == [[1, 1], [8, 8]]
 
 
 def test_a_teacher_with_fewer_scales_passes_them_on():
     config = dict(ScaleScheduler(scale_sizes=[1, 2, 4], scales=[1, 4]).config)
-    [(_, scheduler)] = SCRIPT.stages(parse(), config)
-    assert scheduler.scales == [[1, 1], [4, 4]]
+    [(_, schedules)] = SCRIPT.stages(parse(), config)
+    assert schedules.first.scales == [[1, 1], [4, 4]]
 
 
 @pytest.mark.parametrize("scales", ["1,3,4", "2,4", "1,2", "1,2,4,8", "4,2,1"])

@@ -134,6 +134,15 @@ def test_two_processes_train_under_a_mask_what_one_does_in_calls_per_scale(root,
     assert_same_training(train("train_srdd", root, "masked", *options, num_processes=2), by_one)
 
 
+@pytest.mark.usefixtures("tokenizer")
+def test_two_processes_train_the_same_schedules_as_one(root):
+    options = ["--schedules", "1-2-4", "1-4"]
+    by_one = train("train_srdd", root, "schedules_by_one", *options)
+    by_two = train("train_srdd", root, "schedules_by_two", *options, "--train_batch_size", 4, num_processes=2)
+    assert_same_training(by_two, by_one)
+    assert ["loss/2x2" in record for record in log(by_one)[:3]] == [False, True, True]
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_accumulated_batches_train_a_transformer_like_one_of_their_size(root, by_one, num_processes):
     options = ["--gradient_accumulation_steps", 2, "--train_batch_size", 4 // num_processes]

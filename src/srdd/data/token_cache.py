@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +27,32 @@ from srdd.scales import num_tokens_per_scale
 CACHE_FORMAT = 2
 
 
+class SideBySide:
+    """
+    Arrays with as many rows, read as one with longer rows. Nothing is read of mapped ones before it is asked for.
+
+    Args:
+        arrays (`Sequence[np.ndarray]`): Of the shapes `(num_rows, num_tokens)`, where the last may differ.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = arrays
+
+    def __getitem__(self, rows: int | list[int]) -> np.ndarray:
+        return np.concatenate([array[rows] for array in self.arrays], axis=-1)
+
+
 class TokenDataset(torch.utils.data.Dataset):
     """
     Cached pyramids with their labels. An item has `"token_ids"` and what the transformer is told, `"conditions"`.
 
     Args:
-        token_ids (`np.ndarray` of shape `(num_rows, num_tokens)`): Packed pyramids, any integer type.
+        token_ids (`np.ndarray` or [`SideBySide`] of shape `(num_rows, num_tokens)`): Packed pyramids, any integer
+            type.
         labels (`np.ndarray` of shape `(num_rows,)`): Class ids.
     """
 
-    def __init__(self, token_ids: np.ndarray, labels: np.ndarray):
+    def __init__(self, token_ids: np.ndarray | SideBySide, labels: np.ndarray):
         self.token_ids = token_ids
         self.labels = labels
 
@@ -62,27 +78,29 @@ class CaptionedTokens(torch.utils.data.Dataset):
     a text, and size and crop of the picture.
 
     Args:
-        pyramids (`np.ndarray` of shape `(num_rows,)`): With the fields `"token_ids"`, packed pyramids, and `"places"`,
-            height and width of the scaled picture that each is of a part of, and where that lies from top and left.
+        token_ids (`np.ndarray` or [`SideBySide`] of shape `(num_rows, num_tokens)`): Packed pyramids, any integer
+            type.
+        places (`np.ndarray` of shape `(num_rows, 4)`): Height and width of the scaled picture that each is of a part
+            of, and where that lies from top and left.
         resolution (`int`): The shorter side of scaled pictures.
         texts ([`EncodedTexts`]): The captions, of several views of them one after the other.
     """
 
-    def __init__(self, pyramids: np.ndarray, resolution: int, texts: EncodedTexts):
-        self.pyramids = pyramids
+    def __init__(self, token_ids: np.ndarray | SideBySide, places: np.ndarray, resolution: int, texts: EncodedTexts):
+        self.token_ids = token_ids
+        self.places = places
         self.resolution = resolution
         self.texts = texts
 
     def __len__(self) -> int:
-        return len(self.pyramids)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict:
-        token_ids, place = self.pyramids[index]
         # The transformer is told of pictures whose shorter side is 512, whatever its own size.
-        place = torch.from_numpy(place.astype(np.float32)) * (512 / self.resolution)
+        place = torch.from_numpy(self.places[index].astype(np.float32)) * (512 / self.resolution)
         text = self.texts[index % len(self.texts)]
         return {
-            "token_ids": torch.from_numpy(token_ids.astype(np.int64)),
+            "token_ids": torch.from_numpy(self.token_ids[index].astype(np.int64)),
             "conditions": {**text, "original_size": place[:2], "crop_coords": place[2:]},
         }
 
@@ -206,7 +224,7 @@ def cached_tokens(
     if low < 0 or high >= codebook_size:
         raise damaged(path, "token cache", f": its ids must lie in [0, {codebook_size - 1}], got [{low}, {high}]")
     if texts is not None:
-        return CaptionedTokens(pyramids, resolution, texts)
+        return CaptionedTokens(token_ids, pyramids["places"], resolution, texts)
     return TokenDataset(token_ids, np.tile(labels, views.num_views))
 
 

@@ -69,7 +69,9 @@ def check_attention(backend: str | None, device: torch.device) -> None:
         raise ValueError("`--attention_backend` must be one that has gradients on a CPU, got 'flex'.")
 
 
-def set_attention(models: Sequence[ScaleTransformer2DModel], backend: str | None, device: torch.device) -> str:
+def set_attention(
+    models: Sequence[ScaleTransformer2DModel], backend: str | None, device: torch.device, num_schedules: int = 1
+) -> str:
     """
     Let transformers attend in the way that is asked for, or the fastest, and say which.
 
@@ -81,6 +83,7 @@ def set_attention(models: Sequence[ScaleTransformer2DModel], backend: str | None
         models (`Sequence[ScaleTransformer2DModel]`): The transformers, with heads of one width.
         backend (`str` or `None`): One of `WAYS`, or a backend of diffusers, which then attends scale by scale.
         device (`torch.device`): What they are trained on.
+        num_schedules (`int`, defaults to 1): How many lists of scales they are trained on.
 
     Returns:
         `str`: The way or the backend.
@@ -95,7 +98,7 @@ def set_attention(models: Sequence[ScaleTransformer2DModel], backend: str | None
             with attention_backend():  # diffusers would make it the default of all models
                 model.set_attention_backend(chosen)
     if chosen == "flex":
-        compile_blocks(models)
+        compile_blocks(models, num_schedules)
     if PartialState().is_main_process:
         way = WAYS.get(chosen, f"{chosen}, one call per scale")
         reason = f"the default on {device.type}" if backend is None else "as `--attention_backend` says"
@@ -103,12 +106,17 @@ def set_attention(models: Sequence[ScaleTransformer2DModel], backend: str | None
     return chosen
 
 
-def compile_blocks(models: Sequence[ScaleTransformer2DModel], **options: Any) -> None:
-    """Compile the blocks of all models for batches of one size; `options` are those of `torch.compile`."""
+def compile_blocks(models: Sequence[ScaleTransformer2DModel], num_schedules: int = 1, **options: Any) -> None:
+    """
+    Compile the blocks of all models for batches of one size, over `num_schedules` lists of scales; `options` are those
+    of `torch.compile`.
+    """
     torch.compiler.reset()  # a stage before may have had other scales: its graphs would count as these models'
     config = torch._dynamo.config
-    # Stochastic depth makes a graph for every block. Those beyond the limit would not be compiled.
-    config.cache_size_limit = max(config.cache_size_limit, 8 + sum(len(model.blocks) for model in models))
+    # Every schedule makes a graph, and with stochastic depth every block. Those beyond a limit would not be compiled.
+    num_graphs = 8 + num_schedules * sum(len(model.blocks) for model in models)
+    config.cache_size_limit = max(config.cache_size_limit, num_graphs)
+    config.accumulated_cache_size_limit = max(config.accumulated_cache_size_limit, num_graphs)
     # DDP's optimizer would cut blocks into its buckets; where one holds FlexAttention, older versions of torch refuse.
     config.optimize_ddp = False
     for model in models:

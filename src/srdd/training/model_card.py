@@ -88,6 +88,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n",
         f"# {Path(settings.output_dir).name}\n",
         f"```py\n{snippet}\n```\n",
+        *_about_schedules(getattr(settings, "schedules", None) or []),
         f"![{picture}]({picture}.png)\n",
         *([f"Drawn from these texts, row by row:\n\n{_text_list(prompts)}"] if prompts else []),
         "## Model\n",
@@ -109,6 +110,19 @@ def model_card(
     card = "\n".join(sections)
     ModelCard(card, ignore_metadata_errors=False)  # raises where the header is malformed
     return card
+
+
+def _about_schedules(schedules: list[list[int]]) -> list[str]:
+    """Of a model that learned several schedules, which these are, and how to draw over another."""
+    if len(schedules) < 2:
+        return []
+    names = ["-".join(map(str, sides)) for sides in schedules]
+    return [
+        f"It was trained on the schedules {', '.join(names[:-1])} and {names[-1]}, and draws over the first of these."
+        " For another of them:\n",
+        "```py\nfrom srdd import ScaleScheduler\n\n"
+        f"pipe.scheduler = ScaleScheduler.from_config(pipe.scheduler.config, scales={schedules[1]})\n```\n",
+    ]
 
 
 def _text_list(texts: list[str]) -> str:

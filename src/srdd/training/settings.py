@@ -40,6 +40,11 @@ def int_list(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def dashed_ints(text: str) -> list[int]:
+    """Whole numbers joined by dashes."""
+    return [int(number) for number in text.split("-")]
+
+
 def float_list(text: str) -> list[float]:
     """Numbers separated by commas."""
     return [float(number) for number in text.split(",")]
@@ -273,6 +278,12 @@ class TokenLossSettings:
 class TransformerSettings(TrainingSettings, TokenSettings, TokenLossSettings):
     """What training and distilling a transformer have in common."""
 
+    schedules: list[list[int]] | None = flag(
+        help="Schedules that the model learns, one a step: sides of their scales, coarse to fine, as `1-2-4-8 1-4-8`."
+        " The finished pipeline draws over the first. Default: one.",
+        type=dashed_ints,
+        nargs="+",
+    )
     attention_backend: str | None = flag(
         help="Attention in training: 'flex' (compiled), 'mask' (one call for all scales), 'per_scale', or a backend of"
         " diffusers' for calls per scale. Default: the fastest, which is the first of these that a GPU can run;"

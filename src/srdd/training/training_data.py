@@ -18,8 +18,9 @@ from srdd.data.images import (
 )
 from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.data.text_cache import EncodedTexts, cached_texts
-from srdd.data.token_cache import CaptionedTokens, TokenDataset, cached_tokens
+from srdd.data.token_cache import CaptionedTokens, SideBySide, TokenDataset, cached_tokens
 from srdd.training.settings import DataSettings, PixelSettings, TrainingSettings, TransformerSettings
+from srdd.training.trained_schedules import TrainedSchedules
 from srdd.training.validation import spread
 
 
@@ -91,13 +92,15 @@ def load_tokens(
     accelerator: Accelerator,
     vqvae: MultiScaleVQModel,
     images: LabelledImages,
-    scale_sizes: list[list[int]],
+    schedules: TrainedSchedules,
     pipe: SRDDTextPipeline | None = None,
 ) -> tuple[TokenDataset, TokenDataset] | tuple[CaptionedTokens, CaptionedTokens]:
-    """The pyramids of training and validation images, tokenised once, with captions, if any, that `pipe` encodes."""
+    """
+    The pyramids of training and validation images, tokenised once, with captions, if any, that `pipe` encodes. Those
+    of several schedules lie in a file each, and one after the other in an item.
+    """
     options = {
         "cache_dir": settings.token_cache_dir,
-        "scale_sizes": scale_sizes,
         "num_workers": settings.dataloader_num_workers,
         "accelerator": accelerator,
     }
@@ -108,7 +111,14 @@ def load_tokens(
         if images.caption_column is not None:
             captions = split[images.caption_column][:]
             texts = cached_texts(pipe, captions, settings.token_cache_dir, accelerator=accelerator)
-        return cached_tokens(vqvae, images, split, texts=texts, **views, **options)
+        of_schedules = [
+            cached_tokens(vqvae, images, split, scale_sizes=scheduler.scales, texts=texts, **views, **options)
+            for scheduler in schedules.schedulers
+        ]
+        first = of_schedules[0]
+        if len(of_schedules) > 1:
+            first.token_ids = SideBySide([each.token_ids for each in of_schedules])
+        return first
 
     return tokens(images.train, **views), tokens(validation_images(images, 1024))
 

@@ -53,7 +53,7 @@ class TrainingRun:
         frozen (`dict[str, torch.nn.Module]`, *optional*): Models that training uses as they are, by name; checkpoints
             that were made with others are refused.
         unit (`str`, defaults to `"img"`): What the speed is counted in.
-        units_per_image (`int`, defaults to 1): How many of them an image is.
+        units_per_image (`float`, defaults to 1): How many of them an image is, on average.
 
     Raises:
         ValueError: If the checkpoint to start from is damaged or not of this run, or the run is finished.
@@ -69,7 +69,7 @@ class TrainingRun:
         images: LabelledImages | None = None,
         frozen: dict[str, torch.nn.Module] | None = None,
         unit: str = "img",
-        units_per_image: int = 1,
+        units_per_image: float = 1,
     ):
         self.settings = settings
         self.accelerator = accelerator

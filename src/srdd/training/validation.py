@@ -4,41 +4,59 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader, default_collate
 
-from srdd import SRDDPipeline, SRDDTextPipeline
+from srdd import ScaleScheduler, SRDDPipeline, SRDDTextPipeline
 from srdd.data.text_cache import EncodedTexts
 from srdd.training.token_loss import token_loss
+from srdd.training.trained_schedules import TrainedSchedules, schedule_name
 
 
 @torch.no_grad()
-def validate(pipe: SRDDPipeline | SRDDTextPipeline, loader: DataLoader) -> dict:
+def validate(
+    pipe: SRDDPipeline | SRDDTextPipeline, loader: DataLoader, schedules: TrainedSchedules | None = None
+) -> dict:
     """
-    Cross-entropy of held-out pyramids over the scheduler's scales.
+    Cross-entropy of held-out pyramids.
 
     Args:
         pipe ([`SRDDPipeline`] or [`SRDDTextPipeline`]): With the averaged transformer.
         loader (`DataLoader`): Batches of `"token_ids"` and `"conditions"`.
+        schedules ([`TrainedSchedules`], *optional*): Whose pyramids these are; the scheduler's own by default.
 
     Returns:
-        `dict`: `"loss"` in nats per token, `"per_scale"` and `"accuracy"` per scale, and the `"scales"` themselves.
+        `dict`: Of the first schedule `"loss"` in nats per token, `"per_scale"` and `"accuracy"` per scale, and the
+        `"scales"` themselves. Where there are several, the loss of each, as `"loss/1-2-4"`.
     """
-    model, vqvae, scale_sizes = pipe.transformer, pipe.vqvae, pipe.scheduler.scales
-    timesteps = [scale.timestep for scale in pipe.scheduler.visits]
-    totals, count = 0.0, 0
+    schedules = schedules or TrainedSchedules([pipe.scheduler])
+    totals, count = [0.0 for _ in schedules.schedulers], 0
     for batch in loader:
-        batch = send_to_device(batch, model.device)
-        token_ids = batch["token_ids"]
-        inputs = vqvae.teacher_forcing_inputs(token_ids, scale_sizes).to(model.dtype)
-        logits = model(inputs, timestep=timesteps, **batch["conditions"]).sample
-        result = token_loss(logits, token_ids, scale_sizes)
-        totals = totals + torch.cat([result.loss[None], result.per_scale, result.accuracy]) * len(token_ids)
-        count += len(token_ids)
-    loss, *of_scales = (totals / count).tolist()
-    return {
+        batch = send_to_device(batch, pipe.transformer.device)
+        for index, (scheduler, token_ids) in enumerate(schedules.split(batch["token_ids"])):
+            means = _means(pipe, scheduler, token_ids, batch["conditions"])
+            totals[index] = totals[index] + means * len(token_ids)
+        count += len(batch["token_ids"])
+    scale_sizes = schedules.first.scales
+    (loss, *of_scales), *others = [(total / count).tolist() for total in totals]
+    metrics = {
         "loss": loss,
         "per_scale": of_scales[: len(scale_sizes)],
         "accuracy": of_scales[len(scale_sizes) :],
         "scales": scale_sizes,
     }
+    if others:
+        names = [f"loss/{schedule_name(scheduler.scales)}" for scheduler in schedules.schedulers]
+        metrics.update(zip(names, [loss, *(means[0] for means in others)]))
+    return metrics
+
+
+def _means(
+    pipe: SRDDPipeline | SRDDTextPipeline, scheduler: ScaleScheduler, token_ids: torch.LongTensor, conditions: dict
+) -> torch.Tensor:
+    """Of a batch over the scales of one schedule: the loss, then that of every scale, then their accuracy."""
+    model, timesteps = pipe.transformer, [scale.timestep for scale in scheduler.visits]
+    inputs = pipe.vqvae.teacher_forcing_inputs(token_ids, scheduler.scales).to(model.dtype)
+    logits = model(inputs, timestep=timesteps, **conditions).sample
+    result = token_loss(logits, token_ids, scheduler.scales)
+    return torch.cat([result.loss[None], result.per_scale, result.accuracy])
 
 
 def spread(num_images: int, count: int) -> list[int]:
