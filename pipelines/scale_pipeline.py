@@ -486,6 +486,11 @@ class ClassPipeline(ScalePipeline):
         """Names of the classes by id."""
         return self.transformer.id2label
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that can be drawn."""
+        return self.transformer.config.num_classes
+
     def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
         """
         Class ids of labels given by name or id, mixed as one likes.

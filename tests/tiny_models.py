@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 
 from srdd import (
     MultiScaleVQModel,
@@ -13,6 +14,7 @@ from srdd import (
     ScaleTransformer2DModel,
     SRDDPipeline,
 )
+from srdd.evaluation.latent_diffusion import LatentDiffusionPipeline
 
 
 SCALE_SIZES = [1, 2, 4]
@@ -59,7 +61,7 @@ TRANSFORMER_SIZES = {
 }
 
 
-def _redraw(model: Model, seed: int) -> Model:
+def redraw(model: Model, seed: int) -> Model:
     """Weights with standard deviation 0.2: freshly initialised ones say next to nothing about their input."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -73,7 +75,7 @@ def _redraw(model: Model, seed: int) -> Model:
 
 def tiny_vqvae(seed: int = 0, **overrides: Any) -> MultiScaleVQModel:
     """A tokenizer with the latent grid 4 x 4; `overrides` are config values."""
-    return _redraw(MultiScaleVQModel(**{**VQVAE_CONFIG, **overrides}), seed)
+    return redraw(MultiScaleVQModel(**{**VQVAE_CONFIG, **overrides}), seed)
 
 
 def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrides: Any) -> ScaleTransformer2DModel:
@@ -87,7 +89,7 @@ def tiny_transformer(attention_pattern: str = "markov", seed: int = 1, **overrid
     config.update(overrides)
     if config["num_classes"] != len(ID2LABEL) and "id2label" not in overrides:
         config["id2label"] = None
-    return _redraw(ScaleTransformer2DModel(**config), seed)
+    return redraw(ScaleTransformer2DModel(**config), seed)
 
 
 def tiny_history_transformer(
@@ -101,7 +103,7 @@ def tiny_history_transformer(
         "history_head_dim": 8,
         "id2label": ID2LABEL,
     }
-    return _redraw(ScaleHistoryTransformer2DModel(**{**config, **overrides}), seed)
+    return redraw(ScaleHistoryTransformer2DModel(**{**config, **overrides}), seed)
 
 
 def tiny_text_transformer(
@@ -114,7 +116,7 @@ def tiny_text_transformer(
         "pooled_projection_dim": POOLED_DIM,
         "attention_pattern": attention_pattern,
     }
-    return _redraw(ScaleTextTransformer2DModel(**{**config, **overrides}), seed)
+    return redraw(ScaleTextTransformer2DModel(**{**config, **overrides}), seed)
 
 
 def random_texts(lengths: Sequence[int] = (3, 5), num_tokens: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -143,6 +145,48 @@ def tiny_pipeline(
         vqvae=vqvae or tiny_vqvae(),
         transformer=transformer or tiny_transformer(attention_pattern),
         scheduler=scheduler or tiny_scheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_autoencoder(seed: int = 0, **overrides: Any) -> AutoencoderKL:
+    """An autoencoder of diffusers' with the latent grid 4 x 4; `overrides` are config values."""
+    config = {
+        "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"],
+        "block_out_channels": [16, 32],
+        "norm_num_groups": 8,
+        "latent_channels": LATENT_CHANNELS,
+        "sample_size": SAMPLE_SIZE,
+        "scaling_factor": 0.7,
+    }
+    return redraw(AutoencoderKL(**{**config, **overrides}), seed)
+
+
+def tiny_latent_diffusion(kind: str = "unet", num_classes: int = 5, seed: int = 1) -> LatentDiffusionPipeline:
+    """Latent diffusion with a `"transformer"` or a `"unet"`, of 4 steps, without a progress bar."""
+    channels = {"sample_size": 4, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
+    if kind == "transformer":
+        model = DiTTransformer2DModel(
+            num_layers=2, num_attention_heads=2, attention_head_dim=8, patch_size=1, **channels
+        )
+    else:
+        model = UNet2DModel(
+            down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+            up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+            block_out_channels=[16, 32],
+            layers_per_block=1,
+            norm_num_groups=8,
+            num_class_embeds=num_classes + 1 if num_classes else None,
+            **channels,
+        )
+    pipe = LatentDiffusionPipeline(
+        tiny_autoencoder(),
+        DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+        id2label={str(index): name for index, name in ID2LABEL.items() if index < num_classes},
+        num_inference_steps=4,
+        **{kind: redraw(model, seed)},
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

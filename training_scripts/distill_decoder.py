@@ -83,7 +83,7 @@ def main(args: DecoderSettings) -> None:
     with accelerator.main_process_first():
         images = load_images(args, None, args.max_train_samples, args.seed)
     set_seed(args.seed, device_specific=True)
-    pixels, validation_pixels = load_pixels(args, teacher, images)
+    pixels, validation_pixels = load_pixels(args, teacher.resolution, images)
     loader = make_loader(args, pixels, accelerator.num_processes)
     validation_loader = DataLoader(validation_pixels, batch_size=args.train_batch_size)
 

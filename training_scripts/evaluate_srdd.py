@@ -24,13 +24,15 @@ from accelerate import Accelerator
 from PIL import Image
 
 import srdd
-from srdd import ScaleScheduler, SRDDPipeline
+from srdd import ScaleScheduler
 from srdd.console import write_text
 from srdd.data.images import picture_grid
 from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages, FolderImages, ImageSource, PipelineImages
+from srdd.evaluation.latent_diffusion import DrawingPipeline, LatentDiffusionPipeline, load_drawing_pipeline
 from srdd.evaluation.paired_metrics import load_lpips
+from srdd.evaluation.pipeline_variants import PipelineVariant
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, report_tables
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_POLICIES
 from srdd.training.accelerator import check_processes
@@ -61,12 +63,15 @@ SCHEDULER_OPTIONS = {
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     samples = parser.add_argument_group("samples")
-    samples.add_argument("--pretrained_model_name_or_path", help="Folder or Hub id of a pipeline.")
+    samples.add_argument(
+        "--pretrained_model_name_or_path", help="Folder or Hub id of a pipeline, or of what train_baseline.py makes."
+    )
     samples.add_argument("--samples_dir", help="Folder of square pictures, drawn by whatever, to measure instead.")
     samples.add_argument(
         "--num_samples", type=positive_int, help="Default: 5000, or all pictures of the folder. Papers take 50000."
     )
-    samples.add_argument("--guidance_scale", type=float, help="Default: its scheduler's own, or 2.5.")
+    samples.add_argument("--guidance_scale", type=float, help="Default: the pipeline's own.")
+    samples.add_argument("--num_inference_steps", type=positive_int, help="Steps of latent diffusion; default: 50.")
     samples.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     samples.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     samples.add_argument("--batch_size", type=positive_int, default=64, help="Images at once, per process.")
@@ -115,11 +120,30 @@ def check_args(args: argparse.Namespace) -> None:
     if args.num_bootstrap < 0:
         raise ValueError(f"`num_bootstrap` must be at least 0, got {args.num_bootstrap}.")
     if args.samples_dir is not None:
-        given = [
-            name for name in ("scheduler", "guidance_scale", *SCHEDULER_OPTIONS) if getattr(args, name) is not None
-        ]
+        names = ("scheduler", "guidance_scale", "num_inference_steps", *SCHEDULER_OPTIONS)
+        given = [name for name in names if getattr(args, name) is not None]
         if given:
             raise ValueError(f"`{given[0]}` must come with a pipeline: pictures of a folder are drawn already.")
+
+
+def load_pipeline(args: argparse.Namespace) -> DrawingPipeline:
+    """The pipeline that draws, with what is asked for of its schedule."""
+    pipe = load_drawing_pipeline(args.pretrained_model_name_or_path, dtype=getattr(torch, args.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    options = {name: getattr(args, name) for name in SCHEDULER_OPTIONS if getattr(args, name) is not None}
+    if isinstance(pipe, LatentDiffusionPipeline):
+        given = ["scheduler"] * (args.scheduler is not None) + list(options)
+        if given:
+            raise ValueError(
+                f"`{given[0]}` must come with a pipeline that draws scale by scale, not latent diffusion."
+            )
+        steps = {} if args.num_inference_steps is None else {"num_inference_steps": args.num_inference_steps}
+        return PipelineVariant(scheduler=steps).pipeline(pipe)
+    if args.num_inference_steps is not None:
+        raise ValueError(f"`num_inference_steps` must come with latent diffusion, not {type(pipe).__name__}.")
+    scheduler = pipe.scheduler if args.scheduler is None else ScaleScheduler.from_pretrained(args.scheduler)
+    pipe.scheduler = ScaleScheduler.from_config(scheduler.config, **options)
+    return pipe
 
 
 def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageSource, dict[str, Any]]:
@@ -131,21 +155,16 @@ def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Im
                 f"`num_samples` must be at most {source.count}, the number of pictures, got {args.num_samples}."
             )
         return source, {"folder": args.samples_dir}
-    dtype = getattr(torch, args.dtype)
-    pipe = SRDDPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype).to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    scheduler = pipe.scheduler if args.scheduler is None else ScaleScheduler.from_pretrained(args.scheduler)
-    options = {name: getattr(args, name) for name in SCHEDULER_OPTIONS if getattr(args, name) is not None}
-    pipe.scheduler = ScaleScheduler.from_config(scheduler.config, **options)
+    pipe = load_pipeline(args).to(accelerator.device)
     source = PipelineImages(pipe, args.num_samples or 5000, args.guidance_scale, args.seed)
-    key, own_rows = source.key, ("scale_sizes", "guidance_scale")
+    key, own_rows, latent = source.key, ("scale_sizes", "guidance_scale"), isinstance(pipe, LatentDiffusionPipeline)
     settings = {
         "model": args.pretrained_model_name_or_path,
         "weights_sha256": key["weights"],
         "num_classes": source.num_classes,
         "guidance_scale": source.guidance_scale,
         **{name: value for name, value in key["scheduler"].items() if name not in own_rows},
-        "scales": pipe.scheduler.scales,
+        **({"num_inference_steps": key["num_inference_steps"]} if latent else {"scales": pipe.scheduler.scales}),
         "seed": args.seed,
         "dtype": args.dtype,
     }

@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     if split is None:
         raise ValueError(f"`split` must be one the data set has, got {args.split!r}.")
     split = split.shuffle(seed=args.seed).select(range(min(args.max_samples, len(split))))
-    resolution = vqvae.config.scale_sizes[-1][0] * vqvae.spatial_compression_ratio
+    resolution = vqvae.resolution
     loader = DataLoader(split.with_transform(training_transform(images, resolution)), batch_size=args.batch_size)
     features = None if args.no_rfd else EfficientNetLite0Features()
     metrics, pictures = evaluate_reconstruction(

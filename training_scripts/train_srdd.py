@@ -14,7 +14,7 @@ The finished pipeline, with averaged (EMA) weights, lies in `output_dir`; `SRDDP
 `SRDDTextPipeline.from_pretrained`, loads it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from srdd.training.graceful_end import ends_gracefully
 from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.publishing import finish_pipeline
-from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings, probability
+from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings, probability, refuse_given
 from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules
 from srdd.training.training_data import load_images, load_prompts, load_tokens, make_loader
@@ -108,10 +108,7 @@ def draws_from_texts(name: str | None) -> bool:
 def check_settings(args: SRDDSettings, is_text: bool) -> None:
     """Refuse settings that would mean nothing, and a model without a tokenizer."""
     how, others = ("from texts", ONLY_CLASSES) if is_text else ("by class", ONLY_TEXTS)
-    for field in fields(args):
-        value = getattr(args, field.name)
-        if field.name in others and value != field.default:
-            raise ValueError(f"`{field.name}` must be left out with a model that draws {how}, got {value!r}.")
+    refuse_given(args, others, f"with a model that draws {how}")
     if not is_text and not args.pretrained_vqvae_name_or_path:
         raise ValueError(
             "`pretrained_vqvae_name_or_path` must be given, or a pipeline that draws from texts as"

@@ -190,7 +190,7 @@ def build_discriminator(
     """A discriminator of the model's images and its optimizer, if the adversarial loss weighs anything."""
     if args.adversarial_weight <= 0:
         return None, None
-    resolution = model.config.scale_sizes[-1][0] * model.spatial_compression_ratio
+    resolution = model.resolution
     deepest = (resolution // 3).bit_length() - 1
     if args.discriminator_layers > deepest:
         raise ValueError(
@@ -290,7 +290,7 @@ def main(args: TokenizerSettings) -> None:
         model.enable_gradient_checkpointing()
     discriminator, discriminator_optimizer = build_discriminator(args, model, accelerator.device)
     scale_sizes = model.config.scale_sizes
-    pixels, validation_pixels = load_pixels(args, model, images)
+    pixels, validation_pixels = load_pixels(args, model.resolution, images)
     loader = make_loader(args, pixels, accelerator.num_processes)
     validation_loader = DataLoader(validation_pixels, batch_size=args.train_batch_size)
 

@@ -447,7 +447,7 @@ def test_images_whose_latents_are_not_finite_are_named(images, cache):
 
     vqvae.encoder.register_forward_hook(overflow)
     with pytest.raises(
-        ValueError, match=r"must give finite latents, got NaN or infinity for image 3 \(.*pear.1\.png\) from the token"
+        ValueError, match=r"must give finite latents, got NaN or infinity for image 3 \(.*pear.1\.png\) from the model"
     ):
         make(images, cache, vqvae, batch_size=4)
     assert files(cache) == []

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_pipeline, tiny_scheduler
+from tiny_models import tiny_latent_diffusion, tiny_pipeline, tiny_scheduler
 
 from srdd.evaluation.ablation_report import ablation_markdown, mean_and_interval, save_sweep
 from srdd.evaluation.ablations import read_tables
@@ -97,12 +97,15 @@ def test_cells_that_tables_share_are_measured_once(tmp_path):
     assert measurements.measure(other_seed, measure)["frechet_distance"] == 5
 
 
-@pytest.mark.parametrize("name", ["ablations", "editing"])
+@pytest.mark.parametrize("name", ["ablations", "baselines", "editing"])
 def test_the_tables_of_the_project_can_be_measured(name):
     tables = read_tables(Path(__file__).parents[2] / "benchmarks" / f"{name}.json")
     assert tables
     for row in [row for table in tables for row in table.rows if row.model != "none"]:
-        tiny_scheduler(scale_sizes=[1, 2, 3, 4, 5, 6, 8], **row.changes.scheduler)  # raises if a value is none
+        if row.model.startswith(("LDM", "DiT")):
+            row.changes.pipeline(tiny_latent_diffusion())  # raises if a value is none, as the next line does
+        else:
+            tiny_scheduler(scale_sizes=[1, 2, 3, 4, 5, 6, 8], **row.changes.scheduler)
 
 
 def test_intervals_are_students_over_seeds_and_the_bootstraps_for_one():

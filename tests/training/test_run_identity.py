@@ -140,7 +140,7 @@ def test_the_number_of_processes_must_not_change():
 
 
 def test_names_of_settings_exist():
-    scripts = ("train_srdd", "train_tokenizer", "distill_srdd", "distill_decoder")
+    scripts = ("train_srdd", "train_tokenizer", "train_baseline", "distill_srdd", "distill_decoder")
     text = "".join((Path(__file__).parents[2] / "training_scripts" / f"{name}.py").read_text() for name in scripts)
     flags = set(TransformerSettings.__dataclass_fields__)
     assert [name for name in MAY_CHANGE - flags if f"    {name}: " not in text] == []

@@ -4,7 +4,6 @@ import argparse
 
 import pytest
 import torch
-from tiny_models import tiny_vqvae
 
 from srdd.data.images import LabelledImages
 from srdd.training.settings import PixelSettings, TrainingSettings, share
@@ -42,7 +41,7 @@ def test_the_order_is_that_of_the_seed():
 def test_crops_in_the_centre_are_of_one_size():
     settings = PixelSettings(output_dir="out", center_crop=True, min_crop=0.5)
     with pytest.raises(ValueError, match="`min_crop` must be 1 with `center_crop`, got 0.5"):
-        load_pixels(settings, tiny_vqvae(), LabelledImages(None, None, "image", None, {}))
+        load_pixels(settings, 8, LabelledImages(None, None, "image", None, {}))
     assert share("1") == 1.0
     for wrong in ("0", "1.1", "nan"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"must lie in \(0, 1\]"):

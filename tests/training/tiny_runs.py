@@ -66,6 +66,26 @@ def distill_decoder(image_folder: Path, teacher: Path, output_dir: Path, *more: 
     )
 
 
+def train_autoencoder(image_folder: Path, output_dir: Path, *more: str | Path) -> None:
+    """Images of 16 x 16 pixels, latents of 8 x 8."""
+    run_script(
+        "train_baseline", *common(image_folder, output_dir), "--model", "vae", "--resolution", 16,
+        "--block_out_channels", "32,32", "--perceptual_weight", 0, *more,
+    )  # fmt: skip
+
+
+def train_diffusion(image_folder: Path, autoencoder: Path, output_dir: Path, model: str, *more: str | Path) -> None:
+    """A DiT of one layer of width 16, or a UNet of two levels."""
+    sizes = {
+        "dit": ["--num_layers", 1, "--num_attention_heads", 2, "--attention_head_dim", 8],
+        "ldm": ["--block_out_channels", "32,32"],
+    }
+    run_script(
+        "train_baseline", *common(image_folder, output_dir), "--model", model, "--pretrained_vae_name_or_path",
+        autoencoder, *sizes[model], *more,
+    )  # fmt: skip
+
+
 def read_log(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
 

@@ -1,30 +1,21 @@
 """Token pyramids of a whole data set on disk, so that the transformer's epochs never run the tokenizer."""
 
-import hashlib
-import json
-import random
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from srdd.data.array_cache import cached_array, damaged
-from srdd.data.images import LabelledImages, cut_square, square_to_tensor
-from srdd.data.loader_workers import leave_signals_to_main_process
+from srdd.data.image_views import ImageViews, cache_key, encoded_views, labels_of_views
+from srdd.data.images import LabelledImages
 from srdd.data.text_cache import EncodedTexts
 from srdd.models import MultiScaleVQModel
-from srdd.models.saved_weights import check_finite_weights, weights_hash
+from srdd.models.saved_weights import check_finite_weights
 from srdd.scales import num_tokens_per_scale
-
-
-# Part of every name: files of formats that cannot be relied on, as those that two runs could write at once, are left.
-CACHE_FORMAT = 2
 
 
 class SideBySide:
@@ -105,62 +96,6 @@ class CaptionedTokens(torch.utils.data.Dataset):
         }
 
 
-class ImageViews(torch.utils.data.Dataset):
-    """
-    The views of every image that are tokenised: the centre or random crops, then the same mirrored. View by view. An
-    item has the pixels, and height and width of the scaled picture and the view's distance from its top and left.
-
-    Args:
-        split (`datasets.Dataset`): The images.
-        image_column (`str`): Their column.
-        resolution (`int`): Side of the views.
-        random_crops (`int`): Random crops per image; 0 is one crop in the centre.
-        random_flip (`bool`): Mirrored views, too.
-        seed (`int`): Seed of the crops.
-    """
-
-    def __init__(
-        self, split: Dataset, image_column: str, resolution: int, random_crops: int, random_flip: bool, seed: int
-    ):
-        self.split = split.select_columns(image_column)
-        self.image_column = image_column
-        self.resolution = resolution
-        self.random_crops = random_crops
-        self.num_crops = max(1, random_crops)
-        self.num_views = self.num_crops * (2 if random_flip else 1)
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.num_views * len(self.split)
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        view, index = divmod(row, len(self.split))
-        flip, crop = divmod(view, self.num_crops)
-        rng = random.Random(f"{self.seed} {crop} {index}")
-        image = self.split[index][self.image_column]
-        square, (height, width, top, left) = cut_square(image, self.resolution, self.random_crops > 0, rng)
-        pixels = square_to_tensor(square)
-        if flip:
-            pixels, left = pixels.flip(-1), width - self.resolution - left
-        return pixels, torch.tensor([height, width, top, left])
-
-    def describe(self, row: int) -> str:
-        """The image that a row is a view of, by its place and, if it has one, its name."""
-        index = row % len(self.split)
-        undecoded = self.split.select([index]).cast_column(self.image_column, datasets.Image(decode=False))
-        name = (undecoded[0][self.image_column] or {}).get("path")
-        return f"image {index}" + (f" ({name})" if name else "")
-
-
-def cache_key(vqvae: MultiScaleVQModel, views: ImageViews, scale_sizes: list[list[int]], *more: str) -> str:
-    """A name that changes when the tokenizer, the data, the preprocessing or what else there is change."""
-    config = {name: value for name, value in vqvae.config.items() if not name.startswith("_")}
-    preprocessing = [views.resolution, views.random_crops, views.num_views, views.seed if views.random_crops else 0]
-    tokenizer = [weights_hash(vqvae), config]
-    parts = [CACHE_FORMAT, tokenizer, scale_sizes, preprocessing, views.split._fingerprint, *more]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 @torch.no_grad()
 def cached_tokens(
     vqvae: MultiScaleVQModel,
@@ -206,10 +141,6 @@ def cached_tokens(
     scale_sizes = scale_sizes or vqvae.config.scale_sizes
     resolution = scale_sizes[-1][0] * vqvae.spatial_compression_ratio
     views = ImageViews(split, images.image_column, resolution, random_crops, random_flip, seed)
-    if images.label_column is None:
-        labels = np.zeros(len(split), dtype=np.int64)
-    else:
-        labels = np.asarray(split.with_format(None)[images.label_column], dtype=np.int64)
     shape = (len(views), sum(num_tokens_per_scale(scale_sizes)))
     dtype = np.dtype(np.uint16 if vqvae.config.codebook_size <= 2**16 else np.int32)
     parts = () if texts is None else ("places",)
@@ -225,7 +156,7 @@ def cached_tokens(
         raise damaged(path, "token cache", f": its ids must lie in [0, {codebook_size - 1}], got [{low}, {high}]")
     if texts is not None:
         return CaptionedTokens(token_ids, pyramids["places"], resolution, texts)
-    return TokenDataset(token_ids, np.tile(labels, views.num_views))
+    return TokenDataset(token_ids, labels_of_views(images, split, views.num_views))
 
 
 def _tokenise(
@@ -238,34 +169,17 @@ def _tokenise(
     dtype: np.dtype,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """This process's share of the views: the first row of each batch, and its tokens, or all that `dtype` has."""
-    # Batches are the same whatever the number of processes, and so are the tokens.
-    batches = torch.arange(len(views)).split(batch_size)
-    if accelerator is not None:
-        batches = batches[accelerator.process_index :: accelerator.num_processes]
-    loader = torch.utils.data.DataLoader(
-        views,
-        batch_sampler=[batch.tolist() for batch in batches],
-        num_workers=num_workers,
-        worker_init_fn=leave_signals_to_main_process,
-        generator=torch.Generator(),  # training draws the same numbers whether or not there is a cache already
-    )
-    is_main = accelerator is None or accelerator.is_main_process
-    for indices, (pixels, places) in zip(batches, tqdm(loader, desc="Tokenising", disable=not is_main)):
-        latents = vqvae.encode(pixels.to(vqvae.device, vqvae.dtype)).latents
+    encoded = encoded_views(
+        vqvae, lambda pixels: vqvae.encode(pixels).latents, views, "vqvae", batch_size, num_workers, accelerator,
+        "Tokenising",
+    )  # fmt: skip
+    for first_row, latents, places in encoded:
         if list(latents.shape[-2:]) != list(scale_sizes[-1]):
             raise ValueError(
                 f"`scale_sizes` must end at the latent grid, {tuple(latents.shape[-2:])}, got {scale_sizes}."
-            )
-        finite = latents.isfinite().flatten(1).all(dim=1)
-        if not finite.all():
-            row = int(indices[int(finite.logical_not().nonzero()[0])])
-            raise ValueError(
-                f"`vqvae` must give finite latents, got NaN or infinity for {views.describe(row)} from the tokenizer"
-                f" {vqvae.config.get('_name_or_path') or type(vqvae).__name__!r}: the weights of one or the values of"
-                " the other are broken, or too large for its dtype."
             )
         rows = token_ids = vqvae.quantize_latents(latents, scale_sizes).cpu().numpy()
         if dtype.names is not None:
             rows = np.empty(len(token_ids), dtype)
             rows["token_ids"], rows["places"] = token_ids, places
-        yield int(indices[0]), rows
+        yield first_row, rows

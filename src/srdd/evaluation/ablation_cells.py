@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import torch
 from tqdm.auto import tqdm
 
-from srdd import SRDDPipeline
 from srdd.evaluation.ablations import NO_MODEL, AblationRow, AblationTable
 from srdd.evaluation.distances import (
     FeatureStatistics,
@@ -19,6 +18,7 @@ from srdd.evaluation.distances import (
 )
 from srdd.evaluation.editing_tasks import edit, fill, given_pixels
 from srdd.evaluation.image_sources import PipelineImages
+from srdd.evaluation.latent_diffusion import DrawingPipeline
 from srdd.evaluation.likelihood import log_likelihood
 from srdd.evaluation.paired_metrics import pair_metrics
 from srdd.evaluation.signal_to_noise import signal_to_noise
@@ -30,7 +30,7 @@ class AblationCells:
     Measures cells.
 
     Args:
-        pipelines (`dict[str, SRDDPipeline]`): The models by name, all of one image size.
+        pipelines (`dict[str, DrawingPipeline]`): The models by name, all of one image size.
         images (`torch.Tensor` of shape `(num_images, 3, height, width)`): Held-out images in [0, 1].
         labels (`list[int]`, *optional*): Their classes.
         extractor (`torch.nn.Module`): Features of uint8 images ([`~srdd.evaluation.features.load_features`]).
@@ -41,7 +41,7 @@ class AblationCells:
 
     def __init__(
         self,
-        pipelines: dict[str, SRDDPipeline],
+        pipelines: dict[str, DrawingPipeline],
         images: torch.Tensor,
         labels: list[int] | None,
         extractor: torch.nn.Module,
@@ -56,7 +56,7 @@ class AblationCells:
         self.batch_size = batch_size
         self.num_bootstrap = num_bootstrap
         self.device = next(iter(pipelines.values())).device
-        self._last: tuple[AblationRow, SRDDPipeline] | None = None
+        self._last: tuple[AblationRow, DrawingPipeline] | None = None
         self.features = self.features_of(images)
         self.reference_features = self.features[:num_reference_images]
         self.reference = FeatureStatistics.from_features(self.reference_features)
@@ -77,7 +77,7 @@ class AblationCells:
         pixels = images.mul(255).round().to(torch.uint8) if images.is_floating_point() else images
         return torch.cat([self.extractor(batch.to(self.device)).cpu() for batch in pixels.split(64)])
 
-    def pipeline(self, row: AblationRow) -> SRDDPipeline:
+    def pipeline(self, row: AblationRow) -> DrawingPipeline:
         """The pipeline of a row. The last one is kept: int8 takes time to prepare."""
         if self._last is None or self._last[0] != row:
             self._last = row, row.changes.pipeline(self.pipelines[row.model])
@@ -134,7 +134,7 @@ class AblationCells:
     def examples(self, row: AblationRow, count: int) -> torch.Tensor:
         """Drawn images of classes that are spread over all."""
         pipe = self.pipeline(row)
-        num_classes = pipe.transformer.config.num_classes
+        num_classes = pipe.num_classes
         return pipe(
             [index * num_classes // count for index in range(count)] if num_classes else None,
             num_images_per_prompt=1 if num_classes else count,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from srdd import SRDDPipeline
 from srdd.evaluation.editing_tasks import EDITING_TASKS
+from srdd.evaluation.latent_diffusion import DrawingPipeline, LatentDiffusionPipeline, load_drawing_pipeline
 from srdd.evaluation.pipeline_variants import PipelineVariant, variant_of
 
 
@@ -29,7 +29,8 @@ class AblationRow:
         model (`str`): Which model; `"none"` in editing tables draws nothing ([`~srdd.evaluation.editing_tasks.fill`]).
         variant (`str`, defaults to `""`): Of its pipeline ([`~srdd.evaluation.pipeline_variants.variant_of`]).
         guidance_scale (`float`, *optional*): As in [`SRDDPipeline`]; the variant's by default.
-        scheduler (`dict`): Values that replace those of the variant's scheduler.
+        scheduler (`dict`): Values that replace those of the variant's scheduler; of latent diffusion
+            `num_inference_steps`.
         options (`dict`): More arguments of the editing pipelines, or of `fill`.
     """
 
@@ -119,7 +120,7 @@ def read_tables(path: str | Path, names: Sequence[str] | None = None) -> list[Ab
 
 def load_pipelines(
     models: Sequence[str], tables: Sequence[AblationTable], device: str | torch.device
-) -> dict[str, SRDDPipeline]:
+) -> dict[str, DrawingPipeline]:
     """
     The models that tables name, in float32; what is quantized stays so.
 
@@ -129,18 +130,26 @@ def load_pipelines(
         device (`str` or `torch.device`): Where to run them.
 
     Raises:
-        ValueError: If one is missing, no table names any, or their image sizes differ.
+        ValueError: If one is missing, no table names any, or their image sizes differ; if a row of latent diffusion
+            asks for what it has not.
     """
     folders = dict(model.partition("=")[::2] for model in models)
     wanted = {row.model for table in tables for row in table.rows} - {NO_MODEL}
     if not wanted or wanted - set(folders):
         raise ValueError(f"`model` must say where {sorted(wanted)} lie, as NAME=FOLDER, got {list(models)}.")
-    pipelines = {
-        name: SRDDPipeline.from_pretrained(folders[name], dtype=torch.float32).to(device) for name in sorted(wanted)
-    }
+    pipelines = {name: load_drawing_pipeline(folders[name], dtype=torch.float32).to(device) for name in sorted(wanted)}
     sizes = sorted({pipe.sample_size for pipe in pipelines.values()})
     if len(sizes) > 1:
         raise ValueError(f"`model` must name models of one image size, got {sizes}.")
+    for table in tables:
+        for row in table.rows:
+            if isinstance(pipelines.get(row.model), LatentDiffusionPipeline):
+                row.changes.pipeline(pipelines[row.model])  # raises where it has none such
+                if table.kind != "samples":
+                    raise ValueError(
+                        f"'kind' of the table {table.name!r} must be 'samples' for latent diffusion, got"
+                        f" {table.kind!r} with the model {row.model!r}."
+                    )
     return pipelines
 
 

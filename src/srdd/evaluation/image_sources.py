@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from srdd import SRDDPipeline
 from srdd.data.images import LabelledImages, image_to_tensor
 from srdd.data.picture_folders import FolderReader
+from srdd.evaluation.latent_diffusion import DrawingPipeline
 from srdd.models.saved_weights import weights_hash
 
 
@@ -25,21 +25,21 @@ class PipelineImages:
     own, seeded with `1_000_000 * seed + i`, so that it depends neither on its batch nor on the process that draws it.
 
     Args:
-        pipe ([`SRDDPipeline`]): Draws them.
+        pipe ([`SRDDPipeline`] or [`~srdd.evaluation.latent_diffusion.LatentDiffusionPipeline`]): Draws them.
         count (`int`): Number of images.
-        guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
+        guidance_scale (`float`, *optional*): The pipeline's own by default.
         seed (`int`, defaults to 0): Seed of the images.
 
     Raises:
         ValueError: If the pipeline draws images that are not square.
     """
 
-    def __init__(self, pipe: SRDDPipeline, count: int, guidance_scale: float | None = None, seed: int = 0):
+    def __init__(self, pipe: DrawingPipeline, count: int, guidance_scale: float | None = None, seed: int = 0):
         height, width = pipe.sample_size
         if height != width:
             raise ValueError(f"`pipe` must draw square images, got {height}x{width}.")
         self.pipe, self.count, self.resolution, self.seed = pipe, count, height, seed
-        self.num_classes = pipe.transformer.config.num_classes
+        self.num_classes = pipe.num_classes
         self.guidance_scale = pipe.default_guidance_scale if guidance_scale is None else guidance_scale
         if self.num_classes == 0:
             self.guidance_scale = 1.0
@@ -47,11 +47,13 @@ class PipelineImages:
     @cached_property
     def key(self) -> dict[str, Any]:
         """What the pixels depend on."""
-        models = [model for model in self.pipe.components.values() if isinstance(model, torch.nn.Module)]
+        components = self.pipe.components
+        models = [model for model in components.values() if isinstance(model, torch.nn.Module)]
         return {
             "weights": weights_hash(*models),
             "configs": [_public(model.config) for model in models],
             "scheduler": _public(self.pipe.scheduler.config),
+            **{name: value for name, value in _public(self.pipe.config).items() if name not in components},
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
             "device": self.pipe.device.type,

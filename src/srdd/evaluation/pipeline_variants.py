@@ -8,6 +8,7 @@ import torch
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.evaluation.image_sources import PipelineImages
+from srdd.evaluation.latent_diffusion import DrawingPipeline, LatentDiffusionPipeline
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -28,7 +29,8 @@ class PipelineVariant:
         attention_pattern (`str`, *optional*): Of the transformer; its own by default.
         num_scales (`int`, *optional*): How many scales are visited (`VISITED_SCALES`); those of the scheduler by
             default.
-        scheduler (`dict`): Values that replace those of the scheduler.
+        scheduler (`dict`): Values that replace those of the scheduler; latent diffusion has `num_inference_steps`
+            alone, and of the others `guidance_scale`.
         guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
         linear_layers (`str`, *optional*): Of the transformer: `"torch"` for torch's kernels, `"int8"` for torchao's
             int8 weights in all but `proj_in`; what the transformer has by default.
@@ -46,18 +48,20 @@ class PipelineVariant:
     dtype: str | None = None
 
     @torch.no_grad()
-    def pipeline(self, pipe: SRDDPipeline, num_examples: int = NUM_EXAMPLES) -> SRDDPipeline:
+    def pipeline(self, pipe: DrawingPipeline, num_examples: int = NUM_EXAMPLES) -> DrawingPipeline:
         """
         The variant of a pipeline, which is left as it is. They share all parameters that are not changed.
 
         Args:
-            pipe ([`SRDDPipeline`]): The pipeline.
+            pipe ([`SRDDPipeline`] or [`~srdd.evaluation.latent_diffusion.LatentDiffusionPipeline`]): The pipeline.
             num_examples (`int`, defaults to 64): How many images show the bounds of int8 decoding.
 
         Raises:
             ImportError: If int8 linear layers are asked for without torchao.
             ValueError: If a value does not fit the pipeline.
         """
+        if isinstance(pipe, LatentDiffusionPipeline):
+            return self._latent_diffusion(pipe)
         transformer, vqvae = sharing_parameters(pipe.transformer), pipe.vqvae
         if self.dtype is not None:
             transformer, vqvae = (copy.deepcopy(each).to(getattr(torch, self.dtype)) for each in (transformer, vqvae))
@@ -87,6 +91,23 @@ class PipelineVariant:
             changed.vqvae.enable_int8_decoding(latents)
         return changed
 
+    def _latent_diffusion(self, pipe: LatentDiffusionPipeline) -> LatentDiffusionPipeline:
+        if (
+            set(self.scheduler) - {"num_inference_steps"}
+            or replace(self, scheduler={}, guidance_scale=None) != NOTHING
+        ):
+            raise ValueError(
+                "Variants of latent diffusion must change nothing but `guidance_scale` and `num_inference_steps`, got"
+                f" {self}."
+            )
+        changed = LatentDiffusionPipeline(
+            **pipe.components,
+            id2label=pipe.config.id2label,
+            num_inference_steps=self.scheduler.get("num_inference_steps", pipe.config.num_inference_steps),
+        )
+        changed.set_progress_bar_config(disable=True)
+        return changed
+
     def _scheduler_values(self, pipe: SRDDPipeline) -> dict[str, Any]:
         if self.num_scales is None:
             return self.scheduler
@@ -99,6 +120,8 @@ class PipelineVariant:
             )
         return {"scales": [sizes[index] for index in visited], **self.scheduler}
 
+
+NOTHING = PipelineVariant()
 
 # What a name may say, and what that means.
 VARIANT_WORDS: dict[str, dict[str, Any]] = {
@@ -127,7 +150,7 @@ def variant_of(name: str) -> PipelineVariant:
     Raises:
         ValueError: If a word is unknown, or two say different things of the same.
     """
-    variant, said = PipelineVariant(), []
+    variant, said = NOTHING, []
     for word in name.split("-") if name else ():
         changes = VARIANT_WORDS.get(word)
         if changes is None or set(changes) & set(said):

@@ -211,6 +211,11 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         check_groups(name, sizes["norm_num_groups"], sizes["block_out_channels"])
         return sizes
 
+    @property
+    def resolution(self) -> int:
+        """Side of the square images that the scales are of."""
+        return self.config.scale_sizes[-1][0] * self.spatial_compression_ratio
+
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         ratio = self.spatial_compression_ratio
         if height % ratio or width % ratio:

@@ -69,13 +69,14 @@ def model_card(
         `str`: Markdown with a YAML header.
     """
     task = "image-feature-extraction"
-    if "transformer" in models:
+    is_srdd = any("scale_sizes" in model.config for model in models.values())
+    if "transformer" in models or "unet" in models:
         task = "text-to-image" if prompts else "unconditional-image-generation"
     data = ModelCardData(
         license=settings.license,
-        library_name="srdd",
+        library_name="srdd" if is_srdd or "unet" in models else "diffusers",
         pipeline_tag=task,
-        tags=["srdd", "diffusers", "discrete-diffusion", "visual-autoregressive"],
+        tags=["srdd", "diffusers", *(["discrete-diffusion", "visual-autoregressive"] if is_srdd else [])],
     )
     source = settings.dataset_name or settings.train_data_dir
     description = settings.data_description or images.train.info.description or f"`{Path(source).name}`"
@@ -166,7 +167,7 @@ def _validation_tables(log: list[dict], models: dict) -> str:
     if not records:
         return "No validation was run.\n"
     last = {name.removeprefix("val_"): value for name, value in records[-1].items() if name.startswith("val_")}
-    sizes = last.pop("scales", None) or next(iter(models.values())).config.scale_sizes
+    sizes = last.pop("scales", None) or next(iter(models.values())).config.get("scale_sizes")
     lists = {name: value for name, value in last.items() if isinstance(value, list)}
     numbers = [f"{name} {value:.4g}" for name, value in last.items() if name not in lists]
     text = f"At step {records[-1]['step']:,}, averaged weights: {', '.join(numbers)}.\n"

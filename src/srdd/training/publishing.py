@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 from huggingface_hub import HfApi
 
 from srdd import MultiScaleVQModel, SRDDPipeline, SRDDTextPipeline
 from srdd.data.images import LabelledImages
+from srdd.evaluation.latent_diffusion import LatentDiffusionPipeline
 from srdd.models.saved_weights import check_finite_weights
 from srdd.training.model_card import draw_curve, model_card
 from srdd.training.output_lock import LOCK_FILE
@@ -23,6 +24,8 @@ SAVED_CONFIGS = [
     "model_index.json",
     "config.json",
     "vqvae/config.json",
+    "vae/config.json",
+    "unet/config.json",
     "transformer/config.json",
     "lora/config.json",
     "scheduler/scheduler_config.json",
@@ -36,6 +39,22 @@ vqvae = MultiScaleVQModel.from_pretrained("{name}")
 token_ids = vqvae.tokenize(pixels)  # (batch, num_tokens), from pixels in [-1, 1]
 reconstruction = vqvae.decode_tokens(token_ids).sample"""
 
+AUTOENCODER_SNIPPET = """from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained("{name}")
+latents = vae.encode(pixels).latent_dist.mode()  # from pixels in [-1, 1]; their deviation is 1 / scaling_factor
+reconstruction = vae.decode(latents).sample"""
+
+DIT_SNIPPET = """from diffusers import DiTPipeline
+
+pipe = DiTPipeline.from_pretrained("{name}")
+image = pipe([{label}], guidance_scale={guidance_scale}).images[0]"""
+
+LDM_SNIPPET = """from srdd.evaluation.latent_diffusion import LatentDiffusionPipeline
+
+pipe = LatentDiffusionPipeline.from_pretrained("{name}")
+image = pipe({label}, guidance_scale={guidance_scale}).images[0]"""
+
 PIPELINE_SNIPPET = """from srdd import {pipeline}
 
 pipe = {pipeline}.from_pretrained("{name}")
@@ -44,17 +63,17 @@ image = pipe({told}).images[0]"""
 
 def finish_tokenizer(
     settings: TrainingSettings,
-    model: MultiScaleVQModel,
+    model: MultiScaleVQModel | AutoencoderKL,
     images: LabelledImages,
     trained_part: str | None = None,
     resumed: list[dict] | None = None,
 ) -> None:
     """
-    Save a trained tokenizer with its card in `output_dir`, and upload it if asked to.
+    Save a trained tokenizer or autoencoder with its card in `output_dir`, and upload it if asked to.
 
     Args:
         settings ([`TrainingSettings`]): What the script was told.
-        model ([`MultiScaleVQModel`]): The tokenizer.
+        model ([`MultiScaleVQModel`] or `AutoencoderKL`): The tokenizer or autoencoder.
         images ([`LabelledImages`]): What it was trained on.
         trained_part (`str`, *optional*): What alone was trained, if not all of it.
         resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
@@ -62,10 +81,44 @@ def finish_tokenizer(
     Raises:
         ValueError: If weights are not finite, before anything is saved.
     """
+    is_continuous = isinstance(model, AutoencoderKL)
+    name, snippet = ("autoencoder", AUTOENCODER_SNIPPET) if is_continuous else ("tokenizer", TOKENIZER_SNIPPET)
     _cast(model, settings.save_dtype)
-    check_finite_weights(model, f"the trained tokenizer as {settings.save_dtype}")
+    check_finite_weights(model, f"the trained {name} as {settings.save_dtype}")
     model.save_pretrained(settings.output_dir)
-    _publish(settings, images, {"tokenizer": model}, TOKENIZER_SNIPPET, "reconstruction", trained_part, resumed)
+    _publish(settings, images, {name: model}, snippet, "reconstruction", trained_part, resumed)
+
+
+def finish_latent_diffusion(
+    settings: TrainingSettings,
+    pipe: LatentDiffusionPipeline,
+    images: LabelledImages,
+    guidance_scale: float | None,
+    resumed: list[dict] | None = None,
+) -> None:
+    """
+    Save a trained pipeline of latent diffusion with its card in `output_dir`, and upload it if asked to.
+
+    Args:
+        settings ([`TrainingSettings`]): What the script was told.
+        pipe ([`~srdd.evaluation.latent_diffusion.LatentDiffusionPipeline`]): The pipeline.
+        images ([`LabelledImages`]): What it was trained on.
+        guidance_scale (`float`, *optional*): Of the card's example; the pipeline's own by default.
+        resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
+
+    Raises:
+        ValueError: If weights are not finite, before anything is saved.
+    """
+    models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
+    for name, model in models.items():
+        _cast(model, settings.save_dtype)
+        check_finite_weights(model, f"the trained {name} as {settings.save_dtype}")
+    pipe.save_pretrained(settings.output_dir)
+    guidance_scale = pipe.default_guidance_scale if guidance_scale is None else guidance_scale
+    snippet, nothing = (LDM_SNIPPET, None) if pipe.transformer is None else (DIT_SNIPPET, pipe.null_class)
+    snippet = snippet.replace("{label}", str(0 if pipe.num_classes else nothing))
+    snippet = snippet.replace("{guidance_scale}", str(guidance_scale if pipe.num_classes else 1.0))
+    _publish(settings, images, models, snippet, "samples", None, resumed)
 
 
 def finish_pipeline(

@@ -6,6 +6,7 @@ examples. A script has a class of its own that inherits the groups it needs.
 import argparse
 import inspect
 import sys
+from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, TypeVar, get_args
@@ -22,7 +23,8 @@ OPTIMIZATION_MAY_CHANGE = {
 MAY_CHANGE = {
     *OPTIMIZATION_MAY_CHANGE,
     *("train_data_dir", "dataset_name", "strict_data", "preprocessing_num_workers", "dataloader_num_workers"),
-    *("pretrained_vqvae_name_or_path", "pretrained_model_name_or_path", "teacher"),  # what is there, is compared
+    *("pretrained_vqvae_name_or_path", "pretrained_vae_name_or_path", "pretrained_model_name_or_path"),
+    "teacher",  # what is there, is compared, as of these
     *("gradient_checkpointing", "attention_backend", "usage_warning"),
     *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps", "num_validation_images"),
     *("validation_guidance_scale", "validation_prompts", "report_to", "save_dtype", "data_description", "license"),
@@ -134,6 +136,24 @@ def parse_settings(
     """The settings of a training script from its command line."""
     words = sys.argv[1:] if arguments is None else arguments
     return from_args(parser.parse_args(words), settings, command=[sys.argv[0], *words])
+
+
+def refuse_given(settings: Any, names: Collection[str], reason: str) -> None:
+    """
+    Refuse settings that would mean nothing.
+
+    Args:
+        settings (`Any`): A settings object.
+        names (`Collection[str]`): Those that must be left out.
+        reason (`str`): The end of the sentence that says with what.
+
+    Raises:
+        ValueError: If one of them is not as it is by default.
+    """
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if setting.name in names and value != setting.default:
+            raise ValueError(f"`{setting.name}` must be left out {reason}, got {value!r}.")
 
 
 @dataclass(kw_only=True)
@@ -262,7 +282,7 @@ class TokenSettings:
 
     label_column: str = flag("auto", "Column of the labels; 'auto' is 'label' if there is one, '' is none.")
     random_crops: int = flag(0, "Tokenise so many random crops, not the centre.")
-    token_cache_dir: str | None = flag(help="Where the pyramids are kept; default: `output_dir/tokens`.")
+    token_cache_dir: str | None = flag(help="Where pyramids, or latents, are kept; default: `output_dir/tokens`.")
 
 
 @dataclass(kw_only=True)

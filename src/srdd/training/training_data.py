@@ -5,6 +5,7 @@ import sys
 import datasets
 import torch
 from accelerate import Accelerator, PartialState
+from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -16,10 +17,17 @@ from srdd.data.images import (
     training_transform,
     validation_images,
 )
+from srdd.data.latent_cache import LatentDataset, cached_latents
 from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.data.text_cache import EncodedTexts, cached_texts
 from srdd.data.token_cache import CaptionedTokens, SideBySide, TokenDataset, cached_tokens
-from srdd.training.settings import DataSettings, PixelSettings, TrainingSettings, TransformerSettings
+from srdd.training.settings import (
+    DataSettings,
+    PixelSettings,
+    TokenSettings,
+    TrainingSettings,
+    TransformerSettings,
+)
 from srdd.training.trained_schedules import TrainedSchedules
 from srdd.training.validation import spread
 
@@ -64,17 +72,16 @@ def load_images(
 
 
 def load_pixels(
-    settings: PixelSettings, vqvae: MultiScaleVQModel, images: LabelledImages
+    settings: PixelSettings, resolution: int, images: LabelledImages
 ) -> tuple[AugmentedImages, datasets.Dataset]:
     """
-    Training and validation images of the size that a tokenizer reads.
+    Training and validation images of the size that a tokenizer or an autoencoder reads.
 
     Raises:
         ValueError: If crops are to be random in size, but in the centre.
     """
     if settings.center_crop and settings.min_crop < 1:
         raise ValueError(f"`min_crop` must be 1 with `center_crop`, got {settings.min_crop}.")
-    resolution = vqvae.config.scale_sizes[-1][0] * vqvae.spatial_compression_ratio
     train = AugmentedImages(
         images,
         resolution,
@@ -121,6 +128,24 @@ def load_tokens(
         return first
 
     return tokens(images.train, **views), tokens(validation_images(images, 1024))
+
+
+def load_latents(
+    settings: TokenSettings, accelerator: Accelerator, vae: AutoencoderKL, images: LabelledImages, resolution: int
+) -> tuple[LatentDataset, LatentDataset]:
+    """The latents of training and validation images, encoded once."""
+    options = {
+        "cache_dir": settings.token_cache_dir,
+        "resolution": resolution,
+        "num_workers": settings.dataloader_num_workers,
+        "accelerator": accelerator,
+    }
+    views = {"random_crops": settings.random_crops, "random_flip": settings.random_flip, "seed": settings.seed}
+    validation = validation_images(images, 1024)
+    return tuple(
+        cached_latents(vae, images, split, **more, **options)
+        for split, more in ((images.train, views), (validation, {}))
+    )
 
 
 def load_prompts(

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from srdd import ScaleScheduler, SRDDPipeline, SRDDTextPipeline
 from srdd.data.text_cache import EncodedTexts
+from srdd.evaluation.latent_diffusion import LatentDiffusionPipeline
 from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules, schedule_name
 
@@ -65,7 +66,7 @@ def spread(num_images: int, count: int) -> list[int]:
 
 
 def draw(
-    pipe: SRDDPipeline | SRDDTextPipeline,
+    pipe: SRDDPipeline | SRDDTextPipeline | LatentDiffusionPipeline,
     num_images: int,
     guidance_scale: float | None,
     seed: int,
@@ -75,7 +76,8 @@ def draw(
     Pictures of classes spread over all, or of texts, in rows of up to eight.
 
     Args:
-        pipe ([`SRDDPipeline`] or [`SRDDTextPipeline`]): Draws them; it shows no progress any more.
+        pipe ([`SRDDPipeline`], [`SRDDTextPipeline`] or
+            [`~srdd.evaluation.latent_diffusion.LatentDiffusionPipeline`]): Draws them; it shows no progress any more.
         num_images (`int`): How many; those beyond full rows are left out.
         guidance_scale (`float`, *optional*): diffusers' `g`, the pipeline's own by default; a guidance-distilled
             transformer needs none.
@@ -86,16 +88,16 @@ def draw(
         `list[torch.Tensor]`: Rows of shape `(num_columns, 3, height, width)`, pixels in [-1, 1].
     """
     pipe.set_progress_bar_config(disable=True)
-    config = pipe.transformer.config
     if prompts is not None:
         told = _prompt_arguments(prompts)
-    elif config.num_classes:
-        told = {"class_labels": spread(num_images, config.num_classes)}
+    elif pipe.num_classes:
+        told = {"class_labels": spread(num_images, pipe.num_classes)}
     else:
         told = {"num_images_per_prompt": num_images}
+    needs_none = not isinstance(pipe, LatentDiffusionPipeline) and pipe.transformer.config.guidance_distilled
     images = pipe(
         **told,
-        guidance_scale=None if config.guidance_distilled else guidance_scale,
+        guidance_scale=None if needs_none else guidance_scale,
         generator=[torch.Generator().manual_seed(seed + index) for index in range(num_images)],
         output_type="pt",
     ).images
