@@ -104,7 +104,7 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
-    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes)
+    tokens, validation_tokens, psnr = load_tokens(args, accelerator, vqvae, images, scale_sizes)
     if not images.id2label:
         tokens.labels[:] = validation_tokens.labels[:] = null_class
     loader = make_loader(args, tokens, accelerator.num_processes)
@@ -153,7 +153,7 @@ def run_stage(args: DistillationSettings, source: str, scheduler: ScaleScheduler
     run.close()
     if accelerator.is_main_process:
         averaged.register_to_config(class_dropout_prob=teacher.config.class_dropout_prob)
-        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed, tokenizer_psnr=psnr)
     accelerator.wait_for_everyone()
 
 

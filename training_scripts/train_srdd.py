@@ -234,7 +234,7 @@ def main(args: SRDDSettings) -> None:
         model.enable_gradient_checkpointing()
     set_seed(args.seed, device_specific=True)
     scale_sizes, timesteps = scheduler.scales, [scale.timestep for scale in scheduler.visits]
-    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, scale_sizes, pipe)
+    tokens, validation_tokens, psnr = load_tokens(args, accelerator, vqvae, images, scale_sizes, pipe)
     texts = prompts = empty_text = None
     if is_text:
         texts, prompts = load_prompts(args, accelerator, pipe, images)
@@ -290,7 +290,9 @@ def main(args: SRDDSettings) -> None:
             pipe = SRDDTextPipeline.from_pretrained(
                 args.pretrained_model_name_or_path, vqvae=vqvae, transformer=averaged, scheduler=scheduler
             )
-        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed, prompts=texts)
+        finish_pipeline(
+            args, pipe, images, args.validation_guidance_scale, resumed=run.resumed, prompts=texts, tokenizer_psnr=psnr
+        )
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

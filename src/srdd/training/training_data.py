@@ -5,7 +5,8 @@ import sys
 import datasets
 import torch
 from accelerate import Accelerator, PartialState
-from torch.utils.data import DataLoader, Dataset
+from diffusers.utils import logging
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from srdd import MultiScaleVQModel, SRDDTextPipeline
@@ -18,9 +19,21 @@ from srdd.data.images import (
 )
 from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.data.text_cache import EncodedTexts, cached_texts
-from srdd.data.token_cache import CaptionedTokens, TokenDataset, cached_tokens
+from srdd.data.token_cache import CaptionedTokens, ImageViews, TokenDataset, cached_tokens
+from srdd.evaluation.reconstruction import token_psnr
+from srdd.training.accelerator import on_main_process
 from srdd.training.settings import DataSettings, PixelSettings, TrainingSettings, TransformerSettings
 from srdd.training.validation import spread
+
+
+logger = logging.get_logger(__name__)
+
+# Pictures that the tokenizer's PSNR is measured on: its mean is then good to about half a decibel.
+NUM_DECODED = 64
+
+# In dB. Where photographs came back with 17 or 18, a transformer drew blobs of colour; what a picture shows is
+# recognised from about 23 on.
+LOW_PSNR = 21.0
 
 
 def load_images(
@@ -93,8 +106,11 @@ def load_tokens(
     images: LabelledImages,
     scale_sizes: list[list[int]],
     pipe: SRDDTextPipeline | None = None,
-) -> tuple[TokenDataset, TokenDataset] | tuple[CaptionedTokens, CaptionedTokens]:
-    """The pyramids of training and validation images, tokenised once, with captions, if any, that `pipe` encodes."""
+) -> tuple[TokenDataset | CaptionedTokens, TokenDataset | CaptionedTokens, float]:
+    """
+    The pyramids of training and validation images, tokenised once, with captions, if any, that `pipe` encodes; and the
+    PSNR of the training images that come back of them ([`tokenizer_psnr`]).
+    """
     options = {
         "cache_dir": settings.token_cache_dir,
         "scale_sizes": scale_sizes,
@@ -110,7 +126,42 @@ def load_tokens(
             texts = cached_texts(pipe, captions, settings.token_cache_dir, accelerator=accelerator)
         return cached_tokens(vqvae, images, split, texts=texts, **views, **options)
 
-    return tokens(images.train, **views), tokens(validation_images(images, 1024))
+    train, validation = tokens(images.train, **views), tokens(validation_images(images, 1024))
+    resolution = scale_sizes[-1][0] * vqvae.spatial_compression_ratio
+    pictures = ImageViews(images.train, images.image_column, resolution, **views)
+    psnr = on_main_process(accelerator, lambda: tokenizer_psnr(vqvae, pictures, train, scale_sizes))
+    return train, validation, psnr
+
+
+def tokenizer_psnr(
+    vqvae: MultiScaleVQModel, views: ImageViews, tokens: TokenDataset | CaptionedTokens, scale_sizes: list[list[int]]
+) -> float:
+    """
+    PSNR of pictures that are decoded from their tokens, in dB: the most that a transformer trained on these can give.
+    It is written to the console, with a warning where it is low.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): The tokenizer.
+        views ([`ImageViews`]): The pictures; some of them, spread over all, are decoded.
+        tokens ([`TokenDataset`] or [`CaptionedTokens`]): Their pyramids, row by row.
+        scale_sizes (`list[list[int]]`): Scales of the pyramids.
+    """
+    count = len(views.split)
+    rows = torch.tensor(spread(min(NUM_DECODED, count), count))
+    batches = (
+        default_collate([(views[row][0], tokens[row]["token_ids"]) for row in batch.tolist()])
+        for batch in rows.split(16)
+    )
+    psnr = token_psnr(vqvae, batches, scale_sizes)
+    tqdm.write(f"Tokenizer: PSNR {psnr:.1f} dB on {len(rows)} of your pictures.", file=sys.stderr)
+    if psnr < LOW_PSNR:
+        logger.warning(
+            f"The tokenizer gives your pictures back with a PSNR of {psnr:.1f} dB, less than {LOW_PSNR:.0f}: what is"
+            " trained on its tokens cannot draw better than that. Train a tokenizer on these pictures, from this one"
+            " (`train_tokenizer.py --pretrained_model_name_or_path ...`) or anew, or take another one: for pictures of"
+            " any kind, or VAR's for 256 pixels (docs/public_weights.md)."
+        )
+    return psnr
 
 
 def load_prompts(
