@@ -33,7 +33,7 @@ METRIC_SETTINGS = {
     "neighbours": NUM_NEIGHBOURS,
     "score_splits": NUM_SPLITS,
     "kernel_subsets": NUM_SUBSETS,
-    "kernel_subset_size": SUBSET_SIZE,
+    "kernel_subset_size": f"{SUBSET_SIZE}, or half of the smaller set",
 }
 
 
