@@ -8,8 +8,8 @@ data.
 
 The configuration names tables, rows and models (`srdd.evaluation.ablations.read_tables`); `--model` says where the
 models lie. What is measured goes to `ablations.json` at once; a second call goes on where the first was stopped and
-measures only what was changed. Frechet distances and perceptual distances are on EfficientNet-Lite0
-features: neither FID nor LPIPS.
+measures only what was changed. Tables of drawn images end with a row of as many real ones. Frechet distances and
+perceptual distances are on EfficientNet-Lite0 features: neither FID nor LPIPS.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from srdd.evaluation.ablation_cells import AblationCells
 from srdd.evaluation.ablation_report import ablation_markdown, save_sweep
 from srdd.evaluation.ablations import load_pipelines, read_tables
 from srdd.evaluation.features import load_features
+from srdd.evaluation.image_sources import DataSetImages
 from srdd.evaluation.measurements import Measurements
 from srdd.training.settings import DataSettings, add_arguments, from_args
 from srdd.training.training_data import load_images
@@ -59,10 +60,13 @@ def main(args: argparse.Namespace) -> None:
     num_held_out = max([table.num_images for table in tables if table.kind != "samples"], default=0)
     split = validation_images(data, max(args.num_reference_images, num_held_out))
     side = next(iter(pipelines.values())).sample_size[0]
+    # The same images, in the same order.
+    split_name = "train" if data.validation is None else "validation"
+    reference = DataSetImages(data, split_name, args.num_reference_images, side)
     images = torch.stack([image_to_tensor(image, side) for image in split[data.image_column]]).add(1).div(2)
     settings = {
         "data": Path(args.dataset_name or args.train_data_dir).name,
-        "num_reference_images": min(args.num_reference_images, len(split)),
+        "num_reference_images": reference.count,
         "features": "efficientnet-lite0",
         "num_bootstrap": args.num_bootstrap,
         "torch": torch.__version__,
@@ -74,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
         images,
         labels=list(split[data.label_column]) if data.label_column is not None else None,
         extractor=load_features("efficientnet-lite0").to(args.device),
-        num_reference_images=args.num_reference_images,
+        reference=reference,
         batch_size=args.batch_size,
         num_bootstrap=args.num_bootstrap,
     )
@@ -86,6 +90,8 @@ def main(args: argparse.Namespace) -> None:
             }
             for row in table.rows
         }
+        if table.kind == "samples":
+            results["real images"] = {"all": measurements.measure(table.real_cell, partial(cells.real_images, table))}
         text = ablation_markdown(table, results)
         (output / f"{table.name}.md").write_text(text, encoding="utf-8")
         write_text(text + "\n")

@@ -109,7 +109,7 @@ def run_stage(args: DistillationSettings, source: str, schedules: TrainedSchedul
     )
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, schedules)
+    tokens, validation_tokens, psnr = load_tokens(args, accelerator, vqvae, images, schedules)
     if not images.id2label:
         tokens.labels[:] = validation_tokens.labels[:] = null_class
     loader = make_loader(args, tokens, accelerator.num_processes)
@@ -160,7 +160,7 @@ def run_stage(args: DistillationSettings, source: str, schedules: TrainedSchedul
     run.close()
     if accelerator.is_main_process:
         averaged.register_to_config(class_dropout_prob=teacher.config.class_dropout_prob)
-        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed)
+        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed, tokenizer_psnr=psnr)
     accelerator.wait_for_everyone()
 
 

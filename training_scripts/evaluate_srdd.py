@@ -6,10 +6,11 @@ coverage, and for pairs of pictures PSNR, SSIM, perceptual distance and LPIPS.
     python training_scripts/evaluate_srdd.py --pretrained_model_name_or_path model_cards/srdd-fruits64 \
         --dataset_name fruits64 --num_samples 490 --output_dir evaluation
 
-Writes evaluation.json, evaluation.md and samples.png. Numbers carry the name of the network that looked at the images:
-only Inception's are called FID, KID and IS. Features are kept in the output folder, so that the same command goes on
-where it was interrupted. `accelerate launch` shares the work between processes, with the same result.
-benchmarks/WHY_YOUR_NUMBER_DIFFERS.md tells what to compare.
+Writes evaluation.json, evaluation.md and samples.png, and with `--save_npz` all images for OpenAI's evaluator, whose
+reference batches `--reference_dir` reads in turn. Distances have those between real images beside them. Numbers carry
+the name of the network that looked at the images: only Inception's are called FID, KID and IS. Features are kept in
+the output folder, so that the same command goes on where it was interrupted. `accelerate launch` shares the work
+between processes, with the same result. benchmarks/WHY_YOUR_NUMBER_DIFFERS.md tells what to compare.
 """
 
 import argparse
@@ -29,10 +30,12 @@ from srdd.console import write_text
 from srdd.data.images import picture_grid
 from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import load_features
-from srdd.evaluation.image_sources import DataSetImages, FolderImages, ImageSource, PipelineImages
+from srdd.evaluation.image_sources import DataSetImages, ImageSource, PipelineImages, RealImages, open_pictures
 from srdd.evaluation.latent_diffusion import DrawingPipeline, LatentDiffusionPipeline, load_drawing_pipeline
+from srdd.evaluation.npz_images import NpzImages, save_npz
 from srdd.evaluation.paired_metrics import load_lpips
 from srdd.evaluation.pipeline_variants import PipelineVariant
+from srdd.evaluation.real_images import other_real_images
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, report_tables
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_POLICIES
 from srdd.training.accelerator import check_processes
@@ -66,7 +69,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     samples.add_argument(
         "--pretrained_model_name_or_path", help="Folder or Hub id of a pipeline, or of what train_baseline.py makes."
     )
-    samples.add_argument("--samples_dir", help="Folder of square pictures, drawn by whatever, to measure instead.")
+    samples.add_argument("--samples_dir", help="Folder or .npz of square pictures, drawn by whatever, to measure.")
     samples.add_argument(
         "--num_samples", type=positive_int, help="Default: 5000, or all pictures of the folder. Papers take 50000."
     )
@@ -75,6 +78,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     samples.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     samples.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     samples.add_argument("--batch_size", type=positive_int, default=64, help="Images at once, per process.")
+    samples.add_argument("--save_npz", metavar="FILE", help="Write all images to this .npz (`arr_0`), not compressed.")
     scheduler = parser.add_argument_group("scheduler", "What is not given stays as the pipeline has it.")
     scheduler.add_argument("--scheduler", help="Folder or Hub id of another scheduler, for example a preset.")
     for name, options in SCHEDULER_OPTIONS.items():
@@ -82,7 +86,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_arguments(parser, DataSettings)
     reference = parser.add_argument_group("reference")
     reference.add_argument("--split", choices=["train", "validation"], default="validation")
-    reference.add_argument("--reference_dir", help="Folder of square pictures, instead of a data set.")
+    reference.add_argument("--reference_dir", help="Folder or .npz of square pictures, instead of a data set.")
     reference.add_argument("--num_reference_images", type=positive_int, default=10_000, help="At most; 10000.")
     metrics = parser.add_argument_group("metrics")
     metrics.add_argument(
@@ -113,6 +117,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"Give one of `dataset_name`, `train_data_dir` and `reference_dir`, got {sources}.")
     if args.paired and (args.samples_dir is None or args.reference_dir is None):
         raise ValueError("`paired` must come with `samples_dir` and `reference_dir`, got no such folders.")
+    for name in ("samples_dir", "reference_dir"):
+        if args.paired and getattr(args, name).endswith(".npz"):
+            raise ValueError(f"`{name}` must be a folder with `paired`, got {getattr(args, name)!r}: it has no names.")
+    if args.save_npz is not None and (not args.save_npz.endswith(".npz") or Path(args.save_npz).is_dir()):
+        raise ValueError(f"`save_npz` must be a file whose name ends in .npz, got {args.save_npz!r}.")
     if args.lpips and not args.paired:
         raise ValueError("`lpips` must come with `paired`: it compares a picture with what it should be.")
     if args.features_weights is not None and "inception" not in args.features:
@@ -149,7 +158,7 @@ def load_pipeline(args: argparse.Namespace) -> DrawingPipeline:
 def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[ImageSource, dict[str, Any]]:
     """The images to be measured, and what the report says of them."""
     if args.samples_dir is not None:
-        source = FolderImages(args.samples_dir, args.num_samples, argument="samples_dir")
+        source = open_pictures(args.samples_dir, args.num_samples, argument="samples_dir")
         if source.count < (args.num_samples or 1):
             raise ValueError(
                 f"`num_samples` must be at most {source.count}, the number of pictures, got {args.num_samples}."
@@ -171,11 +180,11 @@ def load_samples(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Im
     return source, settings
 
 
-def load_reference(args: argparse.Namespace, resolution: int) -> tuple[ImageSource, dict[str, Any]]:
+def load_reference(args: argparse.Namespace, resolution: int) -> tuple[RealImages, dict[str, Any]]:
     """The images to compare with, and what the report says of them."""
     if args.reference_dir is not None:
         count = None if args.paired else args.num_reference_images
-        source = FolderImages(args.reference_dir, count, resolution, argument="reference_dir")
+        source = open_pictures(args.reference_dir, count, resolution, argument="reference_dir")
         return source, {"folder": args.reference_dir}
     images = load_images(from_args(args, DataSettings), None)
     source = DataSetImages(images, args.split, args.num_reference_images, resolution)
@@ -203,8 +212,15 @@ def main(args: argparse.Namespace) -> None:
         reference, reference_settings = load_reference(args, samples.resolution)
     check_images(args, samples, reference)
     cache = args.feature_cache_dir or Path(args.output_dir, "features")
+    statistics = reference.inception_statistics if isinstance(reference, NpzImages) else None
     reference_features = collect(reference, extractors, cache, accelerator, args.batch_size, "Reference")
-    sample_features = collect(samples, extractors, cache, accelerator, args.batch_size, "Samples")
+    others = other_real_images(reference, samples.count)
+    other_features = None
+    if others is not None:
+        other_features = collect(others, extractors, cache, accelerator, args.batch_size, "Real images")
+    sample_features = collect(
+        samples, extractors, cache, accelerator, args.batch_size, "Samples", keep_images=args.save_npz is not None
+    )
     if not accelerator.is_main_process:
         return
     metrics = {}
@@ -212,7 +228,8 @@ def main(args: argparse.Namespace) -> None:
         metrics = compare_pairs(
             samples, reference, lpips, accelerator.device, args.batch_size, args.num_bootstrap, show_progress=True
         )
-    metrics |= compare(reference_features, sample_features, extractors, args.num_bootstrap, show_progress=True)
+    real = {"others": other_features, "inception_statistics": statistics}
+    metrics |= compare(reference_features, sample_features, extractors, args.num_bootstrap, show_progress=True, **real)
     report = {
         "metrics": {name: {key: _json(value) for key, value in metric.items()} for name, metric in metrics.items()},
         "settings": {
@@ -224,6 +241,8 @@ def main(args: argparse.Namespace) -> None:
             "versions": {module.__name__: module.__version__ for module in (torch, diffusers, srdd)},
         },
     }
+    if others is not None:
+        report["settings"]["real_images"] = {"count": others.count, "sha256": other_features.image_hash}
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -233,6 +252,9 @@ def main(args: argparse.Namespace) -> None:
     lines = sample_features.pictures[: len(sample_features.pictures) // columns * columns].split(columns)
     Image.fromarray(picture_grid([line / 127.5 - 1 for line in lines])).save(output / "samples.png")
     write_text(table)
+    if args.save_npz is not None:
+        save_npz(args.save_npz, sample_features.images(), samples.count)
+        sample_features.forget_images()
 
 
 def _json(value: Any) -> Any:

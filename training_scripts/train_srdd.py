@@ -231,7 +231,7 @@ def main(args: SRDDSettings) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     set_seed(args.seed, device_specific=True)
-    tokens, validation_tokens = load_tokens(args, accelerator, vqvae, images, schedules, pipe)
+    tokens, validation_tokens, psnr = load_tokens(args, accelerator, vqvae, images, schedules, pipe)
     texts = prompts = empty_text = None
     if is_text:
         texts, prompts = load_prompts(args, accelerator, pipe, images)
@@ -288,7 +288,9 @@ def main(args: SRDDSettings) -> None:
             pipe = SRDDTextPipeline.from_pretrained(
                 args.pretrained_model_name_or_path, vqvae=vqvae, transformer=averaged, scheduler=schedules.first
             )
-        finish_pipeline(args, pipe, images, args.validation_guidance_scale, resumed=run.resumed, prompts=texts)
+        finish_pipeline(
+            args, pipe, images, args.validation_guidance_scale, resumed=run.resumed, prompts=texts, tokenizer_psnr=psnr
+        )
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

@@ -287,3 +287,13 @@ def test_a_start_for_fine_tuning_is_called_one(vae, tmp_path, capsys):
 def test_settings_are_those_of_the_depth_and_the_file(family, file, depth, expected):
     settings = FAMILIES[family].settings(depth, PUBLISHED_SIDES, Path(file))
     assert (settings.guidance_scale, settings.top_k, settings.top_p) == expected
+
+
+def test_the_table_of_published_settings_is_that_of_the_code():
+    page = (Path(__file__).parents[2] / "docs" / "public_weights.md").read_text(encoding="utf-8")
+    section = page.split("## Published settings\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| .*?`([\w-]+)`.*? \| ([\d.]+) \| (\d+) \| ([\d.]+) \| \S", section, flags=re.MULTILINE)
+    published = [each for family in FAMILIES.values() for each in family.published]
+    expected = {(each.name, each.guidance_scale, each.top_k, each.top_p) for each in published}
+    assert {(name, float(guidance), int(top_k), float(top_p)) for name, guidance, top_k, top_p in rows} == expected
+    assert len(rows) == len(published)

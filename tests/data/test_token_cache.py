@@ -203,7 +203,7 @@ def test_another_tokenizer_or_preprocessing_is_another_file(images, cache, chang
 def test_another_resolution_is_another_file(images, cache):
     make(images, cache)
     # The same weights for images twice as large: the scales end at their grid.
-    tokens = make(images, cache, scale_sizes=[[1, 1], [2, 2], [8, 8]])
+    tokens = make(images, cache, schedules=[[[1, 1], [2, 2], [8, 8]]])
     assert len(files(cache)) == 2
     expected = one_by_one(images, tiny_vqvae(), resolution=16, scale_sizes=[1, 2, 8])
     np.testing.assert_array_equal(tokens.token_ids, expected)
@@ -245,7 +245,7 @@ def test_the_same_data_loaded_anew_is_the_same_file(tmp_path, images, cache):
     make(images, cache)
     other_place = str(tmp_path / "another" / "datasets")
     again = load_labelled_images(train_data_dir=str(tmp_path / "pictures"), cache_dir=other_place)
-    tokens = make(again, cache, seed=5, batch_size=3, scale_sizes=[[1, 1], [2, 2], [4, 4]])
+    tokens = make(again, cache, seed=5, batch_size=3, schedules=[[[1, 1], [2, 2], [4, 4]]])
     assert len(files(cache)) == 1
     assert tokens.labels.tolist() == images.train["label"][:]
 
@@ -284,7 +284,7 @@ def test_random_crops_are_those_of_the_seed(images, cache):
 @torch.no_grad()
 def test_fewer_scales_are_pyramids_of_their_own(images, cache):
     vqvae = tiny_vqvae()
-    tokens = make(images, cache, vqvae, scale_sizes=[[1, 1], [4, 4]])
+    tokens = make(images, cache, vqvae, schedules=[[[1, 1], [4, 4]]])
     assert tokens.token_ids.shape == (6, 17)
     expected = one_by_one(images, vqvae, scale_sizes=[1, 4])
     np.testing.assert_array_equal(tokens.token_ids, expected)

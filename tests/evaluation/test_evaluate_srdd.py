@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,74 @@ def test_no_number_is_called_fid(root, evaluated, capsys):
         assert not re.search(r"\bIS\b(?! \(efficientnet-lite0\))", text)
 
 
+def test_real_images_stand_beside_drawn_ones(evaluated):
+    folder, report = evaluated
+    distances = {name: metric["real"] for name, metric in report["metrics"].items() if "real" in metric}
+    assert set(distances) == {"FD (efficientnet-lite0)", "KD (efficientnet-lite0)"}
+    for real in distances.values():  # all 24 images are in the reference: halves of it
+        assert (real["count"], real["reference_count"]) == (12, 12)
+    table = (folder / "evaluation.md").read_text()
+    assert f"{distances['FD (efficientnet-lite0)']['value']:.4g} (12 against 12) |" in table
+    assert "real_images" not in report["settings"]
+
+
+def test_as_many_real_images_are_read_where_there_are_others(root, tmp_path):
+    report = evaluate(root, tmp_path, "--num_reference_images", 8)
+    real = report["metrics"]["FD (efficientnet-lite0)"]["real"]
+    assert (real["count"], real["reference_count"]) == (14, 8)
+    assert report["settings"]["real_images"]["count"] == 14
+    line = (tmp_path / "evaluation.md").read_text().splitlines()[2]
+    assert line.endswith(f" {real['value']:.4g} |")  # as many as were drawn: nothing more to be said
+    before = feature_files(tmp_path / "features")
+    assert len(before) == 2 + 4 + 4  # reference, real images and samples
+    assert evaluate(root, tmp_path, "--num_reference_images", 8) == report
+    assert feature_files(tmp_path / "features") == before
+
+
+def test_images_are_written_for_the_evaluator_of_others(root, evaluated, tmp_path):
+    folder, report = evaluated
+    assert evaluate(root, tmp_path, "--save_npz", tmp_path / "new" / "samples.npz") == report
+    with np.load(tmp_path / "new" / "samples.npz") as file:
+        images = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+    source = PipelineImages(tiny_pipeline(), NUM_SAMPLES)
+    drawn = [source.read(range(start, min(start + 4, NUM_SAMPLES))) for start in range(0, NUM_SAMPLES, 4)]
+    assert torch.equal(images, torch.cat(drawn))
+    # Ten files of features; the images are not kept twice.
+    assert len(feature_files(tmp_path / "features")) == 10
+    # They are what `--samples_dir` measures, and may be a reference.
+    npz = tmp_path / "new" / "samples.npz"
+    data = ["--train_data_dir", root / "images", "--split", "train", "--cache_dir", root / "datasets"]
+    distance = report["metrics"]["FD (efficientnet-lite0)"]["value"]
+    for name, reference, expected in (("a", data, distance), ("b", ["--reference_dir", npz], 0)):
+        run_script(
+            "evaluate_srdd", "--samples_dir", npz, *reference, "--num_bootstrap", 0, "--batch_size", 4,
+            "--output_dir", tmp_path / name,
+        )  # fmt: skip
+        measured = json.loads((tmp_path / name / "evaluation.json").read_text())
+        assert measured["settings"]["samples"]["sha256"] == report["settings"]["samples"]["sha256"]
+        assert measured["metrics"]["FD (efficientnet-lite0)"]["value"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_images_that_were_drawn_are_not_drawn_again_for_a_file(root, tmp_path, monkeypatch):
+    module = load_script("evaluate_srdd")
+    words = arguments(root, tmp_path, "--save_npz", tmp_path / "samples.npz")
+    args = module.parse_args([str(word) for word in words])
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_npz", stop)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(args)
+    images = [path for path in feature_files(tmp_path / "features") if path.parent.name == "images"]
+    assert len(images) == 4
+    monkeypatch.setattr(PipelineImages, "draw", stop)
+    evaluate(root, tmp_path, "--save_npz", tmp_path / "samples.npz")
+    with np.load(tmp_path / "samples.npz") as file:
+        assert len(file["arr_0"]) == NUM_SAMPLES
+    assert not [path for path in images if path.exists()]
+
+
 def feature_files(folder) -> dict:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
@@ -142,11 +211,15 @@ def test_the_scheduler_is_as_asked(root, tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_same_report(root, evaluated, tmp_path):
     folder, report = evaluated
-    start("evaluate_srdd", *arguments(root, tmp_path / "two"), output=tmp_path / "log.txt", num_processes=2).finish()
+    words = [*arguments(root, tmp_path / "two"), "--save_npz", tmp_path / "two.npz"]
+    start("evaluate_srdd", *words, output=tmp_path / "log.txt", num_processes=2).finish()
     assert (tmp_path / "two" / "evaluation.json").read_text() == (folder / "evaluation.json").read_text()
     # Both have worked: each wrote files of its own.
     files = feature_files(tmp_path / "two" / "features")
     assert {path.name for path in files} == {path.name for path in feature_files(folder / "features")}
+    evaluate(root, tmp_path / "one", "--save_npz", tmp_path / "one.npz")
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(root, tmp_path, monkeypatch):
@@ -239,6 +312,7 @@ def test_pairs_need_equal_names(folders, tmp_path):
         (["--samples_dir", "x"], "Give either `pretrained_model_name_or_path` or `samples_dir`, got"),
         (["--reference_dir", "x"], "Give one of `dataset_name`, `train_data_dir` and `reference_dir`, got"),
         (["--paired"], "`paired` must come with `samples_dir` and `reference_dir`"),
+        (["--save_npz", "samples.png"], "`save_npz` must be a file whose name ends in .npz, got 'samples.png'"),
         (["--lpips"], "`lpips` must come with `paired`"),
         (["--features_weights", "a.pth"], "`features_weights` must come with `features` inception"),
         (["--num_bootstrap", -1], "`num_bootstrap` must be at least 0, got -1"),
@@ -252,6 +326,13 @@ def test_arguments_are_checked_before_anything_is_drawn(root, tmp_path, more, me
     with pytest.raises(ValueError, match=message):
         evaluate(root, tmp_path, *more)
     assert not feature_files(tmp_path)
+
+
+def test_pairs_have_names(folders, tmp_path):
+    with pytest.raises(
+        ValueError, match="`reference_dir` must be a folder with `paired`, got 'a.npz': it has no names"
+    ):
+        compare_folders(folders, tmp_path, "--paired", "--reference_dir", "a.npz")
 
 
 def test_folders_have_no_scheduler(folders, tmp_path):

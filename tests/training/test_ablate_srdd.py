@@ -1,8 +1,12 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 from training.tiny_runs import run_script
+
+from srdd.data.images import image_to_tensor, load_labelled_images, validation_images
+from srdd.evaluation.image_sources import DataSetImages
 
 
 # The model is all but untrained: what it draws hardly depends on guidance.
@@ -49,9 +53,10 @@ def test_tables_figures_and_pictures_are_made_and_not_made_again(image_folder, t
     first = capsys.readouterr().out
     stored = json.loads((tmp_path / "ablations.json").read_text())
     kinds = [entry["cell"]["kind"] for entry in stored["cells"]]
-    assert kinds == ["samples"] * 6 + ["editing"] * 4 + ["likelihood", "signal_to_noise"]
+    samples = ["samples"] * 4 + ["real images"] + ["samples"] * 2  # both tables have eight images: once for both
+    assert kinds == [*samples, *["editing"] * 4, "likelihood", "signal_to_noise"]
     # Another seed, policy or temperature draws other pictures.
-    distances = [entry["result"]["frechet_distance"] for entry in stored["cells"][:6]]
+    distances = [entry["result"]["frechet_distance"] for entry in stored["cells"][:7]]
     assert len(set(distances)) == len(distances)
     assert all(distance > 0 for distance in distances)
     assert 0 < stored["cells"][-2]["result"]["all"] < 8
@@ -61,6 +66,12 @@ def test_tables_figures_and_pictures_are_made_and_not_made_again(image_folder, t
     assert Image.open(tmp_path / "editing.png").size == (2 * 4 * 16, 2 * 16)
     assert Image.open(tmp_path / "policies.png").size == (10 * 16, 2 * 16)
 
+    # Eight of the twelve images that are not in the reference.
+    for name in ("policies", "temperature"):
+        row = (tmp_path / f"{name}.md").read_text().splitlines()[-1]
+        assert row.startswith(f"| real images | {distances[4]:.1f} (")
+        assert row.endswith(" |  |")
+
     stored["cells"][3]["result"]["frechet_distance"] = -1.0
     (tmp_path / "ablations.json").write_text(json.dumps(stored, indent=1) + "\n")
     ablate(image_folder, config, trained, tmp_path)
@@ -68,6 +79,21 @@ def test_tables_figures_and_pictures_are_made_and_not_made_again(image_folder, t
     second = capsys.readouterr().out
     assert second != first
     assert second.split("## G")[1] == first.split("## G")[1]
+
+
+def test_a_part_of_the_reference_is_compared_where_there_are_no_other_images(image_folder, config, trained, tmp_path):
+    more = ["--table", "policies", "--num_reference_images", 24]
+    ablate(image_folder, config, trained, tmp_path, *more)
+    row = (tmp_path / "policies.md").read_text().splitlines()[-1]
+    assert row.startswith("| real images (8 against 16) | ")
+
+
+def test_the_reference_is_the_first_of_the_held_out_images(image_folder):
+    images = load_labelled_images(train_data_dir=str(image_folder), cache_dir=str(image_folder.parent / "datasets"))
+    held_out = validation_images(images, 20)
+    reference = DataSetImages(images, "train", 12, 16)
+    pixels = [image_to_tensor(image, 16) for image in held_out["image"][:12]]
+    assert torch.equal(reference.read(range(12)), torch.stack(pixels).add(1).mul(127.5).round().byte())
 
 
 def test_tables_can_be_chosen(image_folder, trained, config, tmp_path, capsys):

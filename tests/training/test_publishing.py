@@ -16,7 +16,8 @@ from tiny_models import tiny_pipeline, tiny_transformer, tiny_vqvae
 from training.tiny_runs import assert_same_weights, read_log, train_tokenizer, train_transformer
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.data.images import LabelledImages
+from srdd.data.images import LabelledImages, image_to_tensor, load_labelled_images
+from srdd.evaluation.reconstruction import evaluate_reconstruction
 from srdd.training.model_card import draw_curve, model_card
 from srdd.training.publishing import finish_pipeline, finish_tokenizer, not_published
 from srdd.training.settings import TransformerSettings
@@ -170,6 +171,16 @@ def test_saving_in_full_precision_casts_nothing(trained, folder, caplog, tmp_pat
     else:
         finish_pipeline(settings, SRDDPipeline.from_pretrained(trained / folder), images, 2.5)
     assert "Casting directly" not in caplog.text
+
+
+def test_a_card_says_how_well_the_tokenizer_gives_the_pictures_back(image_folder, trained):
+    card = (trained / "model" / "README.md").read_text()
+    vqvae = MultiScaleVQModel.from_pretrained(trained / "tokenizer")
+    images = load_labelled_images(train_data_dir=str(image_folder), cache_dir=str(image_folder.parent / "datasets"))
+    pixels = torch.stack([image_to_tensor(image, 16) for image in images.train["image"]])
+    metrics, _ = evaluate_reconstruction(vqvae, [{"pixel_values": pixels}])
+    assert f"\n\nTraining images come back of their tokens at {metrics['psnr']:.1f} dB PSNR.\n\n" in card
+    assert "PSNR" not in (trained / "tokenizer" / "README.md").read_text()
 
 
 # The end of a run by itself

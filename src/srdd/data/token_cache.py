@@ -18,32 +18,16 @@ from srdd.models.saved_weights import check_finite_weights
 from srdd.scales import num_tokens_per_scale
 
 
-class SideBySide:
-    """
-    Arrays with as many rows, read as one with longer rows. Nothing is read of mapped ones before it is asked for.
-
-    Args:
-        arrays (`Sequence[np.ndarray]`): Of the shapes `(num_rows, num_tokens)`, where the last may differ.
-    """
-
-    def __init__(self, arrays: Sequence[np.ndarray]):
-        self.arrays = arrays
-
-    def __getitem__(self, rows: int | list[int]) -> np.ndarray:
-        return np.concatenate([array[rows] for array in self.arrays], axis=-1)
-
-
 class TokenDataset(torch.utils.data.Dataset):
     """
     Cached pyramids with their labels. An item has `"token_ids"` and what the transformer is told, `"conditions"`.
 
     Args:
-        token_ids (`np.ndarray` or [`SideBySide`] of shape `(num_rows, num_tokens)`): Packed pyramids, any integer
-            type.
+        token_ids (`np.ndarray` of shape `(num_rows, num_tokens)`): Packed pyramids, any integer type.
         labels (`np.ndarray` of shape `(num_rows,)`): Class ids.
     """
 
-    def __init__(self, token_ids: np.ndarray | SideBySide, labels: np.ndarray):
+    def __init__(self, token_ids: np.ndarray, labels: np.ndarray):
         self.token_ids = token_ids
         self.labels = labels
 
@@ -69,15 +53,14 @@ class CaptionedTokens(torch.utils.data.Dataset):
     a text, and size and crop of the picture.
 
     Args:
-        token_ids (`np.ndarray` or [`SideBySide`] of shape `(num_rows, num_tokens)`): Packed pyramids, any integer
-            type.
+        token_ids (`np.ndarray` of shape `(num_rows, num_tokens)`): Packed pyramids, any integer type.
         places (`np.ndarray` of shape `(num_rows, 4)`): Height and width of the scaled picture that each is of a part
             of, and where that lies from top and left.
         resolution (`int`): The shorter side of scaled pictures.
         texts ([`EncodedTexts`]): The captions, of several views of them one after the other.
     """
 
-    def __init__(self, token_ids: np.ndarray | SideBySide, places: np.ndarray, resolution: int, texts: EncodedTexts):
+    def __init__(self, token_ids: np.ndarray, places: np.ndarray, resolution: int, texts: EncodedTexts):
         self.token_ids = token_ids
         self.places = places
         self.resolution = resolution
@@ -102,7 +85,7 @@ def cached_tokens(
     images: LabelledImages,
     split: Dataset,
     cache_dir: str | Path,
-    scale_sizes: list[list[int]] | None = None,
+    schedules: Sequence[list[list[int]]] | None = None,
     random_crops: int = 0,
     random_flip: bool = False,
     seed: int = 0,
@@ -120,7 +103,8 @@ def cached_tokens(
         images ([`LabelledImages`]): Where the split comes from.
         split (`datasets.Dataset`): The images.
         cache_dir (`str` or `Path`): Folder of the cache files, shared by all processes.
-        scale_sizes (`list[list[int]]`, *optional*): Scales of the pyramid; the tokenizer's own by default.
+        schedules (`Sequence[list[list[int]]]`, *optional*): Scales of every pyramid of an image, which lie one after
+            the other. By default one, of the tokenizer's own.
         random_crops (`int`, defaults to 0): Random crops per image instead of one in the centre.
         random_flip (`bool`, defaults to `False`): Also tokenise the mirrored images; an epoch then has twice as many.
         seed (`int`, defaults to 0): Seed of the random crops.
@@ -138,16 +122,17 @@ def cached_tokens(
         OSError: If there is no room for the file.
     """
     check_finite_weights(vqvae, "vqvae", vqvae.config.get("_name_or_path"))
-    scale_sizes = scale_sizes or vqvae.config.scale_sizes
-    resolution = scale_sizes[-1][0] * vqvae.spatial_compression_ratio
+    schedules = schedules or [vqvae.config.scale_sizes]
+    resolution = schedules[0][-1][0] * vqvae.spatial_compression_ratio
     views = ImageViews(split, images.image_column, resolution, random_crops, random_flip, seed)
-    shape = (len(views), sum(num_tokens_per_scale(scale_sizes)))
+    shape = (len(views), sum(sum(num_tokens_per_scale(scale_sizes)) for scale_sizes in schedules))
     dtype = np.dtype(np.uint16 if vqvae.config.codebook_size <= 2**16 else np.int32)
     parts = () if texts is None else ("places",)
     if texts is not None:
         dtype, shape = np.dtype([("token_ids", dtype, shape[1:]), ("places", np.int32, 4)]), shape[:1]
-    path = Path(cache_dir) / f"tokens-{cache_key(vqvae, views, scale_sizes, *parts)}.npy"
-    make = partial(_tokenise, vqvae, views, scale_sizes, batch_size, num_workers, accelerator, dtype)
+    key = cache_key(vqvae, views, schedules[0] if len(schedules) == 1 else schedules, *parts)
+    path = Path(cache_dir) / f"tokens-{key}.npy"
+    make = partial(_tokenise, vqvae, views, schedules, batch_size, num_workers, accelerator, dtype)
     pyramids = cached_array(path, shape, dtype, make, "token cache", accelerator)
     token_ids = pyramids if texts is None else pyramids["token_ids"]
     # All ids are looked at here: on a GPU no step does.
@@ -162,7 +147,7 @@ def cached_tokens(
 def _tokenise(
     vqvae: MultiScaleVQModel,
     views: ImageViews,
-    scale_sizes: list[list[int]],
+    schedules: Sequence[list[list[int]]],
     batch_size: int,
     num_workers: int,
     accelerator: Accelerator | None,
@@ -174,11 +159,13 @@ def _tokenise(
         "Tokenising",
     )  # fmt: skip
     for first_row, latents, places in encoded:
-        if list(latents.shape[-2:]) != list(scale_sizes[-1]):
-            raise ValueError(
-                f"`scale_sizes` must end at the latent grid, {tuple(latents.shape[-2:])}, got {scale_sizes}."
-            )
-        rows = token_ids = vqvae.quantize_latents(latents, scale_sizes).cpu().numpy()
+        for scale_sizes in schedules:
+            if list(latents.shape[-2:]) != list(scale_sizes[-1]):
+                raise ValueError(
+                    f"`schedules` must end at the latent grid, {tuple(latents.shape[-2:])}, got {scale_sizes}."
+                )
+        pyramids = [vqvae.quantize_latents(latents, scale_sizes) for scale_sizes in schedules]
+        rows = token_ids = torch.cat(pyramids, dim=1).cpu().numpy()
         if dtype.names is not None:
             rows = np.empty(len(token_ids), dtype)
             rows["token_ids"], rows["places"] = token_ids, places

@@ -17,10 +17,11 @@ from srdd.evaluation.distances import (
     precision_recall_density_coverage,
 )
 from srdd.evaluation.editing_tasks import edit, fill, given_pixels
-from srdd.evaluation.image_sources import PipelineImages
+from srdd.evaluation.image_sources import PipelineImages, RealImages
 from srdd.evaluation.latent_diffusion import DrawingPipeline
 from srdd.evaluation.likelihood import log_likelihood
 from srdd.evaluation.paired_metrics import pair_metrics
+from srdd.evaluation.real_images import other_real_images, real_against_real
 from srdd.evaluation.signal_to_noise import signal_to_noise
 from srdd.scales import num_tokens_per_scale
 
@@ -34,7 +35,7 @@ class AblationCells:
         images (`torch.Tensor` of shape `(num_images, 3, height, width)`): Held-out images in [0, 1].
         labels (`list[int]`, *optional*): Their classes.
         extractor (`torch.nn.Module`): Features of uint8 images ([`~srdd.evaluation.features.load_features`]).
-        num_reference_images (`int`): Drawn images are compared with so many of the held-out ones, the first.
+        reference ([`DataSetImages`]): Those of the held-out images that drawn ones are compared with, the first.
         batch_size (`int`): Images drawn at once.
         num_bootstrap (`int`): Replicates of the confidence intervals.
     """
@@ -45,7 +46,7 @@ class AblationCells:
         images: torch.Tensor,
         labels: list[int] | None,
         extractor: torch.nn.Module,
-        num_reference_images: int,
+        reference: RealImages,
         batch_size: int,
         num_bootstrap: int,
     ):
@@ -58,8 +59,9 @@ class AblationCells:
         self.device = next(iter(pipelines.values())).device
         self._last: tuple[AblationRow, DrawingPipeline] | None = None
         self.features = self.features_of(images)
-        self.reference_features = self.features[:num_reference_images]
-        self.reference = FeatureStatistics.from_features(self.reference_features)
+        self.reference = reference
+        self.reference_features = self.features[: reference.count]
+        self.reference_statistics = FeatureStatistics.from_features(self.reference_features)
 
     def measure(self, table: AblationTable, row: AblationRow, column: str) -> dict[str, float]:
         """The numbers of one cell."""
@@ -99,15 +101,35 @@ class AblationCells:
         images = torch.cat([source.read(range(batch.start, batch.stop)) for batch in batches])
         seconds = time.perf_counter() - started
         features = self.features_of(images)
+        distances = self.distances(features, self.reference_features, self.reference_statistics)
+        return {**distances, "seconds_per_image": seconds / table.num_images}
+
+    def real_images(self, table: AblationTable) -> dict[str, float]:
+        """What the distances of a table are for as many real images; for others also the numbers of images."""
+        others = other_real_images(self.reference, table.num_images)
+        if others is not None:
+            starts = range(0, others.count, 64)
+            batches = [others.read(range(start, min(start + 64, others.count))) for start in starts]
+            others = self.features_of(torch.cat(batches))
+        reference, features = real_against_real(self.reference_features, others, table.num_images)
+        distances = self.distances(features, reference, FeatureStatistics.from_features(reference))
+        sizes = len(features), len(reference)
+        if sizes == (table.num_images, self.reference.count):
+            return distances
+        return {**distances, "num_images": sizes[0], "num_reference_images": sizes[1]}
+
+    def distances(
+        self, features: torch.Tensor, reference: torch.Tensor, statistics: FeatureStatistics
+    ) -> dict[str, float]:
+        """Distances of features to those of a reference, whose statistics are given."""
         low, high = bootstrap_interval(
-            lambda replicate: frechet_distance(self.reference, replicate), features, self.num_bootstrap
+            lambda replicate: frechet_distance(statistics, replicate), features, self.num_bootstrap
         )
         return {
-            "frechet_distance": frechet_distance(self.reference, features),
+            "frechet_distance": frechet_distance(statistics, features),
             "frechet_distance_interval": [low, high],
-            "kernel_distance": kernel_distance(self.reference_features, features)[0],
-            **precision_recall_density_coverage(self.reference_features[:1024], features),
-            "seconds_per_image": seconds / table.num_images,
+            "kernel_distance": kernel_distance(reference, features)[0],
+            **precision_recall_density_coverage(reference[:1024], features),
         }
 
     def pictures(self, table: AblationTable, count: int = 10) -> list[torch.Tensor]:

@@ -74,13 +74,23 @@ def ablation_markdown(table: AblationTable, results: Results) -> str:
     metrics = METRICS.get(table.kind, {name: (name, 2) for name in first})
     lines = []
     for row, columns in results.items():
-        texts = []
+        texts, first = [], next(iter(columns.values()))
         for metric, (_, digits) in metrics.items():
+            if metric not in first:
+                texts.append("")  # real images take no time to draw
+                continue
             mean, interval = mean_and_interval(columns, metric)
             texts.append(with_range(mean, interval if metric == "frechet_distance" else None, digits))
-        lines.append((row, *texts))
+        lines.append((_with_sizes(row, first), *texts))
     header = [table.kind.replace("_", " "), *(name for name, _ in metrics.values())]
     return "\n".join([title, markdown_table(header, lines)])
+
+
+def _with_sizes(row: str, metrics: dict[str, Any]) -> str:
+    """The name of a row, with its numbers of images where they are not those of the table."""
+    if "num_images" not in metrics:
+        return row
+    return f"{row} ({metrics['num_images']:,} against {metrics['num_reference_images']:,})"
 
 
 def save_sweep(path: str | Path, table: AblationTable, results: Results) -> None:

@@ -88,6 +88,11 @@ class AblationTable:
         del settings["name"]
         return {"kind": self.kind, "num_images": self.num_images, "column": column, **settings}
 
+    @property
+    def real_cell(self) -> dict[str, Any]:
+        """As [`~AblationTable.cell`], for as many real images in the place of drawn ones."""
+        return {"kind": "real images", "num_images": self.num_images}
+
 
 def read_tables(path: str | Path, names: Sequence[str] | None = None) -> list[AblationTable]:
     """

@@ -69,7 +69,7 @@ class FeatureStatistics:
         Args:
             mean (`torch.Tensor` of shape `(num_features,)`): Mean of the features.
             covariance (`torch.Tensor` of shape `(num_features, num_features)`): Their covariance.
-            count (`int`): Number of images.
+            count (`int`): Number of images; 0 if it is not known.
             extractor (`str`, defaults to `""`): Name of what made the features.
 
         Raises:

@@ -58,6 +58,9 @@ class FeatureExtractor(nn.Module):
     num_features: int
     has_logits = False
 
+    # Whether means and covariances that others publish of Inception's features are of this network.
+    is_published_inception = False
+
     @property
     def distance_name(self) -> str:
         """Of the Fréchet distance."""
@@ -157,7 +160,8 @@ class InceptionFeatures(FeatureExtractor):
             ) from error
         path = None if weights is None else str(weights)
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], path)
-        if path is not None and not _file_hash(path).startswith(INCEPTION_HASH):
+        self.is_published_inception = path is None or _file_hash(path).startswith(INCEPTION_HASH)
+        if not self.is_published_inception:
             self.name = "inception-v3, other weights"
             self.distance_name, self.kernel_distance_name, self.score_name = (
                 f"{metric} ({self.name})" for metric in ("FD", "KD", "IS")

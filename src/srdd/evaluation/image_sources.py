@@ -1,6 +1,6 @@
-"""Where images to be measured come from: a pipeline, a data set, a folder. All give uint8 by index."""
+"""Where images to be measured come from: a pipeline, a data set, a folder, an `.npz`. All give uint8 by index."""
 
-import random
+import copy
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from PIL import Image
 from srdd.data.images import LabelledImages, image_to_tensor
 from srdd.data.picture_folders import FolderReader
 from srdd.evaluation.latent_diffusion import DrawingPipeline
+from srdd.evaluation.npz_images import NpzImages, choose
 from srdd.models.saved_weights import weights_hash
 
 
@@ -94,11 +95,28 @@ class DataSetImages:
             raise ValueError(f"`split` must be one the data set has, got {split!r}.")
         self.count, self.resolution = min(count, len(data)), resolution
         self.data, self.column = data.shuffle(seed=0), images.image_column
+        self._other_split = {"train": images.validation, "validation": images.train}[split]
 
     @property
     def key(self) -> dict[str, Any]:
         """What the pixels depend on."""
         return {"data": self.data._fingerprint, "resolution": self.resolution, "column": self.column}
+
+    def others(self, count: int) -> "DataSetImages | None":
+        """
+        Images of the data set that are not among these, at most `count`: of the rest of the split, or of the other
+        one if that has more; `None` if there are none.
+        """
+        rest = len(self.data) - self.count
+        if self._other_split is not None and len(self._other_split) > rest:
+            data = self._other_split.shuffle(seed=0)
+        elif rest > 0:
+            data = self.data.select(range(self.count, len(self.data)))
+        else:
+            return None
+        others = copy.copy(self)
+        others.data, others.count = data, min(count, len(data))
+        return others
 
     def read(self, indices: range) -> torch.Tensor:
         """uint8 images of shape `(len(indices), 3, resolution, resolution)`."""
@@ -134,17 +152,25 @@ class FolderImages:
         if not self.paths:
             raise reader.no_pictures()
         reader.report()
-        if count is not None and count < len(self.paths):
-            kept = sorted(random.Random(0).sample(range(len(self.paths)), count))
-            self.paths = [self.paths[index] for index in kept]
-        self.count = len(self.paths)
+        self._take(*choose(self.paths, count))
         self.resolution = resolution
         self.resolution = self._read(self.paths[0]).shape[-1]
+
+    def _take(self, paths: list[Path], rest: list[Path]) -> None:
+        self.paths, self._rest, self.count = paths, rest, len(paths)
 
     @property
     def key(self) -> dict[str, Any]:
         """What the pixels depend on."""
         return {"files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]}
+
+    def others(self, count: int) -> "FolderImages | None":
+        """Pictures of the folder that are not among these, at most `count`; `None` if there are no more."""
+        if not self._rest:
+            return None
+        others = copy.copy(self)
+        others._take(*choose(self._rest, count))
+        return others
 
     def names(self) -> list[str]:
         """Names of the pictures, without their ending."""
@@ -173,7 +199,27 @@ class FolderImages:
         return pixels
 
 
-ImageSource = PipelineImages | DataSetImages | FolderImages
+RealImages = DataSetImages | FolderImages | NpzImages
+ImageSource = PipelineImages | RealImages
+
+
+def open_pictures(
+    path: str | Path, count: int | None = None, resolution: int | None = None, argument: str = "path"
+) -> FolderImages | NpzImages:
+    """
+    Pictures that lie somewhere: in an `.npz` by the ending of the name, else in a folder.
+
+    Args:
+        path (`str` or `Path`): File or folder.
+        count (`int`, *optional*): As in [`FolderImages`].
+        resolution (`int`, *optional*): As in [`FolderImages`].
+        argument (`str`, defaults to `"path"`): What errors call it.
+
+    Raises:
+        ValueError: As [`FolderImages`] and [`NpzImages`] do.
+    """
+    kind = NpzImages if Path(path).suffix == ".npz" else FolderImages
+    return kind(path, count, resolution, argument)
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

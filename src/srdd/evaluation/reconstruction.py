@@ -72,3 +72,28 @@ def evaluate_reconstruction(
     if features is not None:
         metrics["rfd"] = frechet_distance(*(torch.cat(of_batches) for of_batches in features_of.values()))
     return metrics, pictures
+
+
+@torch.no_grad()
+def token_psnr(
+    vqvae: MultiScaleVQModel,
+    batches: Iterable[tuple[torch.Tensor, torch.LongTensor]],
+    scale_sizes: list[list[int]] | None = None,
+) -> float:
+    """
+    How well tokens that are there give images back, in this process alone. It draws no random numbers.
+
+    Args:
+        vqvae ([`MultiScaleVQModel`]): The tokenizer.
+        batches (`Iterable`): Pixels of shape `(batch, 3, height, width)` in [-1, 1], and their pyramids of shape
+            `(batch, num_tokens)`.
+        scale_sizes (`list[list[int]]`, *optional*): Scales of the pyramids; the tokenizer's own by default.
+
+    Returns:
+        `float`: The mean over images of the peak signal-to-noise ratio, in dB.
+    """
+    values = []
+    for pixels, token_ids in batches:
+        decoded = vqvae.decode_tokens(token_ids.to(vqvae.device), scale_sizes).sample.float().clamp(-1, 1)
+        values.append(peak_signal_to_noise(decoded / 2 + 0.5, pixels.to(vqvae.device) / 2 + 0.5))
+    return torch.cat(values).mean().item()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from srdd.evaluation.distances import (
@@ -19,8 +20,11 @@ from srdd.evaluation.feature_cache import CollectedImages
 from srdd.evaluation.features import FeatureExtractor
 from srdd.evaluation.image_sources import FolderImages
 from srdd.evaluation.paired_metrics import pair_metrics
+from srdd.evaluation.real_images import real_against_real
 from srdd.evaluation.tables import markdown_table, readable
 
+
+logger = logging.get_logger(__name__)
 
 # At most: sets of fewer images have fewer parts and smaller subsets.
 NUM_NEIGHBOURS, NUM_SPLITS, NUM_SUBSETS, SUBSET_SIZE = 5, 10, 100, 1000
@@ -29,7 +33,7 @@ METRIC_SETTINGS = {
     "neighbours": NUM_NEIGHBOURS,
     "score_splits": NUM_SPLITS,
     "kernel_subsets": NUM_SUBSETS,
-    "kernel_subset_size": SUBSET_SIZE,
+    "kernel_subset_size": f"{SUBSET_SIZE}, or half of the smaller set",
 }
 
 
@@ -39,9 +43,12 @@ def compare(
     extractors: Sequence[FeatureExtractor],
     num_bootstrap: int = 200,
     show_progress: bool = False,
+    others: CollectedImages | None = None,
+    inception_statistics: FeatureStatistics | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
-    All metrics of drawn images under every extractor, by names that carry the extractor's.
+    All metrics of drawn images under every extractor, by names that carry the extractor's. Distances have those of
+    real images to real images beside them ([`~srdd.evaluation.real_images`]).
 
     Args:
         reference ([`CollectedImages`]): Real images.
@@ -49,9 +56,16 @@ def compare(
         extractors (`Sequence[FeatureExtractor]`): What looked at both.
         num_bootstrap (`int`, defaults to 200): Replicates of the interval of the Fréchet distance; 0 gives none.
         show_progress (`bool`, defaults to `False`): Show a progress bar.
+        others ([`CollectedImages`], *optional*): Real images that are not in the reference, as many as were drawn; by
+            default a part of the reference stands for drawn images.
+        inception_statistics ([`FeatureStatistics`], *optional*): Mean and covariance that come with the reference, for
+            the Fréchet distance on Inception's features; extractors that are not that network take the reference's
+            images and say so.
 
     Returns:
         `dict[str, dict]`: `"value"` of each metric, and `"interval"` (95 %) or `"std"` (over subsets or parts).
+        Distances have `"real"`, a dictionary with the `"value"` of real images, `"count"`, the number of them that
+        stand for drawn ones, and `"reference_count"`, of those that they are compared with.
 
     Raises:
         ValueError: If there are fewer than 6 images of either kind.
@@ -59,7 +73,9 @@ def compare(
     metrics: dict[str, dict[str, Any]] = {}
     for extractor in extractors:
         real, fake = reference.features[extractor.name], samples.features[extractor.name]
-        statistics = FeatureStatistics.from_features(real, extractor.name)
+        pair = real_against_real(real, None if others is None else others.features[extractor.name], len(fake))
+        sizes = {"count": len(pair[1]), "reference_count": len(pair[0])}
+        statistics = _statistics(real, extractor, inception_statistics)
         distance = {"value": frechet_distance(statistics, fake)}
         if num_bootstrap:
             low, high = bootstrap_interval(
@@ -69,9 +85,10 @@ def compare(
                 show_progress=show_progress,
             )
             distance["interval"] = [max(0.0, low), high]
-        metrics[extractor.distance_name] = distance
-        mean, std = kernel_distance(real, fake, NUM_SUBSETS, SUBSET_SIZE)
-        metrics[extractor.kernel_distance_name] = {"value": mean, "std": std}
+        metrics[extractor.distance_name] = {**distance, "real": {"value": frechet_distance(*pair), **sizes}}
+        mean, std = _kernel_distance(real, fake)
+        between_real = {"value": _kernel_distance(*pair)[0], **sizes}
+        metrics[extractor.kernel_distance_name] = {"value": mean, "std": std, "real": between_real}
         if extractor.has_logits:
             logits = samples.logits[extractor.name]
             mean, std = inception_score(logits, min(NUM_SPLITS, len(logits)))
@@ -79,6 +96,29 @@ def compare(
         overlap = precision_recall_density_coverage(real, fake, NUM_NEIGHBOURS)
         metrics |= {f"{name} ({extractor.name})": {"value": value} for name, value in overlap.items()}
     return metrics
+
+
+def _kernel_distance(reference: torch.Tensor, samples: torch.Tensor) -> tuple[float, float]:
+    """
+    Mean and deviation over subsets of half of the images at most. Subsets of all images would be the same ones, and
+    their deviation nothing; of half of them it is the error of the mean over all.
+    """
+    subset_size = max(2, min(SUBSET_SIZE, len(reference) // 2, len(samples) // 2))
+    return kernel_distance(reference, samples, NUM_SUBSETS, subset_size)
+
+
+def _statistics(
+    features: torch.Tensor, extractor: FeatureExtractor, inception_statistics: FeatureStatistics | None
+) -> FeatureStatistics:
+    """What the reference is for the Fréchet distance: statistics that came with it where they are of this network."""
+    if inception_statistics is not None and extractor.is_published_inception:
+        return inception_statistics
+    if inception_statistics is not None:
+        logger.warning(
+            f"The reference's own 'mu' and 'sigma' are of Inception, not of {extractor.name}:"
+            f" {extractor.distance_name} compares with its {len(features):,} images. `--features inception` uses them."
+        )
+    return FeatureStatistics.from_features(features, extractor.name)
 
 
 def check_pairs(images: FolderImages, references: FolderImages) -> None:
@@ -145,7 +185,8 @@ def compare_pairs(
 
 def report_tables(report: dict[str, Any]) -> str:
     """
-    A report as two Markdown tables.
+    A report as two Markdown tables. What distances are between real images stands beside them, with the numbers of
+    images where these are other ones.
 
     Args:
         report (`dict`): `"settings"` by name, and `"metrics"` as [`compare`] returns them.
@@ -153,6 +194,7 @@ def report_tables(report: dict[str, Any]) -> str:
     Returns:
         `str`: Ends with a newline.
     """
+    counts = tuple(report["settings"].get(name, {}).get("count") for name in ("samples", "reference"))
     lines = []
     for name, metric in report["metrics"].items():
         spread = ""
@@ -160,9 +202,17 @@ def report_tables(report: dict[str, Any]) -> str:
             spread = "95 %: " + " to ".join(readable(end) for end in metric["interval"])
         elif "std" in metric:
             spread = f"± {readable(metric['std'])}"
-        lines.append((name, readable(metric["value"]), spread))
+        lines.append((name, readable(metric["value"]), spread, _between_real(metric.get("real"), counts)))
     settings = [(name, readable(value)) for name, value in _flat(report["settings"])]
-    return markdown_table(["metric", "value", ""], lines) + "\n" + markdown_table(["setting", "value"], settings)
+    metrics = markdown_table(["metric", "value", "", "between real images"], lines)
+    return metrics + "\n" + markdown_table(["setting", "value"], settings)
+
+
+def _between_real(real: dict[str, Any] | None, counts: tuple[int | None, int | None]) -> str:
+    if real is None:
+        return ""
+    sizes = real["count"], real["reference_count"]
+    return readable(real["value"]) + (f" ({sizes[0]:,} against {sizes[1]:,})" if sizes != counts else "")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -50,6 +50,7 @@ def model_card(
     trained_part: str | None = None,
     resumed: list[dict] | None = None,
     prompts: list[str] | None = None,
+    tokenizer_psnr: float | None = None,
 ) -> str:
     """
     A model card in the Hub's format, from what a run knows about itself.
@@ -64,6 +65,7 @@ def model_card(
         trained_part (`str`, *optional*): What alone was trained.
         resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
         prompts (`list[str]`, *optional*): The texts that the pictures were drawn from, one by one.
+        tokenizer_psnr (`float`, *optional*): Of training images that come back of their tokens, in dB.
 
     Returns:
         `str`: Markdown with a YAML header.
@@ -97,6 +99,11 @@ def model_card(
         "## Training data\n",
         f"{description.strip()}\n\n{len(images.train):,} training images{validation}{classes}. Licence of the weights:"
         f" {settings.license or 'not stated'}.\n",
+        *(
+            []
+            if tokenizer_psnr is None
+            else [f"Training images come back of their tokens at {tokenizer_psnr:.1f} dB PSNR.\n"]
+        ),
         "## Training\n",
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, srdd {__version__}, seed {settings.seed},"
         f" {settings.max_train_steps:,} steps of {settings.train_batch_size} images per process{trained}. The weights"

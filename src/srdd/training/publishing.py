@@ -129,6 +129,7 @@ def finish_pipeline(
     trained_part: str | None = None,
     resumed: list[dict] | None = None,
     prompts: list[str] | None = None,
+    tokenizer_psnr: float | None = None,
 ) -> None:
     """
     Save a trained pipeline with its card in `output_dir`, and upload it if asked to.
@@ -142,6 +143,7 @@ def finish_pipeline(
         trained_part (`str`, *optional*): What alone was trained, "decoder" if not the transformer.
         resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
         prompts (`list[str]`, *optional*): The texts of the last pictures, one by one.
+        tokenizer_psnr (`float`, *optional*): Of training images that come back of their tokens, in dB.
 
     Raises:
         ValueError: If weights are not finite, before anything is saved.
@@ -156,7 +158,7 @@ def finish_pipeline(
         told.append(f"guidance_scale={pipe.default_guidance_scale if guidance_scale is None else guidance_scale}")
     snippet = PIPELINE_SNIPPET.replace("{pipeline}", type(pipe).__name__).replace("{told}", ", ".join(told))
     picture = "reconstruction" if trained_part == "decoder" else "samples"
-    _publish(settings, images, models, snippet, picture, trained_part, resumed, prompts)
+    _publish(settings, images, models, snippet, picture, trained_part, resumed, prompts, tokenizer_psnr)
 
 
 def _cast(model: ModelMixin, dtype: str) -> None:
@@ -173,6 +175,7 @@ def _publish(
     trained_part: str | None,
     resumed: list[dict] | None,
     prompts: list[str] | None = None,
+    tokenizer_psnr: float | None = None,
 ) -> None:
     folder = Path(settings.output_dir)
     for name in SAVED_CONFIGS:
@@ -185,7 +188,7 @@ def _publish(
 
     def write_card(repository: str) -> None:
         code = snippet.replace("{name}", repository)
-        text = model_card(settings, images, models, code, picture, log, trained_part, resumed, prompts)
+        text = model_card(settings, images, models, code, picture, log, trained_part, resumed, prompts, tokenizer_psnr)
         # The card comes last and at once: a folder with a card is finished.
         partial = folder / "README.partial"
         partial.write_text(text, encoding="utf-8")
