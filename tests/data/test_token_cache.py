@@ -185,7 +185,8 @@ CHANGES = {
     "weights": {"vqvae": lambda: other_weights(tiny_vqvae())},
     "half the precision": {"vqvae": lambda: tiny_vqvae().to(torch.bfloat16)},
     "configuration": {"vqvae": lambda: tiny_vqvae(normalize_codes=True)},
-    "scales": {"scale_sizes": [[1, 1], [4, 4]]},
+    "scales": {"schedules": [[[1, 1], [4, 4]]]},
+    "more scales": {"schedules": [[[1, 1], [2, 2], [4, 4]], [[1, 1], [4, 4]]]},
     "flips": {"random_flip": True},
     "crops": {"random_crops": 1},
 }

@@ -8,9 +8,11 @@ from accelerate import Accelerator
 from tiny_models import tiny_vqvae
 from training.launching import make_image_folder
 
+from srdd import ScaleScheduler
 from srdd.data.images import LabelledImages, image_to_tensor, load_labelled_images
 from srdd.evaluation.paired_metrics import peak_signal_to_noise
 from srdd.training.settings import PixelSettings, TrainingSettings, TransformerSettings, share
+from srdd.training.trained_schedules import TrainedSchedules
 from srdd.training.training_data import LOW_PSNR, NUM_DECODED, load_pixels, load_tokens, make_loader
 
 
@@ -62,11 +64,13 @@ def images(tmp_path_factory) -> LabelledImages:
     return load_labelled_images(train_data_dir=str(root / "images"), cache_dir=str(root / "datasets"))
 
 
-def tokenise(images: LabelledImages, folder, vqvae=None, scale_sizes=None, **options) -> float:
+def tokenise(images: LabelledImages, folder, vqvae=None, **options) -> float:
     """The PSNR that comes with the tokens."""
     vqvae = vqvae or tiny_vqvae()
     settings = TransformerSettings(output_dir=str(folder), **options)
-    return load_tokens(settings, Accelerator(), vqvae, images, scale_sizes or vqvae.config.scale_sizes)[2]
+    scheduler = ScaleScheduler(scale_sizes=vqvae.config.scale_sizes)
+    schedules = TrainedSchedules.from_settings(settings, scheduler)
+    return load_tokens(settings, Accelerator(), vqvae, images, schedules)[2]
 
 
 def test_the_psnr_is_that_of_pictures_spread_over_the_data(images, tmp_path, capsys):
@@ -85,7 +89,9 @@ def test_the_psnr_is_that_of_pictures_spread_over_the_data(images, tmp_path, cap
     assert tokenise(images, tmp_path, vqvae) == psnr
     assert tokenise(images, tmp_path, vqvae, random_flip=True) == psnr
     assert tokenise(images, tmp_path, vqvae, random_crops=2) != psnr
-    assert tokenise(images, tmp_path, vqvae, [[1, 1], [4, 4]]) != psnr
+    # The first of several schedules is what the pipeline draws over.
+    assert tokenise(images, tmp_path, vqvae, schedules=[[1, 4], [1, 2, 4]]) != psnr
+    assert tokenise(images, tmp_path, vqvae, schedules=[[1, 2, 4], [1, 4]]) == psnr
 
 
 def test_few_pictures_are_all_decoded(images, tmp_path, capsys):

@@ -118,7 +118,7 @@ class MultiScaleQuantizer(nn.Module):
                 token_ids = (F.normalize(flat, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=1)
             else:
                 # |x - c|^2 without |x|^2, which is the same for every code.
-                token_ids = torch.addmm(table.square().sum(dim=1), flat, table.T, alpha=-2).argmin(dim=1)
+                token_ids = torch.addmm(table.square().sum(dim=1), flat, table.T, alpha=-2).min(dim=1).indices
         return token_ids.view(features.shape[0], *features.shape[-2:])
 
     def quantize(self, latents: torch.Tensor, scale_sizes: Sequence[Sequence[int]]) -> torch.LongTensor:
