@@ -7,6 +7,7 @@ from tiny_models import tiny_latent_diffusion, tiny_pipeline, tiny_scheduler
 from srdd.evaluation.ablation_report import ablation_markdown, mean_and_interval, save_sweep
 from srdd.evaluation.ablations import read_tables
 from srdd.evaluation.measurements import Measurements
+from srdd.scales import default_scale_sizes
 
 
 ROW = {"model": "SDD"}
@@ -51,6 +52,9 @@ def test_a_sweep_makes_a_row_of_each_curve_and_value(tmp_path):
         ({"rows": {"plain": {"model": "SDD", "guidance": 2}}}, "The row 'plain' of 't' must have"),
         ({"rows": {"plain": {"model": "SDD", "variant": "int9"}}}, "Variants must be named .* got 'int9'"),
         ({"sweep": {}}, "must have either 'rows' or 'sweep'"),
+        ({"rows": {"plain": {"model": ["a", "b"]}}, "seeds": [0]}, r"each of the 1 'seeds', got lists of \[2\]"),
+        ({"rows": {"plain": {"model": ["a"]}}, "kind": "editing"}, "where nothing is edited"),
+        ({"differences": [["plain", "fancy"]]}, r"'differences' of the table 't' must be pairs of"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path, changes, message):
@@ -97,15 +101,15 @@ def test_cells_that_tables_share_are_measured_once(tmp_path):
     assert measurements.measure(other_seed, measure)["frechet_distance"] == 5
 
 
-@pytest.mark.parametrize("name", ["ablations", "baselines", "editing"])
+@pytest.mark.parametrize("name", ["ablations", "editing"])
 def test_the_tables_of_the_project_can_be_measured(name):
     tables = read_tables(Path(__file__).parents[2] / "benchmarks" / f"{name}.json")
     assert tables
     for row in [row for table in tables for row in table.rows if row.model != "none"]:
-        if row.model.startswith(("LDM", "DiT")):
+        if row.models[0].startswith(("LDM", "DiT")):
             row.changes.pipeline(tiny_latent_diffusion())  # raises if a value is none, as the next line does
         else:
-            tiny_scheduler(scale_sizes=[1, 2, 3, 4, 5, 6, 8], **row.changes.scheduler)
+            tiny_scheduler(scale_sizes=default_scale_sizes(16), **row.changes.scheduler)
 
 
 def test_intervals_are_students_over_seeds_and_the_bootstraps_for_one():
@@ -117,6 +121,26 @@ def test_intervals_are_students_over_seeds_and_the_bootstraps_for_one():
     one = {"seed 0": {"frechet_distance": 3.0, "frechet_distance_interval": [2.0, 5.0]}}
     assert mean_and_interval(one, "frechet_distance") == (3.0, (2.0, 5.0))
     assert mean_and_interval({"all": {"bits": 3.0}}, "bits") == (3.0, None)
+
+
+def test_rows_of_several_trainings_have_one_model_for_each_seed(tmp_path):
+    fields = {"name": "t", "title": "A", "seeds": [3, 5], "differences": [["new", "old"]]}
+    rows = {"old": {"model": ["a0", "a1"]}, "new": {"model": ["b0", "b1"]}, "third": {"model": "c"}}
+    drawn, scored = (read(tmp_path, {**fields, "kind": kind, "rows": rows})[0] for kind in ("samples", "likelihood"))
+    for table in (drawn, scored):
+        assert table.columns == ["seed 3", "seed 5"]
+        models = [[table.cell(row, column)["model"] for column in table.columns] for row in table.rows]
+        assert models == [["a0", "a1"], ["b0", "b1"], ["c", "c"]]
+    # The cell of a row that names this model alone.
+    (alone,) = read(tmp_path, {**fields, "differences": [], "kind": "samples", "rows": {"x": {"model": "b1"}}})
+    assert drawn.cell(drawn.rows[1], "seed 5") == alone.cell(alone.rows[0], "seed 5")
+    results = {
+        name: {column: {"all": value} for column, value in zip(drawn.columns, values)}
+        for name, values in (("old", (4.0, 5.0)), ("new", (3.0, 3.6)), ("third", (1.0, 1.0)))
+    }
+    lines = ablation_markdown(scored, results).splitlines()
+    # -1.0 and -1.4: scipy.stats.t.interval(0.95, 1, loc=-1.2, scale=0.2) is (-3.7412, 1.3412)
+    assert lines[-2:] == ["| third | 1.00 (1.00–1.00) |", "| new − old | -1.20 (-3.74 to 1.34) |"]
 
 
 def test_tables_and_curves_are_written(tmp_path):

@@ -16,6 +16,7 @@ def test_rows_of_another_length_are_refused():
 def test_ranges_stand_behind_their_value():
     assert with_range(2.0, (1.5, 2.25), 1) == "2.0 (1.5–2.2)"
     assert with_range(0.9104, None, 3) == "0.910"
+    assert with_range(-0.1, (-0.4, 0.2), 1) == "-0.1 (-0.4 to 0.2)"
     # Round by round 2, 4 and 1.
     assert speed_ratio([2.0, 4.0, 6.0], [1.0, 1.0, 6.0]) == "2.00 (1.00–4.00)"
 

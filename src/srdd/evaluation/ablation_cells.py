@@ -71,7 +71,7 @@ class AblationCells:
             "likelihood": self.likelihood,
             "signal_to_noise": self.signal_to_noise,
         }
-        return measures[table.kind](table, row, column)
+        return measures[table.kind](table, table.row_of(row, column), column)
 
     @torch.no_grad()
     def features_of(self, images: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ class AblationCells:
         first held-out images.
         """
         if table.kind == "samples":
-            return [self.examples(row, count) for row in table.rows]
+            return [self.examples(table.row_of(row, table.columns[0]), count) for row in table.rows]
         shown = slice(0, 2)
         return [
             torch.stack(

@@ -28,6 +28,9 @@ METRICS = {
     },
 }
 
+# Metrics of which tables show the interval: the first, whatever the kind.
+WITH_INTERVAL = ("frechet_distance", "all")
+
 # Student's t for 95 %, by the number of values less one.
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
@@ -70,6 +73,7 @@ def ablation_markdown(table: AblationTable, results: Results) -> str:
             for metric, (name, digits) in METRICS["editing"].items()
         ]
         return "\n".join([title, *tables])
+    results = {**results, **_differences(table, results)}
     first = next(iter(next(iter(results.values())).values()))
     metrics = METRICS.get(table.kind, {name: (name, 2) for name in first})
     lines = []
@@ -80,10 +84,25 @@ def ablation_markdown(table: AblationTable, results: Results) -> str:
                 texts.append("")  # real images take no time to draw
                 continue
             mean, interval = mean_and_interval(columns, metric)
-            texts.append(with_range(mean, interval if metric == "frechet_distance" else None, digits))
+            texts.append(with_range(mean, interval if metric in WITH_INTERVAL else None, digits))
         lines.append((_with_sizes(row, first), *texts))
     header = [table.kind.replace("_", " "), *(name for name, _ in metrics.values())]
     return "\n".join([title, markdown_table(header, lines)])
+
+
+def _differences(table: AblationTable, results: Results) -> Results:
+    """Rows of differences between two rows, seed by seed."""
+    return {
+        f"{more} − {less}": {
+            column: {
+                metric: value - results[less][column][metric]
+                for metric, value in metrics.items()
+                if isinstance(value, float)
+            }
+            for column, metrics in results[more].items()
+        }
+        for more, less in table.differences
+    }
 
 
 def _with_sizes(row: str, metrics: dict[str, Any]) -> str:

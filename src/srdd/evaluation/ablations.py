@@ -26,7 +26,9 @@ class AblationRow:
 
     Args:
         name (`str`): Its name in the table.
-        model (`str`): Which model; `"none"` in editing tables draws nothing ([`~srdd.evaluation.editing_tasks.fill`]).
+        model (`str` or `list[str]`): Which model; `"none"` in editing tables draws nothing
+            ([`~srdd.evaluation.editing_tasks.fill`]). Models that were trained alike but for their seeds, one for each
+            seed of the table, make one row.
         variant (`str`, defaults to `""`): Of its pipeline ([`~srdd.evaluation.pipeline_variants.variant_of`]).
         guidance_scale (`float`, *optional*): As in [`SRDDPipeline`]; the variant's by default.
         scheduler (`dict`): Values that replace those of the variant's scheduler; of latent diffusion
@@ -35,11 +37,16 @@ class AblationRow:
     """
 
     name: str
-    model: str
+    model: str | list[str]
     variant: str = ""
     guidance_scale: float | None = None
     scheduler: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models."""
+        return [self.model] if isinstance(self.model, str) else self.model
 
     @property
     def changes(self) -> PipelineVariant:
@@ -64,6 +71,8 @@ class AblationTable:
         seeds (`list[int]`): Seeds of what is drawn; one for the kinds that draw nothing.
         tasks (`list[str]`): Of editing tables, a part of `srdd.evaluation.editing_tasks.EDITING_TASKS`.
         axis (`str`, *optional*): The setting that a sweep varies; its rows are then drawn as a curve too.
+        differences (`list[list[str]]`): Pairs of rows, to show how much more the first has than the second, seed by
+            seed.
     """
 
     name: str
@@ -74,17 +83,24 @@ class AblationTable:
     seeds: list[int]
     tasks: list[str]
     axis: str | None = None
+    differences: list[list[str]] = field(default_factory=list)
 
     @property
     def columns(self) -> list[str]:
-        """Seeds of drawn images, tasks of edited ones, one column for what is not drawn."""
-        if self.kind == "samples":
+        """Seeds of drawn images and of trainings, tasks of edited images, one column for what has no seed."""
+        if self.kind == "samples" or any(isinstance(row.model, list) for row in self.rows):
             return [f"seed {seed}" for seed in self.seeds]
         return self.tasks if self.kind == "editing" else ["all"]
 
+    def row_of(self, row: AblationRow, column: str) -> AblationRow:
+        """A row with the one model that it has in a column."""
+        if isinstance(row.model, str):
+            return row
+        return replace(row, model=row.model[self.columns.index(column)])
+
     def cell(self, row: AblationRow, column: str) -> dict[str, Any]:
         """All that the numbers of a cell depend on, beside data and models: no names of tables and rows."""
-        settings = asdict(row)
+        settings = asdict(self.row_of(row, column))
         del settings["name"]
         return {"kind": self.kind, "num_images": self.num_images, "column": column, **settings}
 
@@ -139,7 +155,7 @@ def load_pipelines(
             asks for what it has not.
     """
     folders = dict(model.partition("=")[::2] for model in models)
-    wanted = {row.model for table in tables for row in table.rows} - {NO_MODEL}
+    wanted = {model for table in tables for row in table.rows for model in row.models} - {NO_MODEL}
     if not wanted or wanted - set(folders):
         raise ValueError(f"`model` must say where {sorted(wanted)} lie, as NAME=FOLDER, got {list(models)}.")
     pipelines = {name: load_drawing_pipeline(folders[name], dtype=torch.float32).to(device) for name in sorted(wanted)}
@@ -147,13 +163,13 @@ def load_pipelines(
     if len(sizes) > 1:
         raise ValueError(f"`model` must name models of one image size, got {sizes}.")
     for table in tables:
-        for row in table.rows:
-            if isinstance(pipelines.get(row.model), LatentDiffusionPipeline):
-                row.changes.pipeline(pipelines[row.model])  # raises where it has none such
+        for row, model in [(row, model) for row in table.rows for model in row.models]:
+            if isinstance(pipelines.get(model), LatentDiffusionPipeline):
+                row.changes.pipeline(pipelines[model])  # raises where it has none such
                 if table.kind != "samples":
                     raise ValueError(
                         f"'kind' of the table {table.name!r} must be 'samples' for latent diffusion, got"
-                        f" {table.kind!r} with the model {row.model!r}."
+                        f" {table.kind!r} with the model {model!r}."
                     )
     return pipelines
 
@@ -181,10 +197,26 @@ def _read_table(fields: dict[str, Any]) -> AblationTable:
     table = AblationTable(**{**fields, "rows": rows})
     if table.kind not in TABLE_KINDS:
         raise ValueError(f"'kind' of the table {name!r} must be one of {TABLE_KINDS}, got {table.kind!r}.")
+    _check_seeds(table)
     unknown = sorted(set(table.tasks) - set(EDITING_TASKS))
     if unknown:
         raise ValueError(f"'tasks' of the table {name!r} must be among {EDITING_TASKS}, got {unknown}.")
     return table
+
+
+def _check_seeds(table: AblationTable) -> None:
+    """Refuse rows of several models that do not fit the seeds, and differences of rows that are not there."""
+    counts = sorted({len(row.model) for row in table.rows if isinstance(row.model, list)} - {len(table.seeds)})
+    if counts or (table.kind == "editing" and any(isinstance(row.model, list) for row in table.rows)):
+        raise ValueError(
+            f"'model' in rows of the table {table.name!r} must be one name, or, where nothing is edited, one for each"
+            f" of the {len(table.seeds)} 'seeds', got lists of {counts or [len(table.seeds)]}."
+        )
+    names = [row.name for row in table.rows]
+    if any(len(pair) != 2 or set(pair) - set(names) for pair in table.differences):
+        raise ValueError(
+            f"'differences' of the table {table.name!r} must be pairs of {names}, got {table.differences}."
+        )
 
 
 def _check_fields(what: str, fields: dict, required: set[str], allowed: set[str]) -> None:

@@ -33,8 +33,12 @@ def _line(cells: Sequence[Any]) -> str:
 
 
 def with_range(value: float, ends: Sequence[float] | None, digits: int) -> str:
-    """A value and, in parentheses, both ends of its range or interval, if there is one: `"2.01 (1.98–2.03)"`."""
-    shown = "" if ends is None else f" ({ends[0]:.{digits}f}–{ends[1]:.{digits}f})"
+    """
+    A value and, in parentheses, both ends of its range or interval, if there is one: `"2.01 (1.98–2.03)"`,
+    `"0.1 (-0.2 to 0.4)"`.
+    """
+    to = " to " if ends is not None and min(ends) < 0 else "–"
+    shown = "" if ends is None else f" ({ends[0]:.{digits}f}{to}{ends[1]:.{digits}f})"
     return f"{value:.{digits}f}{shown}"
 
 
