@@ -12,7 +12,7 @@ from PIL import Image
 from srdd.data.images import LabelledImages, image_to_tensor
 from srdd.data.picture_folders import FolderReader
 from srdd.evaluation.latent_diffusion import DrawingPipeline
-from srdd.evaluation.npz_images import NpzImages, choose
+from srdd.evaluation.npz_images import ChosenPictures, NpzImages
 from srdd.models.saved_weights import weights_hash
 
 
@@ -124,7 +124,7 @@ class DataSetImages:
         return torch.stack([_to_bytes(image, self.resolution) for image in images])
 
 
-class FolderImages:
+class FolderImages(ChosenPictures):
     """
     Square pictures of one size in a folder and its subfolders, by name. What is a picture is decided as in training
     ([`~srdd.data.picture_folders.FolderReader`]); what is left out is warned of.
@@ -148,38 +148,27 @@ class FolderImages:
     ):
         self.folder, self.argument = Path(folder), argument
         reader = FolderReader(folder, argument)
-        self.paths = sorted(reader.pictures_below(reader.root), key=lambda path: path.with_suffix("").parts)
-        if not self.paths:
+        paths = sorted(reader.pictures_below(reader.root), key=lambda path: path.with_suffix("").parts)
+        if not paths:
             raise reader.no_pictures()
         reader.report()
-        self._take(*choose(self.paths, count))
+        self._choose(paths, count)
         self.resolution = resolution
-        self.resolution = self._read(self.paths[0]).shape[-1]
-
-    def _take(self, paths: list[Path], rest: list[Path]) -> None:
-        self.paths, self._rest, self.count = paths, rest, len(paths)
+        self.resolution = self._read(self.chosen[0]).shape[-1]
 
     @property
     def key(self) -> dict[str, Any]:
         """What the pixels depend on."""
-        return {"files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths]}
-
-    def others(self, count: int) -> "FolderImages | None":
-        """Pictures of the folder that are not among these, at most `count`; `None` if there are no more."""
-        if not self._rest:
-            return None
-        others = copy.copy(self)
-        others._take(*choose(self._rest, count))
-        return others
+        return {"files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.chosen]}
 
     def names(self) -> list[str]:
         """Names of the pictures, without their ending."""
         root = self.folder.absolute()
-        return [path.relative_to(root).with_suffix("").as_posix() for path in self.paths]
+        return [path.relative_to(root).with_suffix("").as_posix() for path in self.chosen]
 
     def read(self, indices: range) -> torch.Tensor:
         """uint8 images of shape `(len(indices), 3, resolution, resolution)`."""
-        return torch.stack([self._read(self.paths[index]) for index in indices])
+        return torch.stack([self._read(self.chosen[index]) for index in indices])
 
     def _read(self, path: Path) -> torch.Tensor:
         try:

@@ -59,7 +59,27 @@ def save_npz(path: str | Path, batches: Iterable[torch.Tensor], count: int) -> N
         partial.unlink(missing_ok=True)
 
 
-class NpzImages:
+class ChosenPictures:
+    """Some of the pictures that lie somewhere, by name or by number, and the rest of them."""
+
+    def _choose(self, pictures: list, count: int | None) -> None:
+        """Take at most `count` of them, a choice that is always the same, in their order."""
+        count = len(pictures) if count is None else min(count, len(pictures))
+        kept = set(random.Random(0).sample(range(len(pictures)), count))
+        self.chosen = [picture for index, picture in enumerate(pictures) if index in kept]
+        self._rest = [picture for index, picture in enumerate(pictures) if index not in kept]
+        self.count = count
+
+    def others(self, count: int) -> "ChosenPictures | None":
+        """Pictures that are not among these, at most `count`; `None` if there are no more."""
+        if not self._rest:
+            return None
+        others = copy.copy(self)
+        others._choose(self._rest, count)
+        return others
+
+
+class NpzImages(ChosenPictures):
     """
     Square pictures in an `.npz`: its array `arr_0`, uint8 of shape `(num_images, side, side, 3)`. They are read one by
     one; where the file is compressed, one after the other is quickest.
@@ -103,16 +123,13 @@ class NpzImages:
             )
         self._first_byte, self._shape = self._pixels.tell(), shape[1:]
         self.resolution = shape[1]
-        self._take(*choose(list(range(shape[0])), count))
-
-    def _take(self, indices: list[int], rest: list[int]) -> None:
-        self.indices, self._rest, self.count = indices, rest, len(indices)
+        self._choose(list(range(shape[0])), count)
 
     @property
     def key(self) -> dict[str, Any]:
         """What the pixels depend on."""
         stat = self.path.stat()
-        return {"npz": [str(self.path), stat.st_size, stat.st_mtime_ns], "indices": self.indices}
+        return {"npz": [str(self.path), stat.st_size, stat.st_mtime_ns], "indices": self.chosen}
 
     @property
     def inception_statistics(self) -> FeatureStatistics | None:
@@ -132,17 +149,9 @@ class NpzImages:
         except (*READ_ERRORS, TypeError) as error:
             raise self._unreadable(error) from error
 
-    def others(self, count: int) -> "NpzImages | None":
-        """Pictures of the file that are not among these, at most `count`; `None` if there are no more."""
-        if not self._rest:
-            return None
-        others = copy.copy(self)
-        others._take(*choose(self._rest, count))
-        return others
-
     def read(self, indices: range) -> torch.Tensor:
         """uint8 images of shape `(len(indices), 3, resolution, resolution)`."""
-        return torch.stack([self._read(self.indices[index]) for index in indices])
+        return torch.stack([self._read(self.chosen[index]) for index in indices])
 
     def _read(self, index: int) -> torch.Tensor:
         num_bytes = math.prod(self._shape)
@@ -158,13 +167,3 @@ class NpzImages:
             f"`{self.argument}` must be an npz that can be read, got {str(self.path)!r} ({type(error).__name__}:"
             f" {error})."
         )
-
-
-def choose(items: list, count: int | None) -> tuple[list, list]:
-    """At most `count` of the items, a choice that is always the same, and the others; both in their order."""
-    if count is None or count >= len(items):
-        return items, []
-    kept = set(random.Random(0).sample(range(len(items)), count))
-    return [item for index, item in enumerate(items) if index in kept], [
-        item for index, item in enumerate(items) if index not in kept
-    ]
