@@ -72,7 +72,9 @@ class SRDDSettings(TransformerSettings):
     drop_path_rate: float = flag(0.0)
     lora_rank: int | None = flag(help="Train a LoRA of this rank on the pretrained transformer.")
     lora_alpha: int | None = flag(help="Default: the rank.")
-    learning_rate: float | None = flag(help="Default: 1e-3 for a new transformer, 1e-4 for a pretrained one.")
+    learning_rate: float | None = flag(
+        help="Default: 1e-3 for a new transformer, 1e-4 for a pretrained one and, as VAR's, with `--scale_lr`."
+    )
     caption_column: str = flag("text", "Column of the texts, or their key in `metadata.jsonl`.")
     proportion_empty_prompts: float = flag(0.1, "Share of texts replaced by the empty one.", type=probability)
     validation_prompts: list[str] | None = flag(
@@ -82,7 +84,7 @@ class SRDDSettings(TransformerSettings):
     def __post_init__(self):
         super().__post_init__()
         if self.learning_rate is None:
-            self.learning_rate = 1e-4 if self.pretrained_model_name_or_path else 1e-3
+            self.learning_rate = 1e-4 if self.pretrained_model_name_or_path or self.scale_lr else 1e-3
 
 
 def parse_args(arguments: list[str] | None = None) -> SRDDSettings:

@@ -122,6 +122,15 @@ def test_a_tokenizer_is_needed(capsys):
     assert "--pretrained_vqvae_name_or_path" in capsys.readouterr().err
 
 
+def test_the_learning_rate_follows_from_what_is_trained():
+    words = ["--output_dir", "out", "--pretrained_vqvae_name_or_path", "x"]
+    of_pretrained = ["--pretrained_model_name_or_path", "y"]
+    assert SCRIPT.parse_args(words).learning_rate == 1e-3
+    assert SCRIPT.parse_args([*words, *of_pretrained]).learning_rate == 1e-4
+    assert SCRIPT.parse_args([*words, "--scale_lr"]).learning_rate == 1e-4  # VAR's, for 256 images
+    assert SCRIPT.parse_args([*words, *of_pretrained, "--learning_rate", "0"]).learning_rate == 0
+
+
 def test_the_model_is_built_from_the_arguments_and_the_tokenizer():
     vqvae = tiny_vqvae()
     args = parse(
