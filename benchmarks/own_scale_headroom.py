@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from measuring import device_name, write_results
 from tqdm.auto import tqdm
 
@@ -29,6 +28,8 @@ from srdd.data.images import load_labelled_images, validation_images
 from srdd.data.token_cache import TokenDataset, cached_tokens
 from srdd.evaluation.tables import markdown_table
 from srdd.scales import num_tokens_per_scale
+from srdd.training.optimizer import make_optimizer, parameter_groups
+from srdd.training.settings import OptimizationSettings
 
 
 STEPS_BETWEEN_SAVES = 250
@@ -74,10 +75,9 @@ class Probe:
             num_classes=num_classes,
             shared_adaln=True,
         ).to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.05
-        )
-        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, 60, args.max_train_steps)
+        settings = OptimizationSettings(learning_rate=args.learning_rate, max_train_steps=args.max_train_steps)
+        parameters = parameter_groups(self.model, settings.adam_weight_decay)
+        self.optimizer, self.schedule = make_optimizer(settings, parameters, device=self.device)
 
     def hide(self, shares: torch.Tensor, generator: torch.Generator | None = None) -> torch.BoolTensor:
         """Which tokens are hidden `(B, N)`, when a share of each image's tokens, `(B,)`, is shown."""
