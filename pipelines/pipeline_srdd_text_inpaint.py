@@ -36,7 +36,7 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
         prompt_attention_mask: torch.BoolTensor | None = None,
         negative_prompt_attention_mask: torch.BoolTensor | None = None,
         paste_known: bool = True,
-        feather: int = 2,
+        feather: int = 4,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["SRDDTextInpaintPipeline", int, int, dict], dict] | None = None,
@@ -61,7 +61,7 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
                 result.
             paste_known (`bool`, defaults to `True`): Lay the known pixels over the result, so that they come back
                 exactly; `False` gives the plain decoding.
-            feather (`int`, defaults to 2): Pixels over which the result fades in inside a hard mask.
+            feather (`int`, defaults to 4): Pixels over which the result fades in inside a hard mask.
             output_type (`str`, defaults to `"pil"`): "pil", "np", "pt" (both in [0, 1], all of the image's size) or
                 "latent".
 
@@ -94,7 +94,7 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.BoolTensor | None = None,
         negative_prompt_attention_mask: torch.BoolTensor | None = None,
-        feather: int = 2,
+        feather: int = 4,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> SRDDPipelineOutput | tuple:
