@@ -109,6 +109,8 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
         feather: int = 4,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[["SRDDInpaintPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> SRDDPipelineOutput | tuple:
         r"""
         Continue images beyond their borders.
@@ -127,6 +129,9 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
             feather (`int`, defaults to 4): As in the call.
             output_type (`str`, defaults to `"pil"`): "pil", "np" or "pt".
             return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*): As in [`SRDDPipeline`], for every window; ended early, what
+                is not drawn yet stays a smooth continuation.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`SRDDPipeline`].
 
         Returns:
             [`SRDDPipelineOutput`] or `(images, token_ids)`; the tokens are those of the window drawn last.
@@ -136,5 +141,6 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
                 does not fit.
         """
         encode = partial(self.encode_class_labels, class_labels)
-        options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict)
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
         return self.outpaint_with(encode, image, padding, feather, options)
