@@ -2,12 +2,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: sample test quality style clean
+.PHONY: sample demo space test quality style clean
 
 sample: $(VENV)/.sample
 	$(BIN)/python training_scripts/sample_srdd.py \
 		--pretrained_model_name_or_path model_cards/srdd-fruits64 --output sample.png
 	@echo "Wrote sample.png"
+
+demo: $(VENV)/.demo
+	$(BIN)/python demo/app.py
+
+space:
+	rm -rf build/space && mkdir -p build/space
+	cp -RL demo/. src/srdd model_cards/srdd-fruits64 build/space/
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -30,8 +37,12 @@ $(VENV)/.sample: $(BIN)/python setup.py constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
+$(VENV)/.demo: $(BIN)/python setup.py constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo]"
+	touch $@
+
 $(VENV)/.test: $(BIN)/python setup.py constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,test]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[train,test,demo]"
 	touch $@
 
 $(VENV)/.quality: $(BIN)/python setup.py constraints.txt

@@ -50,11 +50,14 @@ setup(
             "hypothesis>=6.100",
             "datasets>=3.0",
             "peft>=0.17",
+            "playwright>=1.50",
             "scikit-image>=0.22",
             "scipy>=1.11",
             "torchao>=0.18",
         ],
         "int8": ["torchao>=0.18"],
+        # Pinned: without, an older pip tries one version after the other, or takes one of years ago.
+        "demo": ["gradio==6.31.0"],
         # What diffusers' own tests import.
         "diffusers_suite": ["parameterized>=0.9", "requests-mock>=1.11"],
         "quality": ["ruff==0.17.6"],

@@ -164,7 +164,7 @@ class InpaintPipeline(ScalePipeline):
             return self.draw(conditions, **options.of_draw, known_tokens=known_tokens, progress_bar=progress_bar)
 
         with self.progress_bar(total=canvas.num_windows * self.num_timesteps) as progress_bar:
-            token_ids = canvas.fill(draw_window)
+            token_ids = canvas.fill(draw_window, lambda: self.interrupt)
             progress_bar.update(progress_bar.total - progress_bar.n)
         result = paste(pixels, mask, resize(canvas.drawn_pixels, full_size), feather)
         images = self.image_processor.postprocess(result, output_type=options.output_type)

@@ -48,7 +48,7 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         paste_known: bool = True,
-        feather: int = 2,
+        feather: int = 4,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["SRDDInpaintPipeline", int, int, dict], dict] | None = None,
@@ -79,7 +79,7 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
                 result.
             paste_known (`bool`, defaults to `True`): Lay the known pixels over the result, so that they come back
                 exactly; `False` gives the plain decoding.
-            feather (`int`, defaults to 2): Pixels over which the result fades in inside a hard mask.
+            feather (`int`, defaults to 4): Pixels over which the result fades in inside a hard mask.
             output_type (`str`, defaults to `"pil"`): "pil", "np", "pt" (both in [0, 1], all of the image's size) or
                 "latent".
             return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
@@ -106,9 +106,11 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        feather: int = 2,
+        feather: int = 4,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[["SRDDInpaintPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> SRDDPipelineOutput | tuple:
         r"""
         Continue images beyond their borders.
@@ -124,9 +126,12 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
             guidance_scale (`float`, *optional*): As in [`SRDDPipeline`].
             num_images_per_prompt (`int`, defaults to 1): Results for each pair of image and label.
             generator (`torch.Generator` or a list, *optional*): The only source of randomness.
-            feather (`int`, defaults to 2): As in the call.
+            feather (`int`, defaults to 4): As in the call.
             output_type (`str`, defaults to `"pil"`): "pil", "np" or "pt".
             return_dict (`bool`, defaults to `True`): Whether to return a [`SRDDPipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*): As in [`SRDDPipeline`], for every window; ended early, what
+                is not drawn yet stays a smooth continuation.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`SRDDPipeline`].
 
         Returns:
             [`SRDDPipelineOutput`] or `(images, token_ids)`; the tokens are those of the window drawn last.
@@ -136,5 +141,6 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
                 does not fit.
         """
         encode = partial(self.encode_class_labels, class_labels)
-        options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict)
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
         return self.outpaint_with(encode, image, padding, feather, options)

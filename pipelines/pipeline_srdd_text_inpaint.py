@@ -36,7 +36,7 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
         prompt_attention_mask: torch.BoolTensor | None = None,
         negative_prompt_attention_mask: torch.BoolTensor | None = None,
         paste_known: bool = True,
-        feather: int = 2,
+        feather: int = 4,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["SRDDTextInpaintPipeline", int, int, dict], dict] | None = None,
@@ -61,7 +61,7 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
                 result.
             paste_known (`bool`, defaults to `True`): Lay the known pixels over the result, so that they come back
                 exactly; `False` gives the plain decoding.
-            feather (`int`, defaults to 2): Pixels over which the result fades in inside a hard mask.
+            feather (`int`, defaults to 4): Pixels over which the result fades in inside a hard mask.
             output_type (`str`, defaults to `"pil"`): "pil", "np", "pt" (both in [0, 1], all of the image's size) or
                 "latent".
 
@@ -94,9 +94,11 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
         negative_pooled_prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.BoolTensor | None = None,
         negative_prompt_attention_mask: torch.BoolTensor | None = None,
-        feather: int = 2,
+        feather: int = 4,
         output_type: str = "pil",
         return_dict: bool = True,
+        callback_on_step_end: Callable[["SRDDTextInpaintPipeline", int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> SRDDPipelineOutput | tuple:
         r"""
         Continue images beyond their borders, as [`SRDDInpaintPipeline.outpaint`] does. Arguments that are not listed
@@ -108,6 +110,8 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
             padding (`int` or `(int, int, int, int)`, *optional*): Pixels to add on all sides, or left, top, right and
                 bottom.
             output_type (`str`, defaults to `"pil"`): "pil", "np" or "pt".
+            callback_on_step_end (`Callable`, *optional*): As in [`SRDDPipeline`], for every window; ended early, what
+                is not drawn yet stays a smooth continuation.
 
         Returns:
             [`SRDDPipelineOutput`] or `(images, token_ids)`; the tokens are those of the window drawn last.
@@ -119,5 +123,6 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
         embeds = prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds
         masks = prompt_attention_mask, negative_prompt_attention_mask
         encode = partial(self.encode_conditions, prompt, negative_prompt, *embeds, *masks)
-        options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict)
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
         return self.outpaint_with(encode, image, padding, feather, options)

@@ -19,15 +19,15 @@ class WindowedCanvas:
         known_pixels (`torch.Tensor` of shape `(batch, 1, height, width)`): 1 where a pixel is known from the start.
         size (`(int, int)`): Height and width of a window; at most those of the images.
 
-    `pixels` is the canvas so far, `drawn_pixels` only what windows have drawn, and `known_pixels` is 1 where later
-    windows build on `pixels`.
+    `pixels` is the canvas so far, `drawn_pixels` what windows have drawn of it, given pixels included, and
+    `known_pixels` is 1 where later windows build on `pixels`.
     """
 
     def __init__(self, pixels: torch.Tensor, known_pixels: torch.Tensor, size: Sequence[int]):
         self.pixels = pixels.clone()
         self.known_pixels = known_pixels.clone()
         self.given_pixels = known_pixels.bool()
-        self.drawn_pixels = torch.zeros_like(pixels)
+        self.drawn_pixels = pixels.clone()
         self.size = tuple(size)
         ramps = [(torch.arange(side) + 0.5 - side / 2).abs().neg().add(side / 2) for side in self.size]
         self.fade = (ramps[0][:, None] * ramps[1]).to(pixels)  # (height, width), falls to the borders

@@ -4,7 +4,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from srdd import SRDDPipeline
+from srdd import SRDDInpaintPipeline, SRDDPipeline
 
 
 FOLDER = Path(__file__).parents[1] / "model_cards" / "srdd-fruits64"
@@ -35,6 +35,19 @@ def test_pictures_survive_the_tokenizer(pipe):
     drawn = pipe(["Apple 11", "Tomato 9"], generator=torch.Generator().manual_seed(0), output_type="pt").images
     again = pipe.vqvae.decode_tokens(pipe.vqvae.tokenize(drawn * 2 - 1)).sample.clamp(-1, 1) / 2 + 0.5
     assert (again - drawn).square().mean().sqrt() < 0.05
+
+
+def test_edges_of_what_is_drawn_anew_are_nearer_to_the_picture_than_without_feather(pipe):
+    inpaint, generator = SRDDInpaintPipeline.from_pipe(pipe), torch.Generator
+    picture = pipe("Apple Braeburn 1", generator=generator().manual_seed(0), output_type="pt").images
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:20], mask[..., 44:60, :] = 1, 1  # both cross the edge of the fruit
+    errors = []
+    for feather in (0, 2, 6):
+        options = {"feather": feather, "generator": generator().manual_seed(0), "output_type": "pt"}
+        edited = inpaint(picture, mask, "Apple Braeburn 1", **options).images
+        errors.append((edited - picture).square().mean().sqrt().item())
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_weights_are_small_and_the_card_names_source_and_licence():

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKING_PAGES = [
     *PAGES,
+    ROOT / "demo" / "README.md",
     ROOT / "training_scripts" / "README.md",
     *sorted((ROOT / "benchmarks").glob("*.md")),
     *sorted((ROOT / "model_cards").glob("*/README.md")),

@@ -350,3 +350,18 @@ def test_windows_share_one_progress_bar(capsys):
     shown = re.findall(r"<(\d+)/(\d+)>", capsys.readouterr().err)
     assert {total for _, total in shown} == {"48"}
     assert shown[-1] == ("48", "48")
+
+
+@each_family
+def test_outpainting_calls_back_and_can_be_stopped(family):
+    pipe, seen = family.pipeline("inpaint"), []
+
+    def stop(pipe, index, timestep, tensors):
+        seen.append(timestep)
+        pipe._interrupt = len(seen) == 4  # in the second window
+        return tensors
+
+    options = {"image": random_image(), "padding": 6, "generator": seeded(0)[0], **family.told(1)}
+    pictures = pipe.outpaint(callback_on_step_end=stop, **options).images
+    assert seen == [2, 1, 0, 2]
+    assert pictures[0].size == (20, 20)

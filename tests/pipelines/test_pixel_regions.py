@@ -18,6 +18,20 @@ def test_pasted_pixels_are_exact_and_hard_masks_fade_in():
     assert torch.equal(paste(pixels, wide, drawn, feather=2)[..., 5:], drawn[..., 5:])
 
 
+@pytest.mark.parametrize("feather", [1, 2, 6])
+def test_an_object_that_ends_at_a_mask_leaves_no_pale_stripe(feather):
+    pixels = torch.ones(1, 3, 32, 32)
+    pixels[..., 8:24, 8:24] = -0.8  # dark on white
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 16:] = 1
+    drawn = pixels - 0.1  # what a decoder gets wrong
+    error = (paste(pixels, mask, drawn, feather) - pixels).abs()
+    assert error.max() <= 0.1 + 1e-6
+    edge = error[..., 16].max().item()
+    assert edge <= 0.1 / (2 * feather + 1) + 1e-6
+    assert error.isclose(torch.tensor(0.1), atol=1e-6)[..., 16 + feather :].all()
+
+
 def test_soft_masks_blend_as_they_say():
     pixels, drawn = random_pixels(16, 16), random_pixels(16, 16, seed=9)
     mask = torch.linspace(0, 1, 16).expand(2, 1, 16, 16)

@@ -44,3 +44,13 @@ def test_windows_fade_into_each_other():
 def test_a_canvas_that_is_known_is_left_alone():
     canvas = WindowedCanvas(torch.zeros(1, 3, 8, 12), torch.ones(1, 1, 8, 12), (8, 8))
     assert canvas.fill(lambda window: pytest.fail("nothing is left to draw")) is None
+
+
+def test_where_nothing_is_to_be_drawn_the_drawn_pixels_are_the_given_ones():
+    pixels = torch.rand(1, 3, 8, 24, generator=torch.Generator().manual_seed(0))
+    known = torch.ones(1, 1, 8, 24)
+    known[..., 20:] = 0
+    canvas = WindowedCanvas(pixels, known, (8, 8))
+    canvas.fill(lambda window: (torch.zeros(1, 3, 8, 8), None))
+    assert torch.equal(canvas.drawn_pixels[..., :16], pixels[..., :16])
+    assert (canvas.drawn_pixels[..., 16:] == 0).all()
