@@ -28,7 +28,7 @@ FLOORS = (
     ("schedulers", "acceleration"),
     ("models",),
     ("pipelines", "data"),
-    ("evaluation",),
+    ("evaluation", "publish"),
     ("training", "theory", "conversion"),
     ("diffusers_registration.py",),
     ("__init__.py",),
