@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -29,6 +30,9 @@ from srdd.schedulers import ScaleScheduler
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# The package that a model's folder may carry (`srdd.publish`), by its name in `model_index.json`.
+CARRIED_CODE = re.compile(r"srdd_[0-9a-f]{8}")
 
 # Most images for a label, and the longest side of a canvas: beyond, memory ends before any picture is there.
 MAX_IMAGES, MAX_SIDE = 10_000, 16_384
@@ -146,6 +150,20 @@ class ScalePipeline(DiffusionPipeline):
                 f" `{cls.config_name}`."
             )
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "token_critic"}, **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """
+        As [`ConfigMixin`] has it. Where a folder carries its own code, the classes of this package stand in for those
+        of that code. It is private to diffusers; a test of folders with code pins it.
+        """
+        config, package = super()._dict_from_json_file(json_file), __name__.partition(".")[0]
+        for name, entry in config.items():
+            if name == "_class_name" and isinstance(entry, list):
+                config[name] = entry[1]
+            elif isinstance(entry, list) and entry and CARRIED_CODE.fullmatch(str(entry[0])):
+                config[name] = [package, *entry[1:]]
+        return config
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ScalePipeline":

@@ -49,7 +49,7 @@ def test_help_of_scripts(path, console, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
-@pytest.mark.parametrize("name", ["srdd.conversion", "srdd.theory"])
+@pytest.mark.parametrize("name", ["srdd.conversion", "srdd.publish", "srdd.theory"])
 def test_help_of_modules(name, console):
     module = importlib.import_module(f"{name}.__main__")
     with redirect_stdout(console), pytest.raises(SystemExit) as error:

@@ -24,11 +24,11 @@ SOURCES = sorted(
 # The floors of the house, from the ground up. A part imports itself and parts of the floors below it.
 FLOORS = (
     ("checks.py",),
-    ("scales.py", "pictures.py", "area_means.py", "console.py"),
+    ("scales.py", "pictures.py", "area_means.py", "console.py", "whole_folders.py"),
     ("schedulers", "acceleration"),
     ("models",),
     ("pipelines", "data"),
-    ("evaluation",),
+    ("evaluation", "publish"),
     ("training", "theory", "conversion"),
     ("diffusers_registration.py",),
     ("__init__.py",),

@@ -24,13 +24,13 @@ from srdd.training.light_decoder import light_tokenizer
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_pipeline, finish_tokenizer
-from srdd.training.settings import PixelSettings, flag, make_parser, parse_settings
+from srdd.training.settings import PipelineSettings, PixelSettings, flag, make_parser, parse_settings, refuse_given
 from srdd.training.training_data import load_images, load_pixels, make_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 
 
 @dataclass(kw_only=True)
-class DecoderSettings(PixelSettings):
+class DecoderSettings(PixelSettings, PipelineSettings):
     """The decoder and its losses."""
 
     teacher: str = flag(MISSING, "Folder or Hub id of a pipeline or of a tokenizer.")
@@ -73,6 +73,8 @@ def load_teacher(name: str) -> tuple[SRDDPipeline | None, MultiScaleVQModel]:
 def main(args: DecoderSettings) -> None:
     accelerator = make_accelerator(args)
     teacher_pipe, teacher = load_teacher(args.teacher)
+    if teacher_pipe is None:
+        refuse_given(args, ["with_code"], "with a `teacher` that is a tokenizer without a pipeline")
     teacher.requires_grad_(False).eval().to(accelerator.device)
     set_seed(args.seed)  # the new weights must be the same in every process
     model = light_tokenizer(

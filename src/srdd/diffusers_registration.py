@@ -12,9 +12,12 @@ METHODS = ["save_pretrained", "from_pretrained"]
 
 
 def register(class_names: list[str]) -> None:
-    """Make `model_index.json` say `["srdd", class_name]` for these public classes."""
+    """
+    Make `model_index.json` say `["srdd", class_name]` for these public classes. Code that a model's folder carries is
+    a package of another name.
+    """
     entries = dict.fromkeys(class_names, METHODS)
-    pipeline_loading_utils.LOADABLE_CLASSES["srdd"] = entries
+    pipeline_loading_utils.LOADABLE_CLASSES[__name__.partition(".")[0]] = entries
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(entries)
 
 

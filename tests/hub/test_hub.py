@@ -1,14 +1,12 @@
 """Push to and pull from a Hub-shaped server on loopback, each in a process of its own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hub.fresh_process import run_python
 from hub.hub_server import HubServer, card_metadata
 from tiny_models import ID2LABEL, tiny_pipeline, tiny_scheduler
 from tiny_texts import tiny_text_pipeline
@@ -34,15 +32,6 @@ MODEL_INDEX = {
     "transformer": ["srdd", "ScaleTransformer2DModel"],
     "vqvae": ["srdd", "MultiScaleVQModel"],
 }
-
-
-def run_python(hub: HubServer, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """Run Python in a new process with an empty Hub cache; `folder` is its working directory."""
-    folder.mkdir()
-    environment = {**os.environ, **hub.environment(folder / "hf-home")}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 @pytest.fixture(scope="module")

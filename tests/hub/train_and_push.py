@@ -44,7 +44,7 @@ def main(token: str) -> None:
     )  # fmt: skip
     tiny_text_pipeline().save_pretrained(root / "base")
     caption_folders(images, "cold", "warm")
-    train_texts(images, root / "base", root / "captions", *push, "--lora_rank", 2)
+    train_texts(images, root / "base", root / "captions", *push, "--lora_rank", 2, "--with_code")
     results = {
         "published": {name: draw(f"me/{name}") for name in ("fruit", "student")},
         "local": {name: draw(root / name) for name in ("run", "student")},

@@ -300,6 +300,19 @@ def test_a_teacher_must_be_a_pipeline_or_a_tokenizer(trained, tmp_path):
             SCRIPT.load_teacher(str(name))
 
 
+def test_a_tokenizer_has_no_code_to_draw_with(trained, run):
+    with pytest.raises(ValueError, match="`with_code` must be left out with a `teacher` that is a tokenizer"):
+        run("tokenizer with code", "--with_code", teacher=trained / "tokenizer")
+    assert not (run.root / "tokenizer with code" / "train_log.jsonl").exists()
+
+
+def test_a_pipeline_carries_its_code_where_it_was_asked_to(run):
+    folder = run("with code", "--with_code")
+    names = {path.name for path in (folder / "vqvae").glob("*.py")}
+    assert [f"{path.name}.py" for path in folder.glob("srdd_*")] == [*names]
+    assert draw(SRDDPipeline.from_pretrained(folder), output_type="pt").images.isfinite().all()
+
+
 def test_sizes_that_do_not_fit_the_teacher_are_refused(run):
     with pytest.raises(ValueError, match=r"`decoder_block_out_channels` must be 2 positive integers.* got \[8\]"):
         run("one level", "--decoder_block_out_channels", "8")

@@ -1,6 +1,4 @@
 import argparse
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -10,6 +8,7 @@ from srdd.conversion.converted_card import converted_card
 from srdd.conversion.families import FAMILIES
 from srdd.conversion.official_checkpoints import Converted, convert
 from srdd.models import ATTENTION_PATTERNS
+from srdd.whole_folders import is_free, whole_folder
 
 
 # Bounds what older versions of safetensors copy while they write.
@@ -27,14 +26,9 @@ OPTIONS = {
 
 def save_whole(converted: Converted, folder: Path) -> None:
     """Write a folder whole or not at all; it must not exist yet, or be empty."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-        unfinished = Path(beside) / folder.name
+    with whole_folder(folder) as unfinished:
         converted.pipeline.save_pretrained(unfinished, max_shard_size=MAX_SHARD_SIZE)
         (unfinished / "README.md").write_text(converted_card(converted, folder.name), encoding="utf-8")
-        if folder.is_dir():
-            folder.rmdir()
-        os.replace(unfinished, folder)
 
 
 def as_options(message: str) -> str:
@@ -91,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     output = Path(args.output).resolve()
     try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not is_free(output):
             parser.error(f"`--output` must be a new or an empty folder, got {args.output}.")
         dtype = None if args.dtype is None else getattr(torch, args.dtype)
         options = args.attention_pattern, dtype, args.family, args.attention_windows, args.text_encoders

@@ -12,9 +12,10 @@ from srdd import MultiScaleVQModel, SRDDPipeline, SRDDTextPipeline
 from srdd.data.images import LabelledImages
 from srdd.evaluation.latent_diffusion import LatentDiffusionPipeline
 from srdd.models.saved_weights import check_finite_weights
+from srdd.publish import CarriedCode, add_code, card_with_code
 from srdd.training.model_card import draw_curve, model_card
 from srdd.training.output_lock import LOCK_FILE
-from srdd.training.settings import TrainingSettings
+from srdd.training.settings import PipelineSettings, TrainingSettings
 from srdd.training.training_run import CARD, LOSS_LOG
 
 
@@ -122,7 +123,7 @@ def finish_latent_diffusion(
 
 
 def finish_pipeline(
-    settings: TrainingSettings,
+    settings: PipelineSettings,
     pipe: SRDDPipeline | SRDDTextPipeline,
     images: LabelledImages,
     guidance_scale: float | None,
@@ -135,7 +136,7 @@ def finish_pipeline(
     Save a trained pipeline with its card in `output_dir`, and upload it if asked to.
 
     Args:
-        settings ([`TrainingSettings`]): What the script was told.
+        settings ([`PipelineSettings`]): What the script was told.
         pipe ([`SRDDPipeline`] or [`SRDDTextPipeline`]): The pipeline, with all its components.
         images ([`LabelledImages`]): What it was trained on.
         guidance_scale (`float`, *optional*): Of the card's example, where classes or texts are guided to; the
@@ -153,12 +154,13 @@ def finish_pipeline(
         _cast(model, settings.save_dtype)
         check_finite_weights(model, f"the trained {name} as {settings.save_dtype}")
     pipe.save_pretrained(settings.output_dir)
+    code = add_code(settings.output_dir) if settings.with_code else None
     told = [repr(prompts[0])] if prompts else [repr(pipe.id2label[0])] if pipe.id2label else []
     if told and not pipe.transformer.config.guidance_distilled:
         told.append(f"guidance_scale={pipe.default_guidance_scale if guidance_scale is None else guidance_scale}")
     snippet = PIPELINE_SNIPPET.replace("{pipeline}", type(pipe).__name__).replace("{told}", ", ".join(told))
     picture = "reconstruction" if trained_part == "decoder" else "samples"
-    _publish(settings, images, models, snippet, picture, trained_part, resumed, prompts, tokenizer_psnr)
+    _publish(settings, images, models, snippet, picture, trained_part, resumed, prompts, tokenizer_psnr, code)
 
 
 def _cast(model: ModelMixin, dtype: str) -> None:
@@ -176,6 +178,7 @@ def _publish(
     resumed: list[dict] | None,
     prompts: list[str] | None = None,
     tokenizer_psnr: float | None = None,
+    carried_code: CarriedCode | None = None,
 ) -> None:
     folder = Path(settings.output_dir)
     for name in SAVED_CONFIGS:
@@ -189,6 +192,8 @@ def _publish(
     def write_card(repository: str) -> None:
         code = snippet.replace("{name}", repository)
         text = model_card(settings, images, models, code, picture, log, trained_part, resumed, prompts, tokenizer_psnr)
+        if carried_code is not None:
+            text = card_with_code(text, repository, carried_code)
         # The card comes last and at once: a folder with a card is finished.
         partial = folder / "README.partial"
         partial.write_text(text, encoding="utf-8")

@@ -28,7 +28,7 @@ MAY_CHANGE = {
     *("gradient_checkpointing", "attention_backend", "usage_warning"),
     *("checkpointing_steps", "checkpoints_total_limit", "logging_steps", "validation_steps", "num_validation_images"),
     *("validation_guidance_scale", "validation_prompts", "report_to", "save_dtype", "data_description", "license"),
-    *("push_to_hub", "hub_model_id"),
+    *("push_to_hub", "hub_model_id", "with_code"),
 }
 
 # Where things lie on this machine, and what is nobody's business. Checkpoints do not hold these.
@@ -256,6 +256,15 @@ class TrainingSettings(TrainingDataSettings, OptimizationSettings, OutputSetting
 
 
 @dataclass(kw_only=True)
+class PipelineSettings(TrainingSettings):
+    """The finished pipeline."""
+
+    with_code: bool = flag(
+        False, "Put the code that draws into the finished folder: it, and what is uploaded, draws without srdd, too."
+    )
+
+
+@dataclass(kw_only=True)
 class PixelLossSettings:
     """What distances between pictures weigh."""
 
@@ -295,7 +304,7 @@ class TokenLossSettings:
 
 
 @dataclass(kw_only=True)
-class TransformerSettings(TrainingSettings, TokenSettings, TokenLossSettings):
+class TransformerSettings(PipelineSettings, TokenSettings, TokenLossSettings):
     """What training and distilling a transformer have in common."""
 
     schedules: list[list[int]] | None = flag(
