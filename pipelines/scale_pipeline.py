@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
 from srdd.acceleration import CudaGraphs
 from srdd.checks import check_dtype, shown
@@ -111,6 +112,10 @@ class ScalePipeline(DiffusionPipeline):
         scheduler ([`ScaleScheduler`]): The scale schedule.
     """
 
+    vqvae: MultiScaleVQModel
+    transformer: ScaleTransformer
+    scheduler: ScaleScheduler
+
     model_cpu_offload_seq = "transformer"
     _exclude_from_cpu_offload = ["vqvae"]  # it is needed after every scale, so it stays on the device
     _callback_tensor_inputs = list(TENSOR_INPUTS)
@@ -148,9 +153,10 @@ class ScalePipeline(DiffusionPipeline):
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "token_critic"}, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ScalePipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """
-        As [`DiffusionPipeline`] has it.
+        The pipeline that a folder holds, or a repository of the Hub, as [`DiffusionPipeline`] has it: with `dtype`,
+        `variant`, `revision` and `token`, or components by name that take the place of saved ones.
 
         Raises:
             ValueError: If a file is none of a saved pipeline, or weights are not whole and sound.
@@ -160,7 +166,7 @@ class ScalePipeline(DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "ScalePipeline":
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """
         A pipeline of another one's components. They are shared and keep their dtypes (diffusers casts them all to
         float32), as the progress bar and CUDA graphs keep their settings.
@@ -218,7 +224,7 @@ class ScalePipeline(DiffusionPipeline):
         self._cuda_graphs.is_enabled = False
         self._cuda_graphs.clear()
 
-    def to(self, *args: Any, **kwargs: Any) -> "ScalePipeline":
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """As [`DiffusionPipeline`] has it. Recorded graphs are forgotten."""
         self._cuda_graphs.clear()
         return super().to(*args, **kwargs)
@@ -464,6 +470,8 @@ class ClassPipeline(ScalePipeline):
         scheduler ([`ScaleScheduler`]): The scale schedule.
     """
 
+    transformer: ScaleTransformer2DModel | ScaleHistoryTransformer2DModel
+
     _told_by = "`class_labels`", "labels"
 
     @classmethod
@@ -491,7 +499,7 @@ class ClassPipeline(ScalePipeline):
         """Number of classes that can be drawn."""
         return self.transformer.config.num_classes
 
-    def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
+    def get_label_ids(self, label: int | str | Sequence[int | str]) -> list[int]:
         """
         Class ids of labels given by name or id, mixed as one likes.
 
