@@ -2,17 +2,20 @@
 
 import copy
 import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from math import isfinite
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
@@ -205,6 +208,20 @@ class ScalePipeline(DiffusionPipeline):
             if isinstance(component, torch.nn.Module) and not getattr(component, "is_quantized", False):
                 component.to(dtype)
         return made
+
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> str:
+        """
+        As `PushToHubMixin` has it. Of the folder that the pipeline was loaded from, the card goes along, and the files
+        that it names, but where the repository has a card. It is private to diffusers; a test of the Hub pins it.
+        """
+        source = Path(self.name_or_path or "", "README.md")
+        if self.name_or_path and source.is_file() and not source.parent.samefile(working_dir):
+            if not HfApi(token=kwargs.get("token")).file_exists(repo_id, "README.md"):
+                card = source.read_text(encoding="utf-8")
+                for path in source.parent.iterdir():
+                    if path.is_file() and (path == source or path.name in card):
+                        shutil.copyfile(path, Path(working_dir, path.name))
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     def enable_cuda_graphs(self) -> None:
         """
