@@ -23,12 +23,12 @@ from srdd import MultiScaleVQModel
 from srdd.data.images import picture_grid, training_transform
 from srdd.evaluation.features import EfficientNetLite0Features
 from srdd.evaluation.reconstruction import evaluate_reconstruction
-from srdd.training.settings import DataSettings, add_arguments, from_args
+from srdd.training.settings import DataSettings, HelpWithDefaults, add_arguments, from_args
 from srdd.training.training_data import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--pretrained_vqvae_name_or_path", required=True, help="Folder or Hub id of the tokenizer.")
     parser.add_argument("--teacher_vqvae_name_or_path", help="A tokenizer with the same tokens and another decoder.")
     add_arguments(parser, DataSettings)
