@@ -34,8 +34,7 @@ def draw_curve(log: list[dict], path: Path) -> None:
         other = axes.twinx()
         other.set_ylabel("PSNR on validation images, dB")
         other.plot(*zip(*quality), color="tab:red", marker=".", label="PSNR")
-        other.legend(loc="center right")
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside upper center", ncols=3)  # inside it hides points
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
