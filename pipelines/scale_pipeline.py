@@ -206,7 +206,9 @@ class ScalePipeline(DiffusionPipeline):
         made._cuda_graphs = copy.copy(getattr(pipeline, "_cuda_graphs", made._cuda_graphs))  # without any recordings
         for component in made.components.values() if dtype is not None else ():
             if isinstance(component, torch.nn.Module) and not getattr(component, "is_quantized", False):
-                component.to(dtype)
+                # diffusers' own warns of modules that should stay in float32, even if there are none.
+                warns = getattr(component, "_keep_in_fp32_modules", None)
+                (type(component).to if warns else torch.nn.Module.to)(component, dtype)
         return made
 
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> str:
