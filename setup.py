@@ -33,6 +33,7 @@ setup(
         "torchmetrics>=1.4",
         "numpy>=1.26",
         "pillow>=10.0",
+        "typing-extensions>=4.10",
     ],
     extras_require={
         "train": [
@@ -54,6 +55,7 @@ setup(
             "scikit-image>=0.22",
             "scipy>=1.11",
             "torchao>=0.18",
+            "pyright[nodejs]>=1.1.400",
         ],
         "int8": ["torchao>=0.18"],
         # Pinned: without, an older pip tries one version after the other, or takes one of years ago.

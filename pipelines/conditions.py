@@ -1,5 +1,6 @@
 """What the transformer is told of the images to draw: conditions of labels, by their ids, and of encoded texts."""
 
+import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -198,8 +199,16 @@ def _names_to_ids(labels: list, id2label: Mapping[int | str, str]) -> list:
             listed = ", ".join(names[:10]) + (f" … ({len(names)} in all)" if len(names) > 10 else "")
             raise ValueError(
                 f"`class_labels` must be names of classes ({listed or 'none'}) or ids, got {shown(label)}."
+                f"{_nearest(label, [*whole, *synonyms])}"
             )
         if len(named) > 1:
             raise ValueError(f"`class_labels` must name one class each, but {label!r} names the classes {named}.")
         ids += named
     return ids
+
+
+def _nearest(label: str, names: Iterable[str]) -> str:
+    """A sentence with the name that a label may have been meant for, if there is one; empty if there is none."""
+    by_letters = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(label[:100].lower(), by_letters, n=1)
+    return f" Did you mean {by_letters[near[0]]!r}?" if near else ""

@@ -1,9 +1,9 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from srdd.pipelines import scale_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
-from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput, draws
 
 
 class SRDDPipeline(scale_pipeline.ClassPipeline):
@@ -30,10 +30,11 @@ class SRDDPipeline(scale_pipeline.ClassPipeline):
     ```
     """
 
+    @draws
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.LongTensor | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,

@@ -1,11 +1,11 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from srdd.pictures import Pictures
 from srdd.pipelines import inpaint_pipeline, scale_pipeline  # by module: a `custom_pipeline` file may hold one only
-from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput, draws
 from srdd.pipelines.scale_pipeline import CallOptions
 
 
@@ -36,12 +36,13 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
     ```
     """
 
+    @draws
     @torch.no_grad()
     def __call__(
         self,
         image: Pictures,
         mask_image: Pictures,
-        class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.LongTensor | None = None,
         strength: float = 1.0,
         padding_mask_crop: int | None = None,
         guidance_scale: float | None = None,
@@ -97,12 +98,13 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
         encode = partial(self.encode_class_labels, class_labels)
         return self.inpaint_with(encode, image, mask_image, strength, padding_mask_crop, paste_known, feather, options)
 
+    @draws
     @torch.no_grad()
     def outpaint(
         self,
         image: Pictures,
         padding: int | tuple[int, int, int, int],
-        class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.LongTensor | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,

@@ -1,11 +1,11 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from srdd.pictures import Pictures
 from srdd.pipelines import scale_pipeline, super_resolution_pipeline  # by module: a `custom_pipeline` file holds one
-from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput, draws
 from srdd.pipelines.scale_pipeline import CallOptions
 
 
@@ -32,12 +32,13 @@ class SRDDSuperResolutionPipeline(super_resolution_pipeline.SuperResolutionPipel
     ```
     """
 
+    @draws
     @torch.no_grad()
     def __call__(
         self,
         image: Pictures,
         scale_factor: int = 4,
-        class_labels: int | str | list[int | str] | torch.LongTensor | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.LongTensor | None = None,
         num_known_scales: int | None = None,
         consistent: bool = True,
         guidance_scale: float | None = None,

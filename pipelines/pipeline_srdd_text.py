@@ -3,7 +3,7 @@ from collections.abc import Callable
 import torch
 
 from srdd.pipelines import text_pipeline  # by module: as a `custom_pipeline` this file may hold one pipeline only
-from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput, draws
 
 
 class SRDDTextPipeline(text_pipeline.TextPipeline):
@@ -21,6 +21,7 @@ class SRDDTextPipeline(text_pipeline.TextPipeline):
         tokenizer_2 (`CLIPTokenizer`, *optional*): The second encoder's tokenizer, which says what is padding.
     """
 
+    @draws
     @torch.no_grad()
     def __call__(
         self,

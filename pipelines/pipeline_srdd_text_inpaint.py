@@ -5,7 +5,7 @@ import torch
 
 from srdd.pictures import Pictures
 from srdd.pipelines import inpaint_pipeline, text_pipeline  # by module: a `custom_pipeline` file may hold one only
-from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput, draws
 from srdd.pipelines.scale_pipeline import CallOptions
 
 
@@ -17,6 +17,7 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
     pixels reaches the result.
     """
 
+    @draws
     @torch.no_grad()
     def __call__(
         self,
@@ -78,6 +79,7 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
         options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
         return self.inpaint_with(encode, image, mask_image, strength, padding_mask_crop, paste_known, feather, options)
 
+    @draws
     @torch.no_grad()
     def outpaint(
         self,

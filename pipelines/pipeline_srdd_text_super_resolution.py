@@ -5,7 +5,7 @@ import torch
 
 from srdd.pictures import Pictures
 from srdd.pipelines import super_resolution_pipeline, text_pipeline  # by module: a `custom_pipeline` file holds one
-from srdd.pipelines.pipeline_output import SRDDPipelineOutput
+from srdd.pipelines.pipeline_output import SRDDPipelineOutput, draws
 from srdd.pipelines.scale_pipeline import CallOptions
 
 
@@ -17,6 +17,7 @@ class SRDDTextSuperResolutionPipeline(super_resolution_pipeline.SuperResolutionP
     It works as [`SRDDSuperResolutionPipeline`] does, with the components of [`SRDDTextPipeline`].
     """
 
+    @draws
     @torch.no_grad()
     def __call__(
         self,

@@ -2,19 +2,21 @@
 
 import copy
 import os
-import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from math import isfinite
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from huggingface_hub import HfApi
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
 from srdd.acceleration import CudaGraphs
 from srdd.checks import check_dtype, shown
@@ -24,15 +26,13 @@ from srdd.pictures import Pictures, read_pictures
 from srdd.pipelines.callbacks import TENSOR_INPUTS, StepEnd, callback_tensor_inputs
 from srdd.pipelines.conditions import Conditions, class_conditions, label_ids
 from srdd.pipelines.guided_transformer import Guidance
+from srdd.pipelines.model_folders import CARD, copy_card, without_carried_code
 from srdd.pipelines.recorded_sampling import sample_recorded
 from srdd.pipelines.scale_sampling import KnownTokens, SamplingInputs, sample_scales
 from srdd.schedulers import ScaleScheduler
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-# The package that a model's folder may carry (`srdd.publish`), by its name in `model_index.json`.
-CARRIED_CODE = re.compile(r"srdd_[0-9a-f]{8}")
 
 # Most images for a label, and the longest side of a canvas: beyond, memory ends before any picture is there.
 MAX_IMAGES, MAX_SIDE = 10_000, 16_384
@@ -115,6 +115,10 @@ class ScalePipeline(DiffusionPipeline):
         scheduler ([`ScaleScheduler`]): The scale schedule.
     """
 
+    vqvae: MultiScaleVQModel
+    transformer: ScaleTransformer
+    scheduler: ScaleScheduler
+
     model_cpu_offload_seq = "transformer"
     _exclude_from_cpu_offload = ["vqvae"]  # it is needed after every scale, so it stays on the device
     _callback_tensor_inputs = list(TENSOR_INPUTS)
@@ -157,18 +161,13 @@ class ScalePipeline(DiffusionPipeline):
         As [`ConfigMixin`] has it. Where a folder carries its own code, the classes of this package stand in for those
         of that code. It is private to diffusers; a test of folders with code pins it.
         """
-        config, package = super()._dict_from_json_file(json_file), __name__.partition(".")[0]
-        for name, entry in config.items():
-            if name == "_class_name" and isinstance(entry, list):
-                config[name] = entry[1]
-            elif isinstance(entry, list) and entry and CARRIED_CODE.fullmatch(str(entry[0])):
-                config[name] = [package, *entry[1:]]
-        return config
+        return without_carried_code(super()._dict_from_json_file(json_file), __name__.partition(".")[0])
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ScalePipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """
-        As [`DiffusionPipeline`] has it.
+        The pipeline that a folder holds, or a repository of the Hub, as [`DiffusionPipeline`] has it: with `dtype`,
+        `variant`, `revision` and `token`, or components by name that take the place of saved ones.
 
         Raises:
             ValueError: If a file is none of a saved pipeline, or weights are not whole and sound.
@@ -178,7 +177,7 @@ class ScalePipeline(DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "ScalePipeline":
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """
         A pipeline of another one's components. They are shared and keep their dtypes (diffusers casts them all to
         float32), as the progress bar and CUDA graphs keep their settings.
@@ -215,8 +214,21 @@ class ScalePipeline(DiffusionPipeline):
         made._cuda_graphs = copy.copy(getattr(pipeline, "_cuda_graphs", made._cuda_graphs))  # without any recordings
         for component in made.components.values() if dtype is not None else ():
             if isinstance(component, torch.nn.Module) and not getattr(component, "is_quantized", False):
-                component.to(dtype)
+                # diffusers' own warns of modules that should stay in float32, even if there are none.
+                warns = getattr(component, "_keep_in_fp32_modules", None)
+                (type(component).to if warns else torch.nn.Module.to)(component, dtype)
         return made
+
+    def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> str:
+        """
+        As `PushToHubMixin` has it. Of the folder that the pipeline was loaded from, the card goes along, and the files
+        that it names, but where the repository has a card. It is private to diffusers; a test of the Hub pins it.
+        """
+        source, working_dir = Path(self.name_or_path or "."), Path(working_dir)
+        if self.name_or_path and (source / CARD).is_file() and not source.samefile(working_dir):
+            if not HfApi(token=kwargs.get("token")).file_exists(repo_id, CARD):
+                copy_card(source, working_dir)
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     def enable_cuda_graphs(self) -> None:
         """
@@ -236,7 +248,7 @@ class ScalePipeline(DiffusionPipeline):
         self._cuda_graphs.is_enabled = False
         self._cuda_graphs.clear()
 
-    def to(self, *args: Any, **kwargs: Any) -> "ScalePipeline":
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """As [`DiffusionPipeline`] has it. Recorded graphs are forgotten."""
         self._cuda_graphs.clear()
         return super().to(*args, **kwargs)
@@ -482,6 +494,8 @@ class ClassPipeline(ScalePipeline):
         scheduler ([`ScaleScheduler`]): The scale schedule.
     """
 
+    transformer: ScaleTransformer2DModel | ScaleHistoryTransformer2DModel
+
     _told_by = "`class_labels`", "labels"
 
     @classmethod
@@ -509,7 +523,7 @@ class ClassPipeline(ScalePipeline):
         """Number of classes that can be drawn."""
         return self.transformer.config.num_classes
 
-    def get_label_ids(self, label: int | str | list[int | str]) -> list[int]:
+    def get_label_ids(self, label: int | str | Sequence[int | str]) -> list[int]:
         """
         Class ids of labels given by name or id, mixed as one likes.
 

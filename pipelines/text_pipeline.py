@@ -21,6 +21,8 @@ class TextPipeline(ScalePipeline):
     Base of the pipelines that draw from texts. Its components are those of [`SRDDTextPipeline`].
     """
 
+    transformer: ScaleTextTransformer2DModel
+
     _told_by = "`prompt` or `prompt_embeds`", "texts"
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer"
     _usual_guidance_scale = 7.0  # Switti's

@@ -1,13 +1,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput, logging
+from typing_extensions import Self
 
 from srdd.area_means import area_means
 from srdd.checks import check_choice, check_int, check_number, described, shown
@@ -101,6 +102,14 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
     init_noise_sigma = 1.0
+
+    config: Any  # diffusers says a dict, of which type checkers know no attributes
+    if TYPE_CHECKING:  # and that these two give tuples, as they do with `return_unused_kwargs`
+
+        @classmethod
+        def from_config(cls, config: Any = None, **kwargs: Any) -> Self: ...
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: Any = None, **kwargs: Any) -> Self: ...
 
     @register_to_config
     def __init__(

@@ -27,12 +27,12 @@ from srdd.evaluation.ablations import load_pipelines, read_tables
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages
 from srdd.evaluation.measurements import Measurements
-from srdd.training.settings import DataSettings, add_arguments, from_args
+from srdd.training.settings import DataSettings, HelpWithDefaults, add_arguments, from_args
 from srdd.training.training_data import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--config", required=True, help="JSON file of the tables.")
     parser.add_argument(
         "--model",

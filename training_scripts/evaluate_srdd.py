@@ -39,7 +39,7 @@ from srdd.evaluation.real_images import other_real_images
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, report_tables
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_POLICIES
 from srdd.training.accelerator import check_processes
-from srdd.training.settings import DataSettings, add_arguments, from_args, int_list, positive_int
+from srdd.training.settings import DataSettings, HelpWithDefaults, add_arguments, from_args, int_list, positive_int
 from srdd.training.training_data import load_images
 
 
@@ -64,7 +64,7 @@ SCHEDULER_OPTIONS = {
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     samples = parser.add_argument_group("samples")
     samples.add_argument(
         "--pretrained_model_name_or_path", help="Folder or Hub id of a pipeline, or of what train_baseline.py makes."
@@ -87,7 +87,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     reference = parser.add_argument_group("reference")
     reference.add_argument("--split", choices=["train", "validation"], default="validation")
     reference.add_argument("--reference_dir", help="Folder or .npz of square pictures, instead of a data set.")
-    reference.add_argument("--num_reference_images", type=positive_int, default=10_000, help="At most; 10000.")
+    reference.add_argument("--num_reference_images", type=positive_int, default=10_000, help="At most.")
     metrics = parser.add_argument_group("metrics")
     metrics.add_argument(
         "--features",

@@ -19,17 +19,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from srdd import MultiScaleVQModel
 from srdd.data.images import picture_grid, training_transform
 from srdd.evaluation.features import EfficientNetLite0Features
 from srdd.evaluation.reconstruction import evaluate_reconstruction
-from srdd.training.settings import DataSettings, add_arguments, from_args
+from srdd.training.pretrained import load_tokenizer
+from srdd.training.settings import DataSettings, HelpWithDefaults, add_arguments, from_args
 from srdd.training.training_data import load_images
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_vqvae_name_or_path", required=True, help="Folder or Hub id of the tokenizer.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
+    parser.add_argument("--pretrained_vqvae_name_or_path", required=True, help="Folder or Hub id, or a pipeline's.")
     parser.add_argument("--teacher_vqvae_name_or_path", help="A tokenizer with the same tokens and another decoder.")
     add_arguments(parser, DataSettings)
     parser.add_argument("--split", choices=["train", "validation"], default="validation")
@@ -44,10 +44,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path).to(args.device)
+    vqvae = load_tokenizer("pretrained_vqvae_name_or_path", args.pretrained_vqvae_name_or_path).to(args.device)
     teacher = None
     if args.teacher_vqvae_name_or_path:
-        teacher = MultiScaleVQModel.from_pretrained(args.teacher_vqvae_name_or_path).to(args.device)
+        teacher = load_tokenizer("teacher_vqvae_name_or_path", args.teacher_vqvae_name_or_path).to(args.device)
     images = load_images(from_args(args, DataSettings), None)
     split = images.train if args.split == "train" else images.validation
     if split is None:

@@ -12,10 +12,11 @@ from PIL import Image
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.evaluation.figures import labelled_grid
+from srdd.training.settings import HelpWithDefaults
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of a pipeline.")
     parser.add_argument("--scheduler", help="Folder or Hub id of another scheduler, for example a preset.")
     parser.add_argument("--class_labels", nargs="*", help="Names or ids; default: eight classes spread over all.")

@@ -38,6 +38,7 @@ from srdd.training.condition_dropout import drop_conditions
 from srdd.training.graceful_end import ends_gracefully
 from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
+from srdd.training.pretrained import load_tokenizer, warn_of_other_tokens
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings, probability, refuse_given
 from srdd.training.token_loss import token_loss
@@ -59,7 +60,7 @@ ONLY_TEXTS = ("caption_column", "proportion_empty_prompts", "validation_prompts"
 class SRDDSettings(TransformerSettings):
     """The transformer. Starting from one, its own sizes hold."""
 
-    pretrained_vqvae_name_or_path: str | None = flag(help="Folder or Hub id of the tokenizer.")
+    pretrained_vqvae_name_or_path: str | None = flag(help="Folder or Hub id of the tokenizer or of a pipeline.")
     pretrained_model_name_or_path: str | None = flag(
         help="Start from this transformer, or from a pipeline that draws from texts, whose tokenizer is the default."
     )
@@ -122,7 +123,7 @@ def load_text_pipeline(args: SRDDSettings) -> SRDDTextPipeline:
     """The pipeline to start from."""
     name, components = args.pretrained_model_name_or_path, {}
     if args.pretrained_vqvae_name_or_path:
-        components["vqvae"] = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
+        components["vqvae"] = load_tokenizer("pretrained_vqvae_name_or_path", args.pretrained_vqvae_name_or_path)
     if args.attention_pattern:
         components["transformer"] = ScaleTextTransformer2DModel.from_pretrained(
             name, subfolder="transformer", attention_pattern=args.attention_pattern
@@ -139,7 +140,7 @@ def load_text_pipeline(args: SRDDSettings) -> SRDDTextPipeline:
 
 def make_class_pipeline(args: SRDDSettings, id2label: dict) -> SRDDPipeline:
     """A pipeline for the classes of the data, new or with the transformer to start from."""
-    vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
+    vqvae = load_tokenizer("pretrained_vqvae_name_or_path", args.pretrained_vqvae_name_or_path)
     model = build_model(args, vqvae, id2label)
     return SRDDPipeline(vqvae, model, ScaleScheduler(scale_sizes=vqvae.config.scale_sizes))
 
@@ -271,6 +272,8 @@ def main(args: SRDDSettings) -> None:
             run.add_batch(losses)
             continue
         run.finish_step(losses)
+        if run.step == 1 and args.pretrained_model_name_or_path:
+            warn_of_other_tokens(losses["loss"].item(), vqvae.config.codebook_size)
         if run.is_due(args.validation_steps):
             run.copy_averages_to(averaged)
             if accelerator.is_main_process:

@@ -8,6 +8,7 @@ Train a multi-scale tokenizer (`MultiScaleVQModel`) on images.
 The finished model, with averaged (EMA) weights, lies in `output_dir`; `MultiScaleVQModel.from_pretrained` loads it.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +108,9 @@ class TokenizerSettings(PixelSettings, ModelSettings, LossSettings, CodebookSett
 
 def parse_args(arguments: list[str] | None = None) -> TokenizerSettings:
     parser = make_parser(__doc__, TokenizerSettings)
-    parser.set_defaults(**PRESETS[parser.parse_known_args(arguments)[0].preset])
+    preset = argparse.ArgumentParser(add_help=False)  # of its own: `--help` shows what follows from it
+    preset.add_argument("--preset", default=ModelSettings.preset, choices=PRESETS)
+    parser.set_defaults(**PRESETS[preset.parse_known_args(arguments)[0].preset])
     args = parse_settings(parser, TokenizerSettings, arguments)
     if args.train_decoder_only and not args.pretrained_model_name_or_path:
         parser.error("`--train_decoder_only` needs `--pretrained_model_name_or_path`.")

@@ -31,7 +31,10 @@ MODELS = {
     "texts": tiny_text_pipeline,
 }
 # What a process needs in which srdd is not installed.
-THIRD_PARTIES = {"PIL", "diffusers", "numpy", "safetensors", "torch", "tqdm", "transformers"}
+THIRD_PARTIES = {
+    *("PIL", "diffusers", "huggingface_hub", "numpy", "safetensors", "torch", "tqdm", "transformers"),
+    "typing_extensions",
+}
 NOT_FOR_DRAWING = ("conversion", "data", "evaluation", "publish", "theory", "training")
 
 CARD = "---\nlicense: cc0-1.0\n---\n\n# Tiny\n\nA card.\n"

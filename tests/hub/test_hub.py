@@ -97,6 +97,18 @@ def test_pushed_files(hub):
     assert large == {path for path in files if path.endswith(".safetensors")}
 
 
+def test_a_loaded_pipeline_takes_its_card_along_and_the_files_that_it_names(hub):
+    card = hub.read("me/loaded", "README.md").decode()
+    assert card_metadata(card) == yaml.safe_load(CARD.split("---")[1])
+    # No code goes along, and nothing that is said of it.
+    assert "A card that was written by hand.\n\n![Pears](pears.png)\n\n## Limits\n\nPears.\n" in card
+    _, files = hub.files("me/loaded")
+    assert "pears.png" in files
+    assert "pears-000001.png" not in files
+    assert "pears.png" not in hub.files("me/carded")[1]
+    assert "pears.png" not in hub.read("me/carded", "README.md").decode()
+
+
 def test_push_keeps_a_model_card(hub):
     card = hub.read("me/tiny", "README.md").decode()
     assert card_metadata(card) == yaml.safe_load(CARD.split("---")[1])

@@ -664,6 +664,14 @@ def test_class_names_survive_json():
     assert make_transformer(id2label=model.config.id2label).id2label == names
 
 
+def test_class_names_stand_in_the_order_of_their_ids(tmp_path):
+    names = {index: f"class {index}" for index in range(12)}
+    make_transformer(num_classes=12, id2label=names).save_pretrained(tmp_path)
+    loaded = ScaleTransformer2DModel.from_pretrained(tmp_path)
+    assert list(loaded.config.id2label)[:3] == ["0", "1", "10"]  # as JSON files are sorted
+    assert list(loaded.id2label.items()) == list(names.items())
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -34,7 +34,13 @@ def test_labels_by_id_and_by_name(labels, expected):
     ("labels", "message"),
     [
         ("crane", r"`class_labels` must name one class each, but 'crane' names the classes \[1, 2\]"),
-        ("Apple", r"`class_labels` must be names of classes \(apple, crane, bird, .*\) or ids, got 'Apple'"),
+        (
+            "Apple",
+            r"`class_labels` must be names of classes \(apple, crane, bird, .*\) or ids, got 'Apple'\. Did you mean"
+            r" 'apple'\?$",
+        ),
+        (["apple", "tomatoe"], r"got 'tomatoe'\. Did you mean 'tomato'\?$"),
+        ("pear tree", r"got 'pear tree'\.$"),
         ("", "`class_labels` must be names of classes .* got ''"),
         ("love", "`class_labels` must be names of classes .* got 'love'"),
         (4, r"`class_labels` must lie in \[0, 3\], got 4"),

@@ -1,5 +1,7 @@
 """What all pipelines share, for every kind of model: batches, precision and memory; and components that do not fit."""
 
+import logging
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -9,6 +11,7 @@ from families import POLICIES, TASKS, each_family, seeded
 from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer, tiny_vqvae
 from tiny_pictures import random_hole, random_image
 
+from srdd import SRDDPipeline
 from srdd.pipelines.scale_pipeline import check_components
 
 
@@ -139,3 +142,10 @@ def test_the_device_is_found_as_diffusers_finds_it(where):
     HOOKS[where](pipe)
     assert pipe._execution_device == DiffusionPipeline._execution_device.fget(pipe)
     assert (pipe._execution_device.type == "meta") == (where in ("on a model", "of groups"))
+
+
+def test_from_pipe_casts_without_a_warning_where_nothing_must_stay_in_float32(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    pipe = SRDDPipeline.from_pipe(tiny_pipeline(), dtype=torch.bfloat16)
+    assert pipe.transformer.dtype == pipe.vqvae.dtype == torch.bfloat16
+    assert not caplog.records

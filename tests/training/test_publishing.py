@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_pipeline, tiny_transformer, tiny_vqvae
-from training.tiny_runs import assert_same_weights, read_log, train_tokenizer, train_transformer
+from training.tiny_runs import assert_same_weights, load_script, read_log, train_tokenizer, train_transformer
 
 from srdd import MultiScaleVQModel, SRDDPipeline
 from srdd.data.images import LabelledImages, image_to_tensor, load_labelled_images
@@ -195,7 +195,8 @@ def make_settings(output_dir: Path, **options) -> TransformerSettings:
         "max_train_steps": 20,
         "train_batch_size": 8,
     }
-    return TransformerSettings(output_dir=str(output_dir), **{**defaults, **options})
+    kind = load_script("train_srdd").SRDDSettings
+    return kind(output_dir=str(output_dir), **{**defaults, **options})
 
 
 def some_images(num_validation: int | None = None, description: str = "") -> LabelledImages:
@@ -237,6 +238,29 @@ def test_data_are_described_by_the_user_or_by_the_data_set_or_by_their_name(tmp_
     assert "/home/me" not in card
     assert "`someone/fruit`" not in card
     assert "`fruit`" in finish(tmp_path / "4", train_data_dir=None, dataset_name="someone/fruit")
+
+
+def test_a_card_names_the_model_that_it_started_from_and_takes_its_licence(tmp_path):
+    base = tmp_path / "base"
+    (base / "transformer").mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: cc-by-sa-4.0\nbase_model: someone/first\n---\n# Base\n")
+    command = ["/home/me/train.py", "--train_data_dir", "/home/me/pictures", "--cache_dir=/home/me/cache"]
+    start = {"pretrained_model_name_or_path": str(base / "transformer"), "command": command}
+    card = finish(tmp_path / "run", license=None, **start)
+    assert metadata(tmp_path / "run")["license"] == "cc-by-sa-4.0"
+    assert metadata(tmp_path / "run")["base_model"] == "someone/first"
+    assert "Licence of the weights: cc-by-sa-4.0, that of the base model." in card
+    assert "accelerate launch train.py \\\n    --train_data_dir pictures \\\n    --cache_dir=cache\n" in card
+    assert str(tmp_path) not in card
+    card = finish(tmp_path / "own", license="cc0-1.0", **start)
+    assert metadata(tmp_path / "own")["license"] == "cc0-1.0"
+    assert "Licence of the weights: cc0-1.0." in card
+
+
+def test_a_base_of_the_hub_is_named_though_it_cannot_be_reached(tmp_path):
+    # No repository can have this name, so that nothing is asked of a network.
+    finish(tmp_path / "run", pretrained_model_name_or_path="some/lost/folder")
+    assert metadata(tmp_path / "run")["base_model"] == "some/lost/folder"
 
 
 def test_a_card_says_if_it_was_validated_on_training_images(tmp_path):

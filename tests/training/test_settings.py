@@ -1,9 +1,11 @@
 """Flags and defaults of a settings class are those of its fields."""
 
 import argparse
+import re
 from dataclasses import MISSING, dataclass
 
 import pytest
+from training.tiny_runs import SCRIPTS, load_script
 
 from srdd.training.settings import (
     DataSettings,
@@ -92,6 +94,27 @@ def test_help_has_a_group_for_each_class():
     assert text.index("\nFruit:\n") < text.index("\nWhere the images come from:\n") < text.index("\nOptimisation:\n")
     assert text.count("--learning_rate LEARNING_RATE\n") == 1
     assert "Of the fruit." in text
+
+
+def test_help_has_all_defaults():
+    text = " ".join(make_parser("About fruit.", FruitSettings).format_help().split())
+    assert "--count COUNT Default: 3. --price PRICE --colour {red,green} Default: red. --ripe" in text
+    assert "--train_batch_size TRAIN_BATCH_SIZE Images per process and step. Default: 32. --" in text
+    assert "--lr_warmup_steps LR_WARMUP_STEPS Default: a twentieth of `--max_train_steps`. --" in text
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_help_of_scripts_has_defaults(script, capsys):
+    with pytest.raises(SystemExit):
+        load_script(script).parse_args(["--help"])
+    assert re.search(r"--seed SEED [^-]*Default: 0\. ", " ".join(capsys.readouterr().out.split()))
+
+
+@pytest.mark.parametrize(("words", "size"), [([], 2048), (["--preset", "32px"], 1024)])
+def test_help_has_the_defaults_of_a_preset(words, size, capsys):
+    with pytest.raises(SystemExit):
+        load_script("train_tokenizer").parse_args([*words, "--help"])
+    assert f"--codebook_size CODEBOOK_SIZE Default: {size}." in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_group_can_be_read_by_itself():

@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn as nn
@@ -328,6 +328,10 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         """Decode in float32 again, with the very weights that there were."""
         dequantize_decoder(self.decoder)
 
+    @overload
+    def encode(self, sample: torch.Tensor, return_dict: Literal[True] = True) -> MultiScaleVQEncoderOutput: ...
+    @overload
+    def encode(self, sample: torch.Tensor, return_dict: bool) -> MultiScaleVQEncoderOutput | tuple: ...
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, return_dict: bool = True) -> MultiScaleVQEncoderOutput | tuple:
         """
@@ -348,6 +352,10 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         latents = self._encode(sample)
         return MultiScaleVQEncoderOutput(latents) if return_dict else (latents,)
 
+    @overload
+    def decode(self, latents: torch.Tensor, return_dict: Literal[True] = True) -> DecoderOutput: ...
+    @overload
+    def decode(self, latents: torch.Tensor, return_dict: bool) -> DecoderOutput | tuple: ...
     @apply_forward_hook
     def decode(self, latents: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple:
         """
@@ -522,6 +530,14 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
             packed += [area_means(state, size).flatten(2) for state, size in zip(states, scale_sizes[1:])]
         return torch.cat(packed, dim=2).transpose(1, 2)  # (B, N, C)
 
+    @overload
+    def decode_tokens(
+        self, token_ids: torch.LongTensor, scale_sizes: ScaleSizes | None = None, return_dict: Literal[True] = True
+    ) -> DecoderOutput: ...
+    @overload
+    def decode_tokens(
+        self, token_ids: torch.LongTensor, scale_sizes: ScaleSizes | None = None, *, return_dict: bool
+    ) -> DecoderOutput | tuple: ...
     def decode_tokens(
         self, token_ids: torch.LongTensor, scale_sizes: ScaleSizes | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple:

@@ -229,6 +229,8 @@ class SavedModelMixin(ModelMixin):
     a tensor is missing, and turns integers to floats.
     """
 
+    config: Any  # diffusers says a dict, of which type checkers know no attributes
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,

@@ -42,8 +42,8 @@ class ClassScaleTransformer(ScaleTransformer):
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Names of the classes by id."""
-        return {int(index): name for index, name in self.config.id2label.items()}
+        """Names of the classes by id, in the order of the ids: files have them in that of texts."""
+        return dict(sorted((int(index), name) for index, name in self.config.id2label.items()))
 
     def _embed_classes(
         self,

@@ -5,13 +5,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from srdd.console import write_text
+from srdd.pipelines.model_folders import CARD
 from srdd.pipelines.scale_pipeline import ScalePipeline
 from srdd.publish.card_section import card_with_code
 from srdd.publish.carried_code import CarriedCode, add_code
 from srdd.whole_folders import is_free, whole_folder
-
-
-CARD = "README.md"
 
 
 def copy_pipeline(source: Path, folder: Path) -> None:

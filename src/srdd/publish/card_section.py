@@ -1,11 +1,9 @@
 """What a model card says of the code beside it."""
 
-import re
-
+from srdd.pipelines.model_folders import CODE_HEADING, without_code_section
 from srdd.publish.carried_code import CarriedCode
 
 
-HEADING = "## Without srdd"
 SECTION = """{heading}
 
 This repository holds the code that draws with it, so that nothing but diffusers, torch and transformers is needed:
@@ -33,6 +31,5 @@ def card_with_code(card: str, name: str, code: CarriedCode) -> str:
         `str`: The card, with the section at its end.
     """
     _, *others = [f'`custom_pipeline="{file}_{code.digest}"` ({each})' for file, each in code.pipelines.items()]
-    section = SECTION.format(heading=HEADING, name=name, others=" or ".join(others))
-    kept = re.sub(rf"^{HEADING}\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
-    return f"{kept.rstrip()}\n\n{section}"
+    section = SECTION.format(heading=CODE_HEADING, name=name, others=" or ".join(others))
+    return f"{without_code_section(card).rstrip()}\n\n{section}"

@@ -34,8 +34,7 @@ def draw_curve(log: list[dict], path: Path) -> None:
         other = axes.twinx()
         other.set_ylabel("PSNR on validation images, dB")
         other.plot(*zip(*quality), color="tab:red", marker=".", label="PSNR")
-        other.legend(loc="center right")
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside upper center", ncols=3)  # inside it hides points
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 
@@ -74,8 +73,13 @@ def model_card(
     is_srdd = any("scale_sizes" in model.config for model in models.values())
     if "transformer" in models or "unet" in models:
         task = "text-to-image" if prompts else "unconditional-image-generation"
+    base_model, licence = _base(settings)
+    inherited = ", that of the base model" if licence and not settings.license else ""
+    if settings.license:
+        licence = {"license": settings.license}
     data = ModelCardData(
-        license=settings.license,
+        base_model=base_model,
+        **licence,
         library_name="srdd" if is_srdd or "unet" in models else "diffusers",
         pipeline_tag=task,
         tags=["srdd", "diffusers", *(["discrete-diffusion", "visual-autoregressive"] if is_srdd else [])],
@@ -98,7 +102,7 @@ def model_card(
         _model_table(models),
         "## Training data\n",
         f"{description.strip()}\n\n{len(images.train):,} training images{validation}{classes}. Licence of the weights:"
-        f" {settings.license or 'not stated'}.\n",
+        f" {licence.get('license', 'not stated')}{inherited}.\n",
         *(
             []
             if tokenizer_psnr is None
@@ -120,6 +124,26 @@ def model_card(
     return card
 
 
+def _base(settings: TrainingSettings) -> tuple[str | None, dict[str, str]]:
+    """
+    The Hub id of the model that a run started from, and its licence, as far as its card tells; a local folder stands
+    for the model that it started from itself.
+    """
+    name = getattr(settings, "teacher", None) or getattr(settings, "pretrained_model_name_or_path", None)
+    if name is None:
+        return None, {}
+    is_local, data = Path(name).exists(), {}
+    cards = [folder / "README.md" for folder in (Path(name), Path(name).parent)] if is_local else [name]
+    for card in cards:
+        try:
+            data = ModelCard.load(card).data.to_dict()
+        except Exception:  # of files or networks, of many kinds; no card is worth a finished run
+            continue
+        break
+    licence = {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+    return data.get("base_model") if is_local else name, licence
+
+
 def _about_schedules(schedules: list[list[int]]) -> list[str]:
     """Of a model that learned several schedules, which these are, and how to draw over another."""
     if len(schedules) < 2:
@@ -139,7 +163,7 @@ def _text_list(texts: list[str]) -> str:
 
 
 def _command(command: list[str]) -> str:
-    """The command line without secrets, an option to a line."""
+    """The command line without secrets and the folders of this machine, an option to a line."""
     lines, hidden = ["accelerate launch"], False
     for word in command:
         name = word.partition("=")[0]
@@ -147,9 +171,15 @@ def _command(command: list[str]) -> str:
         if not secret and not hidden:
             if word.startswith("--"):
                 lines.append("   ")
-            lines[-1] += f" {shlex.quote(word)}"
+            lines[-1] += f" {shlex.quote(_without_folders(word))}"
         hidden = secret and "=" not in word
     return " \\\n".join(lines)
+
+
+def _without_folders(word: str) -> str:
+    """A word of a command line, or the value in it, where it is an absolute path only with its last part."""
+    option, sign, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return option + sign + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def _model_table(models: dict) -> str:

@@ -12,11 +12,12 @@ from srdd import MultiScaleVQModel, SRDDPipeline, SRDDTextPipeline
 from srdd.data.images import LabelledImages
 from srdd.evaluation.latent_diffusion import LatentDiffusionPipeline
 from srdd.models.saved_weights import check_finite_weights
+from srdd.pipelines.model_folders import CARD
 from srdd.publish import CarriedCode, add_code, card_with_code
 from srdd.training.model_card import draw_curve, model_card
 from srdd.training.output_lock import LOCK_FILE
 from srdd.training.settings import PipelineSettings, TrainingSettings
-from srdd.training.training_run import CARD, LOSS_LOG
+from srdd.training.training_run import LOSS_LOG
 
 
 # Of the folder of a run, what does not belong to the finished model.

@@ -4,6 +4,7 @@ examples. A script has a class of its own that inherits the groups it needs.
 """
 
 import argparse
+import copy
 import inspect
 import sys
 from collections.abc import Collection
@@ -117,9 +118,19 @@ def _options(setting: Field) -> dict[str, Any]:
     return {"type": parse_text, **given, **setting.metadata}
 
 
+class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
+    """Ends what is said of a flag with its default, if it has one and this is not said yet."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        said = copy.copy(action)
+        if action.nargs != 0 and action.default is not None and "default: " not in (action.help or "").lower():
+            said.help = f"{action.help or ''} Default: %(default)s.".strip()
+        return super()._format_action(said)
+
+
 def make_parser(description: str, settings: type) -> argparse.ArgumentParser:
     """The parser of a training script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpWithDefaults)
     add_arguments(parser, settings)
     return parser
 

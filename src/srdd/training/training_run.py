@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from srdd.data.images import LabelledImages, picture_grid
+from srdd.pipelines.model_folders import CARD
 from srdd.training.accelerator import on_main_process
 from srdd.training.averaged_weights import AveragedWeights, whole
 from srdd.training.checkpoints import checkpoint_step, remove_partial_checkpoints, resume, save_checkpoint
@@ -29,7 +31,6 @@ from srdd.training.settings import OPTIMIZATION_MAY_CHANGE, TrainingSettings
 logger = logging.get_logger(__name__)
 
 LOSS_LOG = "train_log.jsonl"
-CARD = "README.md"
 
 
 class TrainingRun:
@@ -83,6 +84,15 @@ class TrainingRun:
             accelerator,
             lambda: run_identity(settings, accelerator.num_processes, images, {"model": config}, frozen),
         )
+        self._validation = "validation"
+        if images is not None and images.validation is None:
+            self._validation = "validation on training images:"
+            if accelerator.is_main_process:
+                tqdm.write(
+                    "Validation is on training images, as there are no others: these go into a split `validation`, or"
+                    " into a folder `val` beside `train`, both with the folders of the classes.",
+                    file=sys.stderr,
+                )
         self.resumed: list[dict] = []
         base_rates = list(schedule.base_lrs)
         self.step = resume(accelerator, settings.output_dir, settings.resume_from_checkpoint, self._check_checkpoint)
@@ -247,7 +257,7 @@ class TrainingRun:
         self.record({f"val_{key}": value for key, value in metrics.items()})
         self.save_images(name, picture_grid(pictures))
         numbers = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, (int, float))]
-        self.progress.write(f"step {self.step}: validation {', '.join(numbers)}")
+        self.progress.write(f"step {self.step}: {self._validation} {', '.join(numbers)}")
 
     def save_images(self, name: str, images: np.ndarray) -> Path:
         """

@@ -1,0 +1,47 @@
+"""What the folder of a saved pipeline holds beside its components: a card and, it may be, code (`srdd.publish`)."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+CARD = "README.md"
+
+# The package that a folder may carry, by its name in `model_index.json`, and what the card says of it.
+CARRIED_CODE = re.compile(r"srdd_[0-9a-f]{8}")
+CODE_HEADING = "## Without srdd"
+
+
+def without_carried_code(index: dict[str, Any], package: str) -> dict[str, Any]:
+    """
+    A `model_index.json` with classes of an installed package in place of those of the code that the folder carries.
+
+    Args:
+        index (`dict`): The file's values.
+        package (`str`): Name of the installed package.
+
+    Returns:
+        `dict`
+    """
+    index = dict(index)
+    for name, entry in index.items():
+        if name == "_class_name" and isinstance(entry, list):
+            index[name] = entry[1]
+        elif isinstance(entry, list) and entry and CARRIED_CODE.fullmatch(str(entry[0])):
+            index[name] = [package, *entry[1:]]
+    return index
+
+
+def without_code_section(card: str) -> str:
+    """A card without its section on carried code, if it has one."""
+    return re.sub(rf"^{CODE_HEADING}\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
+
+
+def copy_card(source: Path, folder: Path) -> None:
+    """Copy the card of a pipeline's folder, and the files beside it that it names, to one that carries no code."""
+    card = without_code_section((source / CARD).read_text(encoding="utf-8"))
+    (folder / CARD).write_text(card, encoding="utf-8")
+    for path in source.iterdir():
+        if path.is_file() and path.name != CARD and path.name in card:
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,54 @@
+"""Parts that a run starts from."""
+
+from math import log
+
+from diffusers.utils import logging
+
+from srdd import MultiScaleVQModel
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_tokenizer(argument: str, name: str) -> MultiScaleVQModel:
+    """
+    A tokenizer, or that of a pipeline.
+
+    Args:
+        argument (`str`): The setting that names it, for the message.
+        name (`str`): Folder or Hub id of a tokenizer, or of a pipeline that has one.
+
+    Raises:
+        ValueError: If there is neither, or its weights are not whole and sound.
+    """
+    reason = ""
+    for subfolder in (None, "vqvae"):
+        try:
+            config = MultiScaleVQModel.load_config(name, subfolder=subfolder)
+        except OSError as error:
+            reason = str(error).partition("\n")[0]
+            continue
+        if config.get("_class_name") == MultiScaleVQModel.__name__:
+            return MultiScaleVQModel.from_pretrained(name, subfolder=subfolder)
+        reason = f"a {config.get('_class_name')}"
+    raise ValueError(
+        f"`{argument}` must be a folder or Hub id of a tokenizer, or of a pipeline that has one, got {name!r}"
+        f" ({reason})."
+    )
+
+
+def warn_of_other_tokens(loss: float, codebook_size: int) -> None:
+    """
+    Say so where a pretrained transformer predicts worse than one that knows nothing.
+
+    Args:
+        loss (`float`): Of its first step, in nats per token.
+        codebook_size (`int`): Number of tokens to choose from.
+    """
+    if loss > log(codebook_size):
+        logger.warning(
+            f"The first loss of the pretrained transformer, {loss:.2f}, is above {log(codebook_size):.2f}, that of"
+            f" drawing any of {codebook_size} tokens at random: it was trained on the tokens of another tokenizer, or"
+            " with another attention pattern or schedule. If you did not mean that, give it the tokenizer that it"
+            " came with."
+        )

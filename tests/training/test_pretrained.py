@@ -1,0 +1,52 @@
+"""Parts that a run starts from."""
+
+import pytest
+import torch
+from training.tiny_runs import train_transformer
+
+from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd.training.pretrained import load_tokenizer, warn_of_other_tokens
+
+
+ONE_STEP = ["--report_to", "none", "--max_train_steps", 1]
+
+
+def test_a_tokenizer_may_be_given_as_the_pipeline_that_has_it(trained):
+    wanted = MultiScaleVQModel.from_pretrained(trained / "tokenizer").state_dict()
+    for folder in ("tokenizer", "model", "model/vqvae"):
+        state_dict = load_tokenizer("vqvae", str(trained / folder)).state_dict()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in state_dict.items())
+
+
+def test_what_has_no_tokenizer_is_refused_in_a_sentence(trained, tmp_path):
+    for folder in (trained / "model" / "transformer", tmp_path):
+        with pytest.raises(
+            ValueError, match=r"^`vqvae` must be a folder or Hub id of a tokenizer, .*, got '.*' \(.*\)\.$"
+        ):
+            load_tokenizer("vqvae", str(folder))
+
+
+def test_a_run_on_the_tokenizer_of_a_pipeline(image_folder, trained, tmp_path, caplog, capfd):
+    start = ["--pretrained_model_name_or_path", trained / "model" / "transformer"]
+    train_transformer(image_folder, trained / "model", tmp_path / "run", *ONE_STEP, *start)
+    assert "at random" not in caplog.text
+    captured = capfd.readouterr()
+    assert "Validation is on training images" in captured.err
+    assert "step 1: validation on training images: loss" in captured.out + captured.err
+
+
+def test_a_run_says_where_a_transformer_knows_other_tokens(image_folder, trained, tmp_path, caplog):
+    transformer = SRDDPipeline.from_pretrained(trained / "model").transformer
+    with torch.no_grad():
+        transformer.proj_out.bias[0] += 20  # the only token that it expects
+    transformer.save_pretrained(tmp_path / "transformer")
+    start = ["--pretrained_model_name_or_path", tmp_path / "transformer"]
+    train_transformer(image_folder, trained / "tokenizer", tmp_path / "run", *ONE_STEP, *start)
+    assert "is above 2.77, that of drawing any of 16 tokens at random" in caplog.text
+
+
+def test_chance_itself_is_no_reason_to_warn(caplog):
+    warn_of_other_tokens(2.77, 16)
+    assert not caplog.records
+    warn_of_other_tokens(2.78, 16)
+    assert len(caplog.records) == 1
