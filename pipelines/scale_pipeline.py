@@ -44,7 +44,7 @@ def check_components(vqvae: MultiScaleVQModel, transformer: ScaleTransformer, sc
 
     Raises:
         ValueError: If the scheduler is of another kind, its scales are not the transformer's, or tokenizer and
-            transformer differ in latent grid, codebook size or channels.
+            transformer differ in latent grid, codebook size or channels, or the transformer knows another codebook.
     """
     if not isinstance(scheduler, ScaleScheduler):
         raise ValueError(f"`scheduler` must be a ScaleScheduler, got {type(scheduler).__name__}.")
@@ -62,6 +62,12 @@ def check_components(vqvae: MultiScaleVQModel, transformer: ScaleTransformer, sc
     for name, ours, theirs in facts:
         if ours != theirs:
             raise ValueError(f"`vqvae` and `transformer` must have the same {name}, got {ours} and {theirs}.")
+    ours, theirs = vqvae.config.codebook_fingerprint, transformer.config.codebook_fingerprint
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ValueError(
+            "`vqvae` and `transformer` must have the same codebook, got those with the fingerprints"
+            f" {ours} and {theirs}: the transformer was trained on the tokens of another tokenizer."
+        )
 
 
 class CallOptions(NamedTuple):

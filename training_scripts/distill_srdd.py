@@ -25,6 +25,7 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, SRDDPipeline
+from srdd.pipelines.model_folders import CARD
 from srdd.training.accelerator import make_accelerator, on_main_process
 from srdd.training.attention_choice import check_attention, set_attention
 from srdd.training.checkpoints import checkpoint_step, list_checkpoints
@@ -32,7 +33,7 @@ from srdd.training.graceful_end import ends_gracefully
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.output_lock import lock_output_dir
-from srdd.training.publishing import CARD, finish_pipeline
+from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
 from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules
@@ -179,10 +180,13 @@ def main(args: DistillationSettings) -> None:
         if args.resume_from_checkpoint and is_finished(folder, args.max_train_steps):
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
-            push_to_hub = args.push_to_hub and index == len(plan)
-            run_stage(
-                replace(args, output_dir=str(folder), push_to_hub=push_to_hub), str(source), schedules, args.output_dir
+            stage = replace(
+                args,
+                output_dir=str(folder),
+                push_to_hub=args.push_to_hub and index == len(plan),
+                scales=args.scales and args.scales[:index],
             )
+            run_stage(stage, str(source), schedules, args.output_dir)
         source = folder
     PartialState().destroy_process_group()
 

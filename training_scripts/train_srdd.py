@@ -38,7 +38,7 @@ from srdd.training.condition_dropout import drop_conditions
 from srdd.training.graceful_end import ends_gracefully
 from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
-from srdd.training.pretrained import load_tokenizer, warn_of_other_tokens
+from srdd.training.pretrained import load_tokenizer, take_codebook, warn_of_other_tokens
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings, probability, refuse_given
 from srdd.training.token_loss import token_loss
@@ -129,6 +129,7 @@ def load_text_pipeline(args: SRDDSettings) -> SRDDTextPipeline:
             name, subfolder="transformer", attention_pattern=args.attention_pattern
         )
     pipe = SRDDTextPipeline.from_pretrained(name, **components)
+    take_codebook(pipe.transformer, pipe.vqvae)
     check_components(pipe.vqvae, pipe.transformer, pipe.scheduler)
     pipe.check_text_components()
     if not pipe.encodes_texts:
@@ -168,11 +169,13 @@ def build_model(
                 raise ValueError(
                     f"`pretrained_model_name_or_path` must have the tokenizer's {name}, {theirs}, got {ours}."
                 )
+        take_codebook(model, vqvae)
         fit_classes(model, id2label)
         return model
     return ScaleTransformer2DModel(
         codebook_size=vqvae.config.codebook_size,
         latent_channels=vqvae.config.latent_channels,
+        codebook_fingerprint=vqvae.config.codebook_fingerprint,
         scale_sizes=vqvae.config.scale_sizes,
         num_layers=args.num_layers,
         num_attention_heads=args.num_attention_heads,

@@ -124,16 +124,28 @@ def test_the_spread_of_a_kernel_distance_is_that_of_other_images():
     assert 0.6 < spread / error < 1.6
 
 
+def test_numbers_that_flatter_are_said_to_do_so(caplog):
+    real, blobs = features(2000), features(2000, seed=1) / 10
+    metrics = compare(collected(real), collected(blobs), [MeanColours()], 0)
+    assert metrics["precision (mean colours)"]["value"] > 0.99 > 0.1 > metrics["recall (mean colours)"]["value"]
+    assert [record.getMessage()[:34] for record in caplog.records] == ["precision (mean colours) is 1.00: "]
+    caplog.clear()
+    compare(collected(real), collected(features(1998, mean=0.5)), [MeanColours()], 0)
+    assert [record.getMessage()[:25] for record in caplog.records] == ["The ± of KD (mean colours"]
+    assert "subsets of only 999 images" in caplog.text
+
+
 def test_statistics_of_inception_are_for_inception_alone(caplog):
     published, real, drawn = features(1000, mean=1.0, seed=5), features(300), features(200, mean=1.0, seed=1)
     statistics = FeatureStatistics.from_features(published)
     options = {"num_bootstrap": 0, "inception_statistics": statistics}
     metrics = compare(collected(real), collected(drawn), [PublishedMeanColours()], **options)
     assert metrics["FD (mean colours)"]["value"] == frechet_distance(published, drawn) < 0.1
-    assert not caplog.records
+    assert "'mu' and 'sigma'" not in caplog.text
+    caplog.clear()
     metrics = compare(collected(real), collected(drawn), [MeanColours()], **options)
     assert metrics["FD (mean colours)"]["value"] == frechet_distance(real, drawn) > 1
-    (record,) = caplog.records
+    record = caplog.records[0]
     assert (
         "'mu' and 'sigma' are of Inception, not of mean colours: FD (mean colours) compares with its 300 images"
         in (record.getMessage())

@@ -82,6 +82,19 @@ def wrong_values(name: str) -> list:
         return NO_SCALES
     if name == "id2label":
         return [["x"], "x", 3, {9: "x"}, {0: 1}, {-1: "x"}, {None: "x"}, {10**30: "x"}]
+    if name == "codebook_fingerprint":
+        return [
+            "",
+            "0123456789abcde",
+            "0123456789abcdefg",
+            "0123456789ABCDEF",
+            16,
+            0.5,
+            True,
+            ["0" * 16],
+            {},
+            "x" * 10**6,
+        ]
     if name == "attention_windows":
         return [
             3,
@@ -117,7 +130,7 @@ def test_each_argument_refuses_what_it_cannot_be(model_class, name):
             MAKERS[model_class](**{name: value})
         assert len(str(caught.value)) < 500
         assert " got " in str(caught.value)
-    if not name.startswith("decoder_") and name not in ("id2label", "attention_windows"):
+    if not name.startswith("decoder_") and name not in ("id2label", "attention_windows", "codebook_fingerprint"):
         with pytest.raises(ValueError, match=f"^`{name}` must .* got None"):
             MAKERS[model_class](**{name: None})
     assert time.perf_counter() - started < 2

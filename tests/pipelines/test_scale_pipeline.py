@@ -116,6 +116,17 @@ def test_components_that_do_not_fit_are_refused(change, message):
         check_components(**{**components, **change})
 
 
+def test_a_transformer_is_for_the_codebook_that_it_knows():
+    vqvae, other = tiny_vqvae(), tiny_vqvae(seed=5)
+    for tokenizer in (vqvae, other):
+        tokenizer.sign_codebook()
+    transformer = tiny_transformer(codebook_fingerprint=vqvae.config.codebook_fingerprint)
+    check_components(vqvae, transformer, tiny_scheduler())
+    check_components(tiny_vqvae(seed=5), transformer, tiny_scheduler())  # of an unknown one nothing is said
+    with pytest.raises(ValueError, match="must have the same codebook, .*: the transformer was trained on the tokens"):
+        check_components(other, transformer, tiny_scheduler())
+
+
 def test_a_tokenizer_may_have_scales_of_its_own():
     check_components(tiny_vqvae(scale_sizes=[1, 3, 4]), tiny_transformer(), tiny_scheduler(scales=[1, 4]))
 

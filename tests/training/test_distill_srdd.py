@@ -237,6 +237,8 @@ def test_stages_are_pipelines_of_their_own(progressive):
         assert [record["step"] for record in losses(folder)] == [1, 2, 3, 4]
         assert (folder / "README.md").is_file()
         assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4"}
+    for folder, scales in ((progressive / "stage-1", "1 2 4"), (progressive, "1 4")):
+        assert f"distilled to draw over the scales {scales}.\n" in (folder / "README.md").read_text()
 
 
 def test_a_stage_starts_from_the_one_before(run, progressive, student):

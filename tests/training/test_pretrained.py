@@ -45,6 +45,22 @@ def test_a_run_says_where_a_transformer_knows_other_tokens(image_folder, trained
     assert "is above 2.77, that of drawing any of 16 tokens at random" in caplog.text
 
 
+def test_a_trained_transformer_names_the_codebook_of_its_tokenizer(image_folder, trained, tmp_path, caplog):
+    pipe = SRDDPipeline.from_pretrained(trained / "model")
+    fingerprint = MultiScaleVQModel.from_pretrained(trained / "tokenizer").config.codebook_fingerprint
+    assert len(fingerprint) == 16
+    assert pipe.transformer.config.codebook_fingerprint == pipe.vqvae.config.codebook_fingerprint == fingerprint
+    with torch.no_grad():
+        pipe.vqvae.quantize.codebook.weight[0] += 1
+    pipe.vqvae.sign_codebook()
+    pipe.vqvae.save_pretrained(tmp_path / "other")
+    start = ["--pretrained_model_name_or_path", trained / "model" / "transformer"]
+    train_transformer(image_folder, tmp_path / "other", tmp_path / "run", *ONE_STEP, *start)
+    assert "was trained on the tokens of another tokenizer" in caplog.text
+    again = SRDDPipeline.from_pretrained(tmp_path / "run")
+    assert again.transformer.config.codebook_fingerprint == pipe.vqvae.config.codebook_fingerprint != fingerprint
+
+
 def test_chance_itself_is_no_reason_to_warn(caplog):
     warn_of_other_tokens(2.77, 16)
     assert not caplog.records

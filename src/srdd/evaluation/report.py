@@ -29,6 +29,9 @@ logger = logging.get_logger(__name__)
 # At most: sets of fewer images have fewer parts and smaller subsets.
 NUM_NEIGHBOURS, NUM_SPLITS, NUM_SUBSETS, SUBSET_SIZE = 5, 10, 100, 1000
 
+# From here on precision is no praise: real images themselves rarely reach it.
+FLATTERING_PRECISION = 0.99
+
 METRIC_SETTINGS = {
     "neighbours": NUM_NEIGHBOURS,
     "score_splits": NUM_SPLITS,
@@ -94,8 +97,23 @@ def compare(
             mean, std = inception_score(logits, min(NUM_SPLITS, len(logits)))
             metrics[extractor.score_name] = {"value": mean, "std": std}
         overlap = precision_recall_density_coverage(real, fake, NUM_NEIGHBOURS)
+        _warn_of_flattery(extractor, min(len(real), len(fake)), overlap["precision"])
         metrics |= {f"{name} ({extractor.name})": {"value": value} for name, value in overlap.items()}
     return metrics
+
+
+def _warn_of_flattery(extractor: FeatureExtractor, num_images: int, precision: float) -> None:
+    """Say where numbers look better than they are."""
+    if num_images < 2 * SUBSET_SIZE:
+        logger.warning(
+            f"The ± of {extractor.kernel_distance_name} is over subsets of only {num_images // 2:,} images, which"
+            " share most of them: it tells no more than the distance of real images beside it."
+        )
+    if precision >= FLATTERING_PRECISION:
+        logger.warning(
+            f"precision ({extractor.name}) is {precision:.2f}: pictures that are all alike, or blobs in the middle of"
+            " the real ones, reach that too. Recall, coverage and the pictures themselves tell."
+        )
 
 
 def _kernel_distance(reference: torch.Tensor, samples: torch.Tensor) -> tuple[float, float]:

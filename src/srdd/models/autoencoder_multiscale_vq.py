@@ -1,3 +1,4 @@
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -94,6 +95,8 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
             the fewest.
         decoder_mid_block_add_attention (`bool`, *optional*): Whether the decoder's middle block attends.
         decoder_norm_num_groups (`int`, *optional*): Groups of the decoder's group norms.
+        codebook_fingerprint (`str`, *optional*): Of the codebook as it was trained ([`sign_codebook`]), 16
+            hexadecimal digits. A transformer's names the codebook that it knows.
 
     Raises:
         ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`],
@@ -131,6 +134,7 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         decoder_layers_per_block: int | None = None,
         decoder_mid_block_add_attention: bool | None = None,
         decoder_norm_num_groups: int | None = None,
+        codebook_fingerprint: str | None = None,
     ):
         super().__init__()
         checked, sample_size = check_configuration(self.config), check_sample_size(sample_size)
@@ -404,6 +408,11 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         """
         self._check_maps("latents", latents, self.config.latent_channels)
         return self._quantize("latents", latents, self._own_or(scale_sizes))
+
+    def sign_codebook(self) -> None:
+        """Write the fingerprint of the codebook as it is now, a hash of its codes in float32, into the config."""
+        codes = self.quantize.codebook.weight.detach().float().cpu()
+        self.register_to_config(codebook_fingerprint=hashlib.sha256(codes.numpy().tobytes()).hexdigest()[:16])
 
     @apply_forward_hook
     def tokenize(self, sample: torch.Tensor, scale_sizes: ScaleSizes | None = None) -> torch.LongTensor:

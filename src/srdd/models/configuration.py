@@ -5,12 +5,13 @@ Configurations come from files. The bounds are far from what anyone has trained,
 size is refused before memory is taken.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from diffusers.models.activations import ACT2CLS
 
-from srdd.checks import check_bool, check_choice, check_int, check_list, check_number
+from srdd.checks import check_bool, check_choice, check_int, check_list, check_number, shown
 
 
 # At least, at most.
@@ -79,7 +80,7 @@ def check_configuration(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         arguments (`Mapping[str, Any]`): The arguments; those in no table are left to the model. `None` is allowed for
-            those of the decoder.
+            those of the decoder and the fingerprint.
 
     Returns:
         `dict[str, Any]`: Those in a table, as JSON has them.
@@ -89,7 +90,7 @@ def check_configuration(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """
     checked = {}
     for name, value in arguments.items():
-        if value is None and name.startswith("decoder_"):
+        if value is None and (name.startswith("decoder_") or name == "codebook_fingerprint"):
             continue
         if name in INTEGERS:
             checked[name] = check_int(name, value, *INTEGERS[name])
@@ -97,6 +98,8 @@ def check_configuration(arguments: Mapping[str, Any]) -> dict[str, Any]:
             checked[name] = check_number(name, value, **NUMBERS[name])
         elif name in BOOLEANS:
             checked[name] = check_bool(name, value)
+        elif name == "codebook_fingerprint":
+            checked[name] = check_fingerprint(value)
         elif name in CHOICES:
             checked[name] = check_choice(name, value, CHOICES[name])
         elif name in LISTS_OF_INTEGERS or name in LISTS_OF_CHOICES:
@@ -108,6 +111,18 @@ def check_configuration(arguments: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 checked[name] = [check_choice(place, entry, LISTS_OF_CHOICES[name]) for place, entry in places]
     return checked
+
+
+def check_fingerprint(value: Any) -> str:
+    """
+    The fingerprint of a codebook.
+
+    Raises:
+        ValueError: If it is not 16 hexadecimal digits.
+    """
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{16}", value):
+        raise ValueError(f"`codebook_fingerprint` must be 16 hexadecimal digits, got {shown(value)}.")
+    return value
 
 
 def check_sample_size(value: Any) -> int | list[int]:

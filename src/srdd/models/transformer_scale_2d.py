@@ -139,6 +139,8 @@ class ScaleTransformer2DModel(ClassScaleTransformer):
         attention_windows (`list[int]`, *optional*): With the pattern "markov", the side of the square that a token
             sees of its own scale, one odd number for each of `scale_sizes`; 0 is the whole scale (MVAR). Weights fit
             any.
+        codebook_fingerprint (`str`, *optional*): That of the tokenizer's codebook, as it was trained: pipelines refuse
+            a tokenizer with another one. Nothing is compared where either has none.
 
     Raises:
         ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`],
@@ -171,6 +173,7 @@ class ScaleTransformer2DModel(ClassScaleTransformer):
         id2label: dict[int, str] | None = None,
         guidance_distilled: bool = False,
         attention_windows: list[int] | None = None,
+        codebook_fingerprint: str | None = None,
     ):
         super().__init__()
         checked = check_configuration(self.config)

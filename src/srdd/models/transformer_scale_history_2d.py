@@ -95,6 +95,8 @@ class ScaleHistoryTransformer2DModel(ClassScaleTransformer):
         id2label (`dict`, *optional*): Names of the classes.
         guidance_distilled (`bool`, defaults to `False`): The model learned a teacher's guided distribution: pipelines
             then use no guidance unless asked to.
+        codebook_fingerprint (`str`, *optional*): That of the tokenizer's codebook, as it was trained: pipelines refuse
+            a tokenizer with another one. Nothing is compared where either has none.
 
     Raises:
         ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`], widths
@@ -130,6 +132,7 @@ class ScaleHistoryTransformer2DModel(ClassScaleTransformer):
         norm_eps: float = 1e-6,
         id2label: dict[int, str] | None = None,
         guidance_distilled: bool = False,
+        codebook_fingerprint: str | None = None,
     ):
         super().__init__()
         checked = check_configuration(self.config)

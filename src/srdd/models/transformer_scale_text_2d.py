@@ -161,6 +161,8 @@ class ScaleTextTransformer2DModel(ScaleTransformer):
         norm_eps (`float`, defaults to 1e-6): Epsilon of all norms.
         guidance_distilled (`bool`, defaults to `False`): The model learned a teacher's guided distribution: pipelines
             then use no guidance unless asked to.
+        codebook_fingerprint (`str`, *optional*): That of the tokenizer's codebook, as it was trained: pipelines refuse
+            a tokenizer with another one. Nothing is compared where either has none.
 
     Raises:
         ValueError: If an argument is of another kind or out of the bounds in [`~srdd.models.configuration`], widths
@@ -190,6 +192,7 @@ class ScaleTextTransformer2DModel(ScaleTransformer):
         rope_extent: float = 128.0,
         norm_eps: float = 1e-6,
         guidance_distilled: bool = False,
+        codebook_fingerprint: str | None = None,
     ):
         super().__init__()
         checked = check_configuration(self.config)

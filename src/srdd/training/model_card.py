@@ -95,7 +95,7 @@ def model_card(
         f"---\n{data.to_yaml()}\n---\n",
         f"# {Path(settings.output_dir).name}\n",
         f"```py\n{snippet}\n```\n",
-        *_about_schedules(getattr(settings, "schedules", None) or []),
+        *_about_schedules(settings),
         f"![{picture}]({picture}.png)\n",
         *([f"Drawn from these texts, row by row:\n\n{_text_list(prompts)}"] if prompts else []),
         "## Model\n",
@@ -144,8 +144,11 @@ def _base(settings: TrainingSettings) -> tuple[str | None, dict[str, str]]:
     return data.get("base_model") if is_local else name, licence
 
 
-def _about_schedules(schedules: list[list[int]]) -> list[str]:
-    """Of a model that learned several schedules, which these are, and how to draw over another."""
+def _about_schedules(settings: TrainingSettings) -> list[str]:
+    """Which scales a student draws over; which schedules a model learned, and how to draw over another of them."""
+    if stages := getattr(settings, "scales", None):
+        return [f"It was distilled to draw over the scales {' '.join(map(str, stages[-1]))}.\n"]
+    schedules = getattr(settings, "schedules", None) or []
     if len(schedules) < 2:
         return []
     names = ["-".join(map(str, sides)) for sides in schedules]

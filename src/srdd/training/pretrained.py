@@ -5,6 +5,7 @@ from math import log
 from diffusers.utils import logging
 
 from srdd import MultiScaleVQModel
+from srdd.models import ScaleTransformer
 
 
 logger = logging.get_logger(__name__)
@@ -35,6 +36,24 @@ def load_tokenizer(argument: str, name: str) -> MultiScaleVQModel:
         f"`{argument}` must be a folder or Hub id of a tokenizer, or of a pipeline that has one, got {name!r}"
         f" ({reason})."
     )
+
+
+def take_codebook(transformer: ScaleTransformer, vqvae: MultiScaleVQModel) -> None:
+    """
+    Let a pretrained transformer be one for a tokenizer's codebook, which it learns from here on.
+
+    Args:
+        transformer (`ScaleTransformer`): Its config takes the fingerprint, with a warning if it has another one.
+        vqvae ([`MultiScaleVQModel`]): The tokenizer.
+    """
+    before, after = transformer.config.codebook_fingerprint, vqvae.config.codebook_fingerprint
+    if before is not None and after is not None and before != after:
+        logger.warning(
+            f"The pretrained transformer was trained on the tokens of another tokenizer (codebook {before}, not"
+            f" {after}): it has to learn what they mean. If you did not mean that, give it the tokenizer that it"
+            " came with."
+        )
+    transformer.register_to_config(codebook_fingerprint=after)
 
 
 def warn_of_other_tokens(loss: float, codebook_size: int) -> None:

@@ -87,6 +87,8 @@ def finish_tokenizer(
     name, snippet = ("autoencoder", AUTOENCODER_SNIPPET) if is_continuous else ("tokenizer", TOKENIZER_SNIPPET)
     _cast(model, settings.save_dtype)
     check_finite_weights(model, f"the trained {name} as {settings.save_dtype}")
+    if not is_continuous and trained_part is None:
+        model.sign_codebook()
     model.save_pretrained(settings.output_dir)
     _publish(settings, images, {name: model}, snippet, "reconstruction", trained_part, resumed)
 
