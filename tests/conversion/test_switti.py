@@ -201,6 +201,7 @@ def test_the_configuration_follows_from_the_checkpoint(vae, tmp_path):
         "rope_extent": 128.0,
         "norm_eps": 1e-6,
         "guidance_distilled": False,
+        "codebook_fingerprint": None,
     }
     start = convert_checkpoints(vae, path, attention_pattern="banded")
     assert start.transformer.config.attention_pattern == "banded"

@@ -203,8 +203,9 @@ def test_pictures_of_all_usable_kinds_pass(tmp_path, caplog):
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         noise().convert(mode).save(root / f"mode_{mode}.png")
     noise().convert("CMYK").save(root / "cmyk.jpg")
-    for mode in ("LAB", "YCbCr", "I"):
+    for mode in ("LAB", "I"):
         Image.new(mode, (16, 16)).save(root / f"mode_{mode}.tiff")
+    Image.new("YCbCr", (16, 16)).save(root / "mode_YCbCr.tiff", compression="jpeg")
     noise().save(root / "still.gif")
     images = load_labelled_images(train_data_dir=str(root))
     assert warnings_of(caplog) == []

@@ -296,7 +296,7 @@ def test_two_processes_under_accelerate_launch_write_everything_once(root, token
     codes, printed = wait_for(process)
     assert codes == [0], printed
     assert "were not passed to `accelerate launch`" not in printed
-    assert printed.count("step 3: validation loss") == printed.count("Tokenizer: PSNR") == 1
+    assert printed.count("step 3: validation on training images: loss") == printed.count("Tokenizer: PSNR") == 1
     assert [record["step"] for record in log(output_dir)] == [1, 2, 3, 3]
     assert len(list((output_dir / "logs" / "launched").glob("events.out.tfevents.*"))) == 1
     first, second = (load_file(output_dir / f"averaged-of-{rank}.safetensors") for rank in (0, 1))

@@ -324,7 +324,9 @@ def test_a_run_may_start_from_a_tokenizer_and_its_configuration(image_folder, tr
     )  # fmt: skip
     before, after = load(trained / "tokenizer"), load(tmp_path / "run")
     public = [{k: v for k, v in model.config.items() if not k.startswith("_")} for model in (before, after)]
+    fingerprints = [config.pop("codebook_fingerprint") for config in public]
     assert public[0] == public[1]
+    assert (fingerprints[0] == fingerprints[1]) == (update == "gradient")
     if update == "gradient":
         assert_same_weights(before, after)
     else:
