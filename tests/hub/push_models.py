@@ -28,7 +28,9 @@ def main(card_path: str) -> None:
 
         loaded = Path(card_path).parent / "loaded"
         tiny_pipeline().save_pretrained(loaded)
-        sections = "\n![Pears](pears.png)\n\n## Without srdd\n\nCode.\n\n## Limits\n\nPears.\n"
+        sections = (
+            "\n![Pears](pears.png)\n\n## Without srdd\n\nCode.\n\n## Limits\n\nPears.\n\nSee `model_index.json`.\n"
+        )
         (loaded / "README.md").write_text(Path(card_path).read_text() + sections)
         for name in ("pears.png", "pears-000001.png"):
             Image.new("RGB", (4, 4)).save(loaded / name)

@@ -104,6 +104,8 @@ def test_a_loaded_pipeline_takes_its_card_along_and_the_files_that_it_names(hub)
     assert "A card that was written by hand.\n\n![Pears](pears.png)\n\n## Limits\n\nPears.\n" in card
     _, files = hub.files("me/loaded")
     assert "pears.png" in files
+    # What the card names and was saved anew is as it was saved.
+    assert json.loads(hub.read("me/loaded", "model_index.json"))["_class_name"] == "SRDDInpaintPipeline"
     assert "pears-000001.png" not in files
     assert "pears.png" not in hub.files("me/carded")[1]
     assert "pears.png" not in hub.read("me/carded", "README.md").decode()

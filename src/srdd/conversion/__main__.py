@@ -8,6 +8,7 @@ from srdd.conversion.converted_card import converted_card
 from srdd.conversion.families import FAMILIES
 from srdd.conversion.official_checkpoints import Converted, convert
 from srdd.models import ATTENTION_PATTERNS
+from srdd.pipelines.model_folders import CARD
 from srdd.whole_folders import is_free, whole_folder
 
 
@@ -28,7 +29,7 @@ def save_whole(converted: Converted, folder: Path) -> None:
     """Write a folder whole or not at all; it must not exist yet, or be empty."""
     with whole_folder(folder) as unfinished:
         converted.pipeline.save_pretrained(unfinished, max_shard_size=MAX_SHARD_SIZE)
-        (unfinished / "README.md").write_text(converted_card(converted, folder.name), encoding="utf-8")
+        (unfinished / CARD).write_text(converted_card(converted, folder.name), encoding="utf-8")
 
 
 def as_options(message: str) -> str:

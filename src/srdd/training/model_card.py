@@ -11,6 +11,7 @@ from srdd import __version__
 from srdd.data.class_labels import printable
 from srdd.data.images import LabelledImages
 from srdd.evaluation.tables import markdown_table, readable
+from srdd.pipelines.model_folders import CARD
 from srdd.training.run_identity import describe_changes
 from srdd.training.settings import TrainingSettings
 
@@ -133,7 +134,7 @@ def _base(settings: TrainingSettings) -> tuple[str | None, dict[str, str]]:
     if name is None:
         return None, {}
     is_local, data = Path(name).exists(), {}
-    cards = [folder / "README.md" for folder in (Path(name), Path(name).parent)] if is_local else [name]
+    cards = [folder / CARD for folder in (Path(name), Path(name).parent)] if is_local else [name]
     for card in cards:
         try:
             data = ModelCard.load(card).data.to_dict()
