@@ -4,6 +4,7 @@ step of the pipelines with their own methods, so that a seed means the same pict
 """
 
 import copy
+import os
 from typing import Any
 
 import PIL.Image
@@ -388,7 +389,7 @@ class SRDDBlocks(SequentialPipelineBlocks):
 
     def init_pipeline(
         self,
-        pretrained_model_name_or_path: str | None = None,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
         components_manager: ComponentsManager | None = None,
         collection: str | None = None,
     ) -> ModularPipeline:
@@ -396,21 +397,22 @@ class SRDDBlocks(SequentialPipelineBlocks):
         A pipeline of these blocks, whose components `load_components` loads.
 
         Args:
-            pretrained_model_name_or_path (`str`, *optional*): Folder or repository of a saved pipeline. Whether it
-                carries code does not matter: the classes are those of this package.
+            pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*): Folder or repository of a saved
+                pipeline. Whether it carries code does not matter: the classes are those of this package.
             components_manager (`ComponentsManager`, *optional*): As in diffusers.
             collection (`str`, *optional*): As in diffusers.
 
         Raises:
             OSError: If there is no such pipeline.
         """
-        index = None
-        if pretrained_model_name_or_path is not None:
-            entries = ScalePipeline.load_config(pretrained_model_name_or_path).items()
+        index, name_or_path = None, pretrained_model_name_or_path
+        if name_or_path is not None:
+            name_or_path = os.fspath(name_or_path)  # as text, or diffusers finds no component
+            entries = ScalePipeline.load_config(name_or_path).items()
             index = {name: entry for name, entry in entries if isinstance(entry, list) and entry[0] is not None}
         return ModularPipeline(
             blocks=copy.deepcopy(self),
-            pretrained_model_name_or_path=pretrained_model_name_or_path,
+            pretrained_model_name_or_path=name_or_path,
             components_manager=components_manager,
             collection=collection,
             config_dict=index,
