@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("output", metavar="OUT", help="Folder to write, which must not exist yet, or be empty.")
     parser.add_argument(
         "--hub_model_id",
-        help="Repository that the folder will be uploaded to; diffusers' ModularPipeline needs it to load from the Hub.",
+        help="Repository that the folder will be uploaded to; from the Hub, diffusers' ModularPipeline needs it.",
     )
     args = parser.parse_args(arguments)
     try:

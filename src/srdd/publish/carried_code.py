@@ -3,9 +3,9 @@ The code that a model's folder may carry, so that diffusers draws with it where 
 
 It is this package less what drawing does not need, as one flat folder: diffusers looks for imports by regular
 expressions, one folder deep, and copies what it finds. The folder's name holds a hash of the code, as diffusers copies
-the code of all models to one place. Files beside it are what diffusers opens: one for each pipeline and one for modular
-blocks, which import the folder as a package of that name, and one for each component, which takes its class from there.
-So the classes are the same wherever the code was copied to.
+the code of all models to one place. Files beside it are what diffusers opens: one for each pipeline and one for blocks,
+which import the folder as a package of that name, and one for each component, which takes its class from there. So the
+classes are the same wherever the code was copied to.
 """
 
 import ast
@@ -134,7 +134,7 @@ def add_code(folder: str | Path, repository: str | None = None) -> CarriedCode:
 
 
 def _modular_index(index: dict, blocks: str, repository: str | None) -> dict:
-    """The `modular_model_index.json` of a pipeline's `model_index.json`; a folder's own files go before `repository`."""
+    """The `modular_model_index.json` to a `model_index.json`. A folder's own files go before those of a repository."""
     modular = {"_class_name": "ModularPipeline", "_blocks_class_name": blocks}
     for name, entry in index.items():
         if name != "_class_name" and isinstance(entry, list) and entry[0] is not None:
