@@ -3,7 +3,7 @@ The code that a model's folder may carry, so that diffusers draws with it where 
 
 It is this package less what drawing does not need, as one flat folder: diffusers looks for imports by regular
 expressions, one folder deep, and copies what it finds. The folder's name holds a hash of the code, as diffusers copies
-the code of all models to one place. Files beside it are what diffusers opens: one for each pipeline and one for blocks,
+the code of all models to one place. Files beside it are what diffusers opens: one for each pipeline, one for blocks,
 which import the folder as a package of that name, and one for each component, which takes its class from there. So the
 classes are the same wherever the code was copied to.
 """
