@@ -12,9 +12,10 @@ from srdd.pictures import Pictures, read_masks
 from srdd.pipelines.conditions import Conditions
 from srdd.pipelines.known_region import KnownRegion, coarse_tokens, extend_known
 from srdd.pipelines.pipeline_output import SRDDPipelineOutput
-from srdd.pipelines.pixel_regions import check_padding, crop_box, paste, resize
+from srdd.pipelines.pixel_regions import Hole, check_padding, crop_box, paste, resize
 from srdd.pipelines.scale_pipeline import MAX_SIDE, CallOptions, ScalePipeline
-from srdd.pipelines.windowed_canvas import Window, WindowedCanvas
+from srdd.pipelines.scale_sampling import KnownTokens
+from srdd.pipelines.windowed_canvas import Window, WindowedCanvas, draw_windows
 
 
 # Widest edge over which results fade in, in pixels.
@@ -75,7 +76,7 @@ class InpaintPipeline(ScalePipeline):
             self.vqvae, latents, known_pixels, coarse_tokens(self.vqvae, resize(pixels, self.sample_size), hinted)
         )
 
-    def inpaint_with(
+    def prepare_hole(
         self,
         encode: Callable[[], Conditions],
         image: Pictures,
@@ -84,10 +85,10 @@ class InpaintPipeline(ScalePipeline):
         padding_mask_crop: int | None,
         paste_known: bool,
         feather: int,
-        options: CallOptions,
-    ) -> SRDDPipelineOutput | tuple:
+        num_images_per_prompt: int,
+    ) -> tuple[Conditions, Hole, KnownTokens]:
         """
-        Draw the masked part of images. Arguments are those of [`SRDDInpaintPipeline`].
+        What to draw, where, and what is known there. Arguments are those of [`SRDDInpaintPipeline`].
 
         Args:
             encode (`Callable`): Says what to draw. It is called when all that needs no model has been checked.
@@ -95,28 +96,39 @@ class InpaintPipeline(ScalePipeline):
         Raises:
             ValueError: If an argument does not fit.
         """
-        self.check_inputs(*options)
         check_number("strength", strength, 0, 1)
         check_bool("paste_known", paste_known)
         feather = check_int("feather", feather, 0, MAX_FEATHER)
         if padding_mask_crop is not None:
             padding_mask_crop = check_int("padding_mask_crop", padding_mask_crop, 0, MAX_SIDE)
         pixels, mask = self.prepare_images(image, mask_image)
-        conditions, pixels, mask = self.prepare_batch(encode(), options.num_images_per_prompt, pixels, mask)
-        box = (..., slice(None), slice(None))
+        conditions, pixels, mask = self.prepare_batch(encode(), num_images_per_prompt, pixels, mask)
+        box = (slice(None), slice(None))
         if padding_mask_crop is not None:
-            box = (..., *crop_box(mask, padding_mask_crop, self.sample_size))
-        region, hole = pixels[box], mask[box]
-        known_tokens, decodes = self.prepare_known(region, hole, strength).token_ids, options.output_type != "latent"
+            box = crop_box(mask, padding_mask_crop, self.sample_size)
+        hole = Hole(pixels, mask, box, paste_known, feather)
+        return conditions, hole, self.prepare_known(*hole.surroundings, strength).token_ids
+
+    def inpaint_with(
+        self, encode: Callable[[], Conditions], *told: Any, options: CallOptions
+    ) -> SRDDPipelineOutput | tuple:
+        """
+        Draw the masked part of images.
+
+        Args:
+            encode (`Callable`): As in `prepare_hole`, as are `told`: image, mask, strength and what follows.
+            options ([`CallOptions`]): What every call may be told.
+
+        Raises:
+            ValueError: If an argument does not fit.
+        """
+        self.check_inputs(*options)
+        conditions, hole, known_tokens = self.prepare_hole(encode, *told, options.num_images_per_prompt)
+        decodes = options.output_type != "latent"
         images: Any
         images, token_ids = self.draw(conditions, **options.of_draw, known_tokens=known_tokens, decodes=decodes)
         if decodes:
-            result = resize(images, region.shape[-2:])
-            if paste_known:
-                result = paste(region, hole, result, feather)
-            whole = pixels.clone()
-            whole[box] = result
-            images = self.image_processor.postprocess(whole, output_type=options.output_type)
+            images = self.image_processor.postprocess(hole.filled(images), output_type=options.output_type)
         self.maybe_free_model_hooks()
         return SRDDPipelineOutput(images=images, token_ids=token_ids) if options.return_dict else (images, token_ids)
 
@@ -158,14 +170,11 @@ class InpaintPipeline(ScalePipeline):
         known_pixels = 1 - F.interpolate(mask, size=size, mode="nearest")
         canvas = WindowedCanvas(resize(extend_known(pixels, 1 - mask), size), known_pixels, self.sample_size)
 
-        def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
+        def known_tokens(window: Window) -> KnownTokens:
             place = (..., *window)
-            known_tokens = self.prepare_known(canvas.pixels[place], 1 - canvas.known_pixels[place]).token_ids
-            return self.draw(conditions, **options.of_draw, known_tokens=known_tokens, progress_bar=progress_bar)
+            return self.prepare_known(canvas.pixels[place], 1 - canvas.known_pixels[place]).token_ids
 
-        with self.progress_bar(total=canvas.num_windows * self.num_timesteps) as progress_bar:
-            token_ids = canvas.fill(draw_window, lambda: self.interrupt)
-            progress_bar.update(progress_bar.total - progress_bar.n)
+        token_ids = draw_windows(self, canvas, conditions, known_tokens, **options.of_draw)
         result = paste(pixels, mask, resize(canvas.drawn_pixels, full_size), feather)
         images = self.image_processor.postprocess(result, output_type=options.output_type)
         self.maybe_free_model_hooks()

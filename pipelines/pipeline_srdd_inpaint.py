@@ -96,7 +96,8 @@ class SRDDInpaintPipeline(inpaint_pipeline.InpaintPipeline, scale_pipeline.Class
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
         options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
         encode = partial(self.encode_class_labels, class_labels)
-        return self.inpaint_with(encode, image, mask_image, strength, padding_mask_crop, paste_known, feather, options)
+        told = image, mask_image, strength, padding_mask_crop, paste_known, feather
+        return self.inpaint_with(encode, *told, options=options)
 
     @draws
     @torch.no_grad()

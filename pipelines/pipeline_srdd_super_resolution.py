@@ -84,4 +84,4 @@ class SRDDSuperResolutionPipeline(super_resolution_pipeline.SuperResolutionPipel
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
         options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
         encode = partial(self.encode_class_labels, class_labels)
-        return self.enlarge_with(encode, image, scale_factor, num_known_scales, consistent, options)
+        return self.enlarge_with(encode, image, scale_factor, num_known_scales, consistent, options=options)

@@ -77,7 +77,8 @@ class SRDDTextInpaintPipeline(inpaint_pipeline.InpaintPipeline, text_pipeline.Te
         encode = partial(self.encode_conditions, prompt, negative_prompt, *embeds, *masks)
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
         options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
-        return self.inpaint_with(encode, image, mask_image, strength, padding_mask_crop, paste_known, feather, options)
+        told = image, mask_image, strength, padding_mask_crop, paste_known, feather
+        return self.inpaint_with(encode, *told, options=options)
 
     @draws
     @torch.no_grad()

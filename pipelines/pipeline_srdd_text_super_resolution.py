@@ -73,4 +73,4 @@ class SRDDTextSuperResolutionPipeline(super_resolution_pipeline.SuperResolutionP
         encode = partial(self.encode_conditions, prompt, negative_prompt, *embeds, *masks)
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
         options = CallOptions(guidance_scale, num_images_per_prompt, generator, output_type, return_dict, *callback)
-        return self.enlarge_with(encode, image, scale_factor, num_known_scales, consistent, options)
+        return self.enlarge_with(encode, image, scale_factor, num_known_scales, consistent, options=options)

@@ -1,6 +1,7 @@
 """Parts of images: resizing, pasting back what is known, crops around masks, keeping to a small image."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
@@ -64,6 +65,41 @@ def crop_box(mask: torch.Tensor, margin: int, size: Sequence[int]) -> tuple[slic
     picture = VaeImageProcessor.numpy_to_pil((union > 0).float().cpu().numpy()[None, ..., None])[0]
     left, top, right, bottom = VaeImageProcessor.get_crop_region(picture, size[1], size[0], margin)
     return slice(top, bottom), slice(left, right)
+
+
+@dataclass(frozen=True)
+class Hole:
+    """
+    The part of images that is drawn anew, and how it is filled.
+
+    Args:
+        pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): The whole images, in [-1, 1].
+        mask (`torch.Tensor` of shape `(batch, 1, height, width)`): In [0, 1], 1 where to draw.
+        box (`(slice, slice)`): Rows and columns that are looked at and drawn.
+        paste_known (`bool`): Whether the known pixels are laid over what was drawn.
+        feather (`int`): As in [`paste`].
+    """
+
+    pixels: torch.Tensor
+    mask: torch.Tensor
+    box: tuple[slice, slice]
+    paste_known: bool
+    feather: int
+
+    @property
+    def surroundings(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels and mask of what is looked at."""
+        return self.pixels[(..., *self.box)], self.mask[(..., *self.box)]
+
+    def filled(self, drawn_pixels: torch.Tensor) -> torch.Tensor:
+        """The whole images with what the model has drawn of the box, at its own size, `(batch, 3, height, width)`."""
+        pixels, mask = self.surroundings
+        result = resize(drawn_pixels, pixels.shape[-2:])
+        if self.paste_known:
+            result = paste(pixels, mask, result, self.feather)
+        whole = self.pixels.clone()
+        whole[(..., *self.box)] = result
+        return whole
 
 
 def check_padding(padding: int | Sequence[int], most: int) -> tuple[int, int, int, int]:

@@ -1,8 +1,13 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+
+from srdd.pipelines.conditions import Conditions
+from srdd.pipelines.scale_pipeline import ScalePipeline
+from srdd.pipelines.scale_sampling import KnownTokens
 
 
 # Rows and columns of a window.
@@ -90,3 +95,32 @@ class WindowedCanvas:
         self.drawn_pixels[place] = blended
         self.pixels[place] = torch.where(self.given_pixels[place], self.pixels[place], blended)
         self.known_pixels[place] = 1.0
+
+
+def draw_windows(
+    pipe: ScalePipeline,
+    canvas: WindowedCanvas,
+    conditions: Conditions,
+    known_tokens: Callable[[Window], KnownTokens],
+    **options: Any,
+) -> torch.LongTensor | None:
+    """
+    Draw a canvas window by window, with one progress bar. `options` are those of [`~ScalePipeline.draw`].
+
+    Args:
+        pipe ([`ScalePipeline`]): What draws.
+        canvas ([`WindowedCanvas`]): What is drawn on.
+        conditions ([`Conditions`]): What to draw, one for each image.
+        known_tokens (`Callable`): What is known of a window before it is drawn.
+
+    Returns:
+        `torch.LongTensor`, *optional*: The tokens of the window drawn last; `None` if all was known.
+    """
+
+    def draw_window(window: Window) -> tuple[torch.Tensor, torch.LongTensor]:
+        return pipe.draw(conditions, known_tokens=known_tokens(window), progress_bar=progress_bar, **options)
+
+    with pipe.progress_bar(total=canvas.num_windows * pipe.num_timesteps) as progress_bar:
+        token_ids = canvas.fill(draw_window, lambda: pipe.interrupt)
+        progress_bar.update(progress_bar.total - progress_bar.n)
+    return token_ids

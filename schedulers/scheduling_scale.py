@@ -201,7 +201,8 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
                 "`resampling_policy` 'learned' is gone since version 0.2, and its token critic with it: it was no"
                 " better than 'masked' (`benchmarks/ABLATIONS.md`)."
             )
-        unknown = sorted({*kwargs} - {*REMOVED_OPTIONS} - cls._get_init_keys(cls))
+        given = {name for name, value in kwargs.items() if value is not None}  # modular pipelines tell `variant=None`
+        unknown = sorted(given - {*REMOVED_OPTIONS} - cls._get_init_keys(cls))
         if unknown:
             logger.warning(f"{cls.__name__} has no options {unknown}: they are ignored.")
         config_dict, kwargs = (

@@ -11,8 +11,8 @@ from pathlib import Path
 sys.modules["srdd"] = None  # from here on `import srdd` fails
 
 import torch  # noqa: E402
-from diffusers import DiffusionPipeline  # noqa: E402
-from hub.drawing_calls import draw  # noqa: E402
+from diffusers import DiffusionPipeline, ModularPipeline  # noqa: E402
+from hub.drawing_calls import TASKS, draw, draw_modular  # noqa: E402
 
 
 def load(name: str, **arguments) -> DiffusionPipeline:
@@ -24,10 +24,13 @@ def results_of(name: str, digest: str) -> dict:
     images, prefix = {"draw": draw(pipe, "draw")}, "text_" if "text_encoder" in pipe.components else ""
     for task in ("inpaint", "super_resolution"):
         images[task] = draw(load(name, custom_pipeline=f"{prefix}{task}_{digest}"), task)
+    modular = ModularPipeline.from_pretrained(name, trust_remote_code=True)
+    modular.load_components()
     saved = Path("saved", Path(name).name)
     pipe.save_pretrained(saved)
     return {
         "images": images,
+        "modular": {task: draw_modular(modular, task) for task in TASKS},
         "again": draw(again, "draw"),
         "saved": draw(type(pipe).from_pretrained(saved), "draw"),
         "is_one_class": type(pipe) is type(again),

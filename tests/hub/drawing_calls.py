@@ -26,6 +26,14 @@ TASKS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+def draw_modular(pipe: Any, task: str) -> torch.Tensor:
+    """What [`draw`] gives, of a modular pipeline for all tasks."""
+    pipe.set_progress_bar_config(disable=True)
+    told = FROM_TEXTS if "text_encoder" in pipe.components else BY_CLASS
+    generator = torch.Generator().manual_seed(0)
+    return pipe(**told, **TASKS[task](), generator=generator, output_type="pt", output="images")
+
+
 def draw(pipe: Any, task: str) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     told = FROM_TEXTS if "text_encoder" in pipe.components else BY_CLASS

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from hub.drawing_calls import draw
+from diffusers import DiffusionPipeline, ModularPipeline
+from hub.drawing_calls import draw, draw_modular
 from hub.fresh_process import run_python
 from hub.hub_server import HubServer
 from tiny_models import tiny_history_transformer, tiny_latent_diffusion, tiny_pipeline
 from tiny_texts import WITHOUT_ENCODERS, tiny_text_pipeline
 
 import srdd
-from srdd import SRDDPipeline, SRDDTextPipeline
+from srdd import ScaleTextTransformer2DModel, SRDDPipeline, SRDDTextPipeline
+from srdd.pipelines.modular_blocks import SRDDTextBlocks
 from srdd.publish import add_code, carried_code
 from srdd.publish.__main__ import main
 from srdd.publish.carried_code import PACKAGE, PIPELINES, drawing_modules
@@ -81,7 +82,7 @@ def published(tmp_path_factory):
     for name, make in MODELS.items():
         make().save_pretrained(root / "plain" / name)
         (root / "plain" / name / "README.md").write_text(CARD)
-        main([str(root / "plain" / name), str(root / "published" / name)])
+        main([str(root / "plain" / name), str(root / "published" / name), "--hub_model_id", f"me/{name}"])
     return {name: root / "published" / name for name in MODELS}
 
 
@@ -108,6 +109,7 @@ def pulled(hub, published, tmp_path_factory):
 def test_models_on_the_hub_draw_without_srdd(pulled, published, name):
     result, images = pulled[f"me/{name}"], expected(name)
     assert_same_images(result["images"], images)
+    assert_same_images(result["modular"], images)
     assert torch.equal(result["again"], images["draw"])
     assert result["is_one_class"]
     assert result["class"] == type(MODELS[name]()).__name__
@@ -132,6 +134,7 @@ def test_folders_draw_offline_without_srdd_each_with_its_own_code(hub, published
     results = run_without_srdd(hub, tmp_path / "run", names, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
     for name in ("tiny", "texts"):
         assert_same_images(results[str(published[name])]["images"], expected(name))
+        assert_same_images(results[str(published[name])]["modular"], expected(name))
     assert [results[str(each)]["default_guidance_scale"] for each in folders[:2]] == [2.5, 1.5]
     by_hand = tiny_pipeline()
     by_hand.scheduler.register_to_config(guidance_scale=1.5)
@@ -155,7 +158,7 @@ import torch
 from hub.drawing_calls import draw
 from srdd import SRDDInpaintPipeline, SRDDTextPipeline
 from srdd.publish.__main__ import main
-main(["me/tiny", "again/tiny"])
+main(["me/tiny", "again/tiny", "--hub_model_id", "me/tiny"])
 images = draw(SRDDInpaintPipeline.from_pretrained("me/tiny"), "inpaint"), draw(
     SRDDTextPipeline.from_pretrained("me/texts"), "draw"
 )
@@ -169,9 +172,18 @@ torch.save(images, "images.pt")
     assert contents(tmp_path / "run" / "again" / "tiny") == contents(published["tiny"])
 
 
-def test_diffusers_asks_for_trust(published):
-    with pytest.raises(ValueError, match="contains custom code in draw_"):
-        DiffusionPipeline.from_pretrained(published["tiny"])
+def test_installed_blocks_load_such_folders_without_trust(published):
+    made = SRDDTextBlocks().init_pipeline(published["texts"])
+    made.load_components()
+    assert type(made.transformer) is ScaleTextTransformer2DModel
+    images = {"draw": draw_modular(made, "draw")}
+    assert_same_images(images, {"draw": expected("texts")["draw"]})
+
+
+@pytest.mark.parametrize("pipeline", [DiffusionPipeline, ModularPipeline])
+def test_diffusers_asks_for_trust(published, pipeline):
+    with pytest.raises(ValueError, match="contains custom code"):
+        pipeline.from_pretrained(published["tiny"])
 
 
 def test_the_code_imports_nothing_of_srdd_and_no_more_than_drawing_needs(published):
@@ -196,8 +208,8 @@ def test_files_of_a_folder(published):
     assert index["text_encoder_2"] == ["transformers", "CLIPTextModel"]
     assert {path.name for path in folder.iterdir() if path.is_file()} == {
         "README.md",
-        "model_index.json",
-        *(f"text_{task}_{digest}.py" for task in ("draw", "inpaint", "super_resolution")),
+        *("model_index.json", "modular_config.json", "modular_model_index.json"),
+        *(f"text_{task}_{digest}.py" for task in ("draw", "inpaint", "super_resolution", "modular")),
     }
     assert not list((folder / "tokenizer").glob("*.py"))
 
@@ -207,18 +219,18 @@ def test_a_card_says_how_to_draw_without_srdd(published):
     assert card.startswith(CARD)
     assert f'custom_pipeline="inpaint_{digest_of(published["tiny"])}"' in card
     names: dict = {}
-    exec(card.split("```py\n")[1].split("```")[0].replace('"tiny"', repr(str(published["tiny"]))), names)
+    exec(card.split("```py\n")[1].split("```")[0].replace('"me/tiny"', repr(str(published["tiny"]))), names)
     assert type(names["pipe"]).__name__ == "SRDDPipeline"
 
 
 def test_publishing_again_replaces_the_code(published, tmp_path, monkeypatch):
     old = tmp_path / "old"
     shutil.copytree(published["tiny"], old)
-    monkeypatch.setattr(carried_code, "drawing_modules", lambda package: {"__init__": "# Of another version.\n"})
+    monkeypatch.setattr(carried_code, "drawing_modules", lambda *_: {"__init__": "# Of another version.\n"})
     add_code(old)
     assert digest_of(old) != digest_of(published["tiny"])
     monkeypatch.undo()
-    main([str(old), str(tmp_path / "new" / "tiny")])
+    main([str(old), str(tmp_path / "new" / "tiny"), "--hub_model_id", "me/tiny"])
     assert contents(tmp_path / "new" / "tiny") == contents(published["tiny"])
 
 
@@ -240,7 +252,7 @@ def test_imports_are_rewritten_one_by_one(tmp_path):
     for name, source in sources.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.py").write_text(source)
-    assert drawing_modules(tmp_path) == {
+    assert drawing_modules(tmp_path, ["srdd"]) == {
         "__init__": 'from . a import B, C as D\n__version__ = "1"\n',
         "a": "def f():\n    from . import __version__; from . import b as c  # late\n\nB = C = 1\n",
         "a_deep": "E = 'from srdd.a import B'\n",

@@ -73,6 +73,8 @@ def test_files_of_a_pipeline_of_texts_with_an_adapter_and_code(hub):
     texts = {
         "lora/config.json",
         "lora/pytorch_lora_weights.safetensors",
+        "modular_config.json",
+        "modular_model_index.json",
         *(f"text_encoder{which}/{name}" for which in ("", "_2") for name in ("config.json", "model.safetensors")),
         *(f"tokenizer{which}/{name}" for which in ("", "_2") for name in ("tokenizer.json", "tokenizer_config.json")),
     }
@@ -85,6 +87,8 @@ def test_a_run_publishes_its_code_where_it_was_asked_to(hub):
     package, _ = index["transformer"]
     files = {path for path in hub.files("me/captions")[1] if path.endswith(".py")}
     assert {f"{index['_class_name'][0]}.py", f"{package}/__init__.py", f"vqvae/{package}.py"} <= files
+    _, _, where = json.loads(hub.read("me/captions", "modular_model_index.json"))["transformer"]
+    assert where["pretrained_model_name_or_path"] == "me/captions"
     card = hub.read("me/captions", "README.md").decode()
     assert 'DiffusionPipeline.from_pretrained("me/captions", trust_remote_code=True)' in card
     assert not [path for path in hub.files("me/fruit")[1] if path.endswith(".py")]

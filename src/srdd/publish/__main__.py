@@ -23,13 +23,14 @@ def copy_pipeline(source: Path, folder: Path) -> None:
             shutil.copy2(path, folder / path.name)
 
 
-def publish(model: str, folder: Path) -> CarriedCode:
+def publish(model: str, folder: Path, repository: str | None = None) -> CarriedCode:
     """
     Write a pipeline's folder with the code that draws, whole or not at all.
 
     Args:
         model (`str`): Folder or repository of the pipeline.
         folder (`Path`): What to write.
+        repository (`str`, *optional*): Where it will be on the Hub, as in [`add_code`].
 
     Returns:
         [`CarriedCode`]
@@ -43,10 +44,12 @@ def publish(model: str, folder: Path) -> CarriedCode:
     source = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
     with whole_folder(folder) as unfinished:
         copy_pipeline(source, unfinished)
-        code = add_code(unfinished)
+        code = add_code(unfinished, repository)
         card = unfinished / CARD
         if card.is_file():
-            card.write_text(card_with_code(card.read_text(encoding="utf-8"), folder.name, code), encoding="utf-8")
+            card.write_text(
+                card_with_code(card.read_text(encoding="utf-8"), repository or folder.name, code), encoding="utf-8"
+            )
     return code
 
 
@@ -58,9 +61,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of a pipeline of srdd.")
     parser.add_argument("output", metavar="OUT", help="Folder to write, which must not exist yet, or be empty.")
+    parser.add_argument(
+        "--hub_model_id",
+        help="Repository that the folder will be uploaded to; from the Hub, diffusers' ModularPipeline needs it.",
+    )
     args = parser.parse_args(arguments)
     try:
-        code = publish(args.model, Path(args.output).resolve())
+        code = publish(args.model, Path(args.output).resolve(), args.hub_model_id)
     except (OSError, ValueError) as error:
         parser.error(str(error).replace("`folder`", "`OUT`"))
     names = ", ".join(f"{file}_{code.digest}.py ({pipeline})" for file, pipeline in code.pipelines.items())

@@ -3,9 +3,9 @@ The code that a model's folder may carry, so that diffusers draws with it where 
 
 It is this package less what drawing does not need, as one flat folder: diffusers looks for imports by regular
 expressions, one folder deep, and copies what it finds. The folder's name holds a hash of the code, as diffusers copies
-the code of all models to one place. Files beside it are what diffusers opens: one for each pipeline, which imports the
-folder as a package of that name, and one for each component, which takes its class from there. So the classes are the
-same wherever the code was copied to.
+the code of all models to one place. Files beside it are what diffusers opens: one for each pipeline, one for blocks,
+which import the folder as a package of that name, and one for each component, which takes its class from there. So the
+classes are the same wherever the code was copied to.
 """
 
 import ast
@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,10 @@ PIPELINES = (
     },
 )
 
+# The same as one set of blocks of Modular Diffusers each, and the module that they are in.
+BLOCKS = {"modular": "SRDDBlocks"}, {"text_modular": "SRDDTextBlocks"}
+BLOCKS_MODULE = "srdd.pipelines.modular_blocks"
+
 PIPELINE_FILE = """import importlib
 import sys
 from pathlib import Path
@@ -50,7 +55,7 @@ if TYPE_CHECKING:  # never run: diffusers reads here which files it must copy
 sys.path.append(str(Path(__file__).parent))
 try:
     importlib.invalidate_caches()
-    {pipeline} = importlib.import_module("{package}").{pipeline}
+    {name} = importlib.import_module("{module}").{name}
 finally:
     sys.path.remove(str(Path(__file__).parent))
 """
@@ -76,13 +81,15 @@ class CarriedCode:
         return f"srdd_{self.digest}"
 
 
-def add_code(folder: str | Path) -> CarriedCode:
+def add_code(folder: str | Path, repository: str | None = None) -> CarriedCode:
     """
     Put the code that draws into the folder of a saved pipeline; code that is there already is replaced. Pipelines of
     this package load the folder as before.
 
     Args:
         folder (`str` or `Path`): The folder.
+        repository (`str`, *optional*): Where it will be on the Hub. `ModularPipeline` loads components from there;
+            without, from a folder only, as `modular_model_index.json` must name a repository.
 
     Returns:
         [`CarriedCode`]
@@ -94,50 +101,68 @@ def add_code(folder: str | Path) -> CarriedCode:
     folder = Path(folder)
     index = ScalePipeline.load_config(folder)
     name = index.get("_class_name")
-    pipelines = next((each for each in PIPELINES if name in each.values()), None)
+    pipelines, blocks = next((both for both in zip(PIPELINES, BLOCKS) if name in both[0].values()), (None, None))
     if pipelines is None:
         allowed = [each for names in PIPELINES for each in names.values()]
         raise ValueError(f"`_class_name` of {folder} must be one of {allowed}, got {shown(name)}.")
-    modules = drawing_modules(PACKAGE)
+    modules = drawing_modules(PACKAGE, ["srdd", BLOCKS_MODULE])
     code = CarriedCode(_digest(modules), pipelines)
     remove_code(folder)
     (folder / code.package).mkdir()
     for module, source in modules.items():
         _write(folder / code.package / f"{module}.py", source)
     imports = "\n    ".join(f"from .{code.package}.{module} import *" for module in modules)
-    for file, pipeline in pipelines.items():
-        source = PIPELINE_FILE.format(imports=imports, package=code.package, pipeline=pipeline)
+    for file, each in {**pipelines, **blocks}.items():
+        module = code.package if each in pipelines.values() else f"{code.package}.{_flat(BLOCKS_MODULE)}"
+        source = PIPELINE_FILE.format(imports=imports, module=module, name=each)
         _write(folder / f"{file}_{code.digest}.py", source)
-        if pipeline == name:
-            index["_class_name"] = [f"{file}_{code.digest}", pipeline]
+        if each == name:
+            index["_class_name"] = [f"{file}_{code.digest}", each]
     for component, entry in index.items():
         if isinstance(entry, list) and entry[:1] == ["srdd"]:
             index[component] = [code.package, entry[1]]
             _write(folder / component / f"{code.package}.py", COMPONENT_FILE.format(package=code.package))
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / "model_index.json").write_text(text, encoding="utf-8")
+    ((file, each),) = blocks.items()
+    modular = {"_class_name": each, "auto_map": {"ModularPipelineBlocks": f"{file}_{code.digest}.{each}"}}
+    for json_file, values in (
+        ("model_index.json", index),
+        ("modular_config.json", modular),
+        ("modular_model_index.json", _modular_index(index, each, repository)),
+    ):
+        (folder / json_file).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return code
+
+
+def _modular_index(index: dict, blocks: str, repository: str | None) -> dict:
+    """The `modular_model_index.json` to a `model_index.json`. A folder's own files go before those of a repository."""
+    modular = {"_class_name": "ModularPipeline", "_blocks_class_name": blocks}
+    for name, entry in index.items():
+        if name != "_class_name" and isinstance(entry, list) and entry[0] is not None:
+            where = {"pretrained_model_name_or_path": repository, "subfolder": name, "variant": None, "revision": None}
+            modular[name] = [*entry, {"type_hint": entry, **where}]
+    return modular
 
 
 def remove_code(folder: Path) -> None:
     """Remove the files that [`add_code`] has put into a folder, also those of other versions."""
-    files = "|".join(("srdd", *PIPELINES[0], *PIPELINES[1]))
+    files = "|".join(("srdd", *PIPELINES[0], *PIPELINES[1], *BLOCKS[0], *BLOCKS[1]))
     for path in (*folder.iterdir(), *folder.glob("*/*.py")):
         if re.fullmatch(rf"({files})_[0-9a-f]{{8}}(\.py)?", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def drawing_modules(package: Path) -> dict[str, str]:
+def drawing_modules(package: Path, roots: Sequence[str]) -> dict[str, str]:
     """
-    What `import srdd` imports of the package, as modules of one folder.
+    Modules of the package and what they import of it, as modules of one folder.
 
     Args:
         package (`Path`): The folder of the package.
+        roots (`Sequence[str]`): The modules to start from.
 
     Returns:
         `dict[str, str]`: Sources by the names of modules.
     """
-    waiting, sources = ["srdd"], {}
+    waiting, sources = [*roots], {}
     while waiting:
         module = waiting.pop()
         if _flat(module) not in sources:

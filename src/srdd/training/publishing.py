@@ -207,6 +207,8 @@ def _publish(
     if settings.push_to_hub:
         api = HfApi(token=settings.hub_token)
         repository = api.create_repo(repository, exist_ok=True).repo_id
+        if carried_code is not None:
+            add_code(folder, repository)
         write_card(repository)  # now with the account in its name, as others need it
         api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=not_published(settings))
 

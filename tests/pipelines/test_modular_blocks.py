@@ -1,0 +1,156 @@
+"""Modular Diffusers blocks: the pictures of the pipelines, bit for bit, and previews by a block that is inserted."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ModularPipeline
+from hub.drawing_calls import BY_CLASS, FROM_TEXTS, TASKS, draw
+from tiny_models import tiny_history_transformer, tiny_pipeline, tiny_scheduler
+from tiny_texts import WITHOUT_ENCODERS, tiny_text_pipeline
+
+import srdd
+from srdd.pipelines.modular_blocks import PreviewScales, SRDDBlocks, SRDDTextBlocks
+from srdd.pipelines.scale_pipeline import ScalePipeline
+from srdd.publish.carried_code import PIPELINES
+
+
+REFINED = {"resampling_policy": "simple", "num_resampling_passes": 1}
+FAMILIES = {
+    "labels": (SRDDBlocks, tiny_pipeline, BY_CLASS),
+    "history, refined": (
+        SRDDBlocks,
+        lambda: tiny_pipeline(transformer=tiny_history_transformer(), scheduler=tiny_scheduler(**REFINED)),
+        BY_CLASS,
+    ),
+    "texts": (SRDDTextBlocks, tiny_text_pipeline, FROM_TEXTS),
+}
+
+
+def modular(blocks: SRDDBlocks, pipe: ScalePipeline) -> ModularPipeline:
+    """A modular pipeline of another one's components, without progress bars."""
+    made = blocks.init_pipeline()
+    made.update_components(**pipe.components)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def with_preview(block: Any = None) -> SRDDBlocks:
+    blocks = SRDDBlocks()
+    blocks.sub_blocks["draw"].sub_blocks.insert("preview", block or PreviewScales(), 0)
+    return blocks
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_give_the_pictures_of_the_pipelines(family, task):
+    blocks, make, told = FAMILIES[family]
+    pipe = make()
+    classes = next(each for each in PIPELINES if type(pipe).__name__ in each.values())
+    task_class = {file.removeprefix("text_"): name for file, name in classes.items()}[task]
+    expected = draw(getattr(srdd, task_class).from_pipe(pipe), task)
+    told = {**told, **TASKS[task]()}
+    images = modular(blocks(), pipe)(**told, generator=seeded(), output_type="pt", output="images")
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("task", ["draw", "inpaint"])
+def test_several_images_options_and_latents(task):
+    pipe = tiny_pipeline()
+    cls = {"draw": srdd.SRDDPipeline, "inpaint": srdd.SRDDInpaintPipeline}[task]
+    told = {"class_labels": [1, "quince"], "num_images_per_prompt": 2, "guidance_scale": 4.0, **TASKS[task]()}
+    if task == "inpaint":
+        told |= {"strength": 0.5, "padding_mask_crop": 1, "feather": 1}
+    generators = [[seeded(seed) for seed in range(4)] for _ in range(2)]
+    expected = cls.from_pipe(pipe)(**told, generator=generators[0], output_type="latent")
+    state = modular(SRDDBlocks(), pipe)(**told, generator=generators[1], output_type="latent")
+    assert torch.equal(state.images, expected.images)
+    assert torch.equal(state.token_ids, expected.token_ids)
+    assert state.images.shape[0] == 4
+
+
+def test_texts_as_embeddings_and_a_workflow_of_its_own():
+    whole, bare = tiny_text_pipeline(), tiny_text_pipeline(**WITHOUT_ENCODERS)
+    names = [each.name for each in SRDDTextBlocks().sub_blocks["encode"].prompts]
+    encoded = dict(zip(names[2:], whole.encode_prompt("a cat", "fog")))
+    expected = draw(whole, "draw")
+    blocks = SRDDTextBlocks().get_workflow("draw")
+    made = blocks.init_pipeline()
+    made.update_components(**{name: each for name, each in bare.components.items() if each is not None})
+    assert torch.equal(made(**encoded, generator=seeded(), output_type="pt", output="images"), expected)
+
+
+def test_a_folder_is_loaded_with_init_pipeline(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    made = SRDDBlocks().init_pipeline(tmp_path)
+    made.load_components()
+    images = made(class_labels="quince", generator=seeded(), output_type="pt", output="images")
+    assert torch.equal(images, draw(pipe, "draw"))
+
+
+def test_users_are_asked_for_nothing_that_blocks_tell_each_other():
+    names = {each.name for each in SRDDBlocks().inputs}
+    assert {"class_labels", "mask_image", "scale_factor", "latents", "generator"} <= names
+    assert not {"conditions", "known_tokens", "hole", "canvas", "token_ids"} & names
+    assert not {"mask_image", "image", "hole"} & {each.name for each in SRDDBlocks().get_workflow("draw").inputs}
+
+
+def test_an_inserted_block_previews_every_pass_and_changes_nothing():
+    pipe = tiny_pipeline(scheduler=tiny_scheduler(**REFINED))
+    made = modular(with_preview(), pipe)
+    state = made(class_labels=[1, 2], generator=seeded())
+    assert len(state.previews) == len(pipe.scheduler.timesteps)
+    assert [picture.tobytes() for picture in state.previews[-1]] == [each.tobytes() for each in state.images]
+    plain = modular(SRDDBlocks(), pipe)(class_labels=[1, 2], generator=seeded())
+    assert torch.equal(state.token_ids, plain.token_ids)
+    enlarged = made(class_labels=1, **TASKS["super_resolution"](), generator=seeded())
+    assert len(enlarged.previews) == len(pipe.scheduler.timesteps)
+
+
+class EndsEarly(PreviewScales):
+    def __call__(self, components, block_state, i, t):
+        block_state.interrupt = i == 1
+        block_state.latents = block_state.latents + 1
+        return super().__call__(components, block_state, i, t)
+
+
+def test_an_inserted_block_may_change_and_end_the_run():
+    state = modular(with_preview(EndsEarly()), tiny_pipeline())(class_labels=1, generator=seeded())
+    assert len(state.previews) == 2
+    assert (state.token_ids[:, :5] >= 0).all()
+    assert (state.token_ids[:, 5:] == -1).all()
+    plain = tiny_pipeline()(1, generator=seeded(), callback_on_step_end=ends_early, output_type="latent")
+    assert torch.equal(state.latents, plain.images)
+
+
+def ends_early(pipe, index, timestep, tensors):
+    pipe._interrupt = index == 1
+    return {"latents": tensors["latents"] + 1}
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"class_labels": 7}, r"`class_labels` must lie in \[0, 4\], got 7"),
+        ({"guidance_scale": "high"}, "`guidance_scale` must be a finite number or None, got 'high'"),
+        ({"output_type": "png"}, "`output_type` must be one of .*, got 'png'"),
+        ({**TASKS["inpaint"](), "strength": 2}, r"`strength` must be a finite number in \[0, 1\], got 2"),
+        ({**TASKS["super_resolution"](), "output_type": "latent"}, "in super-resolution, got 'latent'"),
+        ({**TASKS["super_resolution"](), "latents": torch.zeros(1, 8, 4, 4)}, "`latents` must be left out"),
+        ({"mask_image": torch.zeros(1, 1, 8, 8)}, "Required input 'image' is missing"),
+    ],
+)
+def test_bad_input_is_refused(told, message):
+    with pytest.raises(ValueError, match=message):
+        modular(SRDDBlocks(), tiny_pipeline())(**told)
+
+
+def test_components_that_are_not_loaded_are_refused():
+    made = SRDDBlocks().init_pipeline()
+    with pytest.raises(ValueError, match=r"`vqvae` must be loaded .*load_components"):
+        made(class_labels=1)
