@@ -27,7 +27,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The pages of the navigation, and whatever they link to, below the same paths as in the repository."""
-    site = Files([file for file in files if not file.is_documentation_page() and not file.is_media_file()])
+    site = Files([file for file in files if file.src_dir != config.docs_dir])  # the theme's
     for name, page in REFERENCE.items():
         site.append(File.generated(config, page, content=f"::: srdd.{name}\n"))
     to_add = [ROOT / page for page in pages_of(config.nav) if page not in REFERENCE.values()]

@@ -1,5 +1,6 @@
 """The site that `make docs` builds. What it is built with is no part of what the other tests need."""
 
+import re
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -98,4 +99,6 @@ def test_site_is_built_whole(tmp_path):
     scheduler = (tmp_path / "reference" / "ScaleScheduler" / "index.html").read_text(encoding="utf-8")
     assert 'href="../ScaleSchedulerOutput/#srdd.ScaleSchedulerOutput"' in scheduler
     assert "[<code>" not in scheduler  # a name in brackets that did not become a link
+    for linked in re.findall(r'<(?:link|script)[^>]* (?:href|src)="(?!https?:)([^"#]+)"', scheduler):
+        assert (tmp_path / "reference" / "ScaleScheduler" / linked).exists(), linked
     assert (tmp_path / "schedulers" / "scheduling_scale.py" / "index.html").exists()  # the method links to it
