@@ -45,7 +45,7 @@ $(VENV)/.demo: $(BIN)/python setup.py constraints.txt
 	touch $@
 
 $(VENV)/.docs: $(BIN)/python setup.py constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]"
+	$(BIN)/python -m pip install -q -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 $(VENV)/.test: $(BIN)/python setup.py constraints.txt
