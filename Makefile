@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: sample demo space test quality style clean
+.PHONY: sample demo space docs test quality style clean
 
 sample: $(VENV)/.sample
 	$(BIN)/python training_scripts/sample_srdd.py \
@@ -15,6 +15,9 @@ demo: $(VENV)/.demo
 space:
 	rm -rf build/space && mkdir -p build/space
 	cp -RL demo/. src/srdd model_cards/srdd-fruits64 build/space/
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -39,6 +42,10 @@ $(VENV)/.sample: $(BIN)/python setup.py constraints.txt
 
 $(VENV)/.demo: $(BIN)/python setup.py constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.docs: $(BIN)/python setup.py constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 $(VENV)/.test: $(BIN)/python setup.py constraints.txt

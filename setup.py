@@ -60,6 +60,7 @@ setup(
         "int8": ["torchao>=0.18"],
         # Pinned: without, an older pip tries one version after the other, or takes one of years ago.
         "demo": ["gradio==6.31.0"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "ruff"],
         # What diffusers' own tests import.
         "diffusers_suite": ["parameterized>=0.9", "requests-mock>=1.11"],
         "quality": ["ruff==0.17.6"],

@@ -12,14 +12,13 @@ from srdd.acceleration.cpu import MULTIPLIES_INT8
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKING_PAGES = [
-    *PAGES,
-    ROOT / "demo" / "README.md",
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "training_scripts" / "README.md",
-    *sorted((ROOT / "benchmarks").glob("*.md")),
     *sorted((ROOT / "model_cards").glob("*/README.md")),
 ]
+LINKING_PAGES = [*PAGES, ROOT / "demo" / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
 
 # Above a block that a test cannot run: `<!-- not run: reason -->`. `<!-- needs VNNI -->` leaves it to the CPU.
 BLOCK = re.compile(r"^(?:<!-- (?P<marker>.+?) -->\n)?```py\n(?P<code>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
