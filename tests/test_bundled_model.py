@@ -47,7 +47,7 @@ def test_edges_of_what_is_drawn_anew_are_nearer_to_the_picture_than_without_feat
         options = {"feather": feather, "generator": generator().manual_seed(0), "output_type": "pt"}
         edited = inpaint(picture, mask, "Apple Braeburn 1", **options).images
         errors.append((edited - picture).square().mean().sqrt().item())
-    assert errors == sorted(errors, reverse=True)
+    assert max(errors[1:]) < errors[0]
 
 
 def test_weights_are_small_and_the_card_names_source_and_licence():
