@@ -28,7 +28,7 @@ from srdd.evaluation.tables import markdown_table
 
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = ROOT / "model_cards" / "srdd-fruits64" / "vqvae"
+TOKENIZER = ROOT / "model_cards" / "srdd-tokenizer-64"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -2,7 +2,7 @@
 """
 Measure a multi-scale tokenizer on images: rFD, PSNR, SSIM, and codebook usage and perplexity of every scale.
 
-    python training_scripts/evaluate_tokenizer.py --pretrained_vqvae_name_or_path model_cards/srdd-fruits64/vqvae \
+    python training_scripts/evaluate_tokenizer.py --pretrained_vqvae_name_or_path model_cards/srdd-tokenizer-64 \
         --dataset_name fruits64 --split validation --output reconstructions.png
 
 Prints one JSON object. rFD is the Frechet distance between the images and their reconstructions on EfficientNet-Lite0

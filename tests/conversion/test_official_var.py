@@ -7,8 +7,6 @@ The fixtures hold keys, shapes and outputs. The weights are drawn here, by [`off
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 import zipfile
 import zlib
@@ -22,6 +20,7 @@ from arguments import seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from training.launching import run_module
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.conversion import convert_checkpoints, imagenet_class_names
@@ -337,7 +336,7 @@ def test_command_writes_a_pipeline(own_process, tmp_path, checkpoints):
     arguments = ["--vae", str(vae), "--transformer", str(transformer), "--output", str(tmp_path)]
     arguments += ["--attention-pattern", "markov", "--dtype", "float16"]
     if own_process:
-        subprocess.run([sys.executable, "-m", "srdd.conversion", *arguments], check=True)
+        assert run_module("srdd.conversion", *arguments) == 0
     else:
         main(arguments)
     loaded = SRDDPipeline.from_pretrained(tmp_path, dtype=torch.float16)

@@ -3,8 +3,6 @@
 import errno
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,7 +12,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from tiny_models import SAMPLE_SIZE, tiny_vqvae
+from training.launching import other_run
 
+from srdd.data.file_locks import hold_lock
 from srdd.data.images import LabelledImages, image_to_tensor, load_labelled_images
 from srdd.data.token_cache import TokenDataset, cached_tokens
 
@@ -349,16 +349,6 @@ def test_a_run_that_fails_leaves_the_cache_of_another_alone(images, cache):
     np.testing.assert_array_equal(make(images, cache).token_ids, one_by_one(images, tiny_vqvae()))
 
 
-OTHER_RUN = """
-import sys
-from srdd.data.file_locks import hold_lock
-
-lock = hold_lock(sys.argv[1])
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 @pytest.mark.parametrize("killed", [True, False])
 def test_what_killed_runs_left_is_removed_and_what_running_ones_write_is_not(images, cache, killed):
     expected = np.array(make(images, cache).token_ids)
@@ -366,15 +356,13 @@ def test_what_killed_runs_left_is_removed_and_what_running_ones_write_is_not(ima
     path.unlink()
     left = [path.with_name(f"{path.stem}-0123.{ending}") for ending in ("lock", "partial")]
     left[1].write_bytes(b"half")
-    words = [sys.executable, "-c", OTHER_RUN, left[0]]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
+    with other_run(hold_lock, left[0]) as (process, connection):
+        assert connection.recv() == "held"
         if killed:
-            other.kill()
-            other.wait()
+            process.kill()
+            process.join()
         np.testing.assert_array_equal(make(images, cache).token_ids, expected)
         assert files(cache) == sorted([*([] if killed else left), path])
-        other.kill()
 
 
 def test_what_a_run_left_that_was_killed_with_a_whole_file_is_removed(images, cache):

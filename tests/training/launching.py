@@ -1,4 +1,4 @@
-"""Training scripts in processes of their own, which tests may kill, and a small data set for them.
+"""Training scripts and other code in processes of their own, which tests may kill, and a small data set for scripts.
 
 The processes are forked from a server that has imported everything, so that they start in a fraction of a second.
 """
@@ -8,10 +8,15 @@ import json
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import socket
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -102,8 +107,6 @@ def start(
     Returns:
         [`Run`]
     """
-    start_server()
-    context = multiprocessing.get_context("forkserver")
     port, processes = free_port(), []
     for rank in range(num_processes):
         variables = dict(environment or {})
@@ -116,9 +119,7 @@ def start(
                 MASTER_PORT=str(port),
             )
         words = [str(argument) for argument in arguments]
-        process = context.Process(target=_run, args=(script, words, variables, output, largest_file), daemon=True)
-        process.start()
-        processes.append(process)
+        processes.append(_fork(_run, script, words, variables, output, largest_file))
     return Run(processes, output)
 
 
@@ -127,6 +128,13 @@ def start_server() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED_BY_SERVER)
     forkserver.ensure_running()
+
+
+def _fork(target: Callable, *arguments: object) -> BaseProcess:
+    start_server()
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 def _run(script: str, arguments: list[str], environment: dict, output: Path, largest_file: int | None) -> None:
@@ -152,6 +160,47 @@ def run_script(name: str, *arguments: str | Path) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.main(module.parse_args([str(argument) for argument in arguments]))
+
+
+def run_module(name: str, *arguments: str) -> int:
+    """`python -m name`, to its end; returns the exit code. What the server has not imported is imported anew."""
+    process = _fork(_run_module, name, arguments)
+    process.join()
+    return process.exitcode
+
+
+def _run_module(name: str, arguments: tuple[str, ...]) -> None:
+    sys.argv = [name, *arguments]
+    torch.set_num_threads(1)
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+@contextmanager
+def other_run(lock: Callable[[Path], object], path: Path) -> Iterator[tuple[BaseProcess, Connection]]:
+    """
+    Another process, which calls `lock(path)`.
+
+    Over the connection it says "held", or the message of a `ValueError` with which it ends; having said "held" it
+    waits for a word, and ends without letting go by itself. It is killed on leaving.
+    """
+    here, there = multiprocessing.Pipe()
+    process = _fork(_hold, lock, path, there)
+    there.close()
+    try:
+        yield process, here
+    finally:
+        process.kill()
+        process.join()
+
+
+def _hold(lock: Callable[[Path], object], path: Path, connection: Connection) -> None:
+    try:
+        _kept = lock(path)  # or the lock would be let go
+    except ValueError as error:
+        connection.send(str(error))
+    else:
+        connection.send("held")
+        connection.recv()
 
 
 def free_port() -> int:

@@ -1,23 +1,12 @@
 """One run in a folder at a time, whatever becomes of the run before it."""
 
 import errno
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
+from training.launching import other_run
 
 from srdd.training.output_lock import lock_output_dir, unlock_output_dirs
-
-
-OTHER_RUN = """
-import sys
-from srdd.training.output_lock import lock_output_dir
-
-lock_output_dir(sys.argv[1])
-print("locked", flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -26,34 +15,29 @@ def _unlocked():
     unlock_output_dirs()
 
 
-def start_other_run(folder: Path) -> subprocess.Popen:
-    words = [sys.executable, "-c", OTHER_RUN, str(folder)]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize("end", ["kill", "exit"])
 def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path, end):
     folder = tmp_path / "new" / "run"
-    with start_other_run(folder) as other:
-        assert other.stdout.readline() == "locked\n"
+    with other_run(lock_output_dir, folder) as (process, connection):
+        assert connection.recv() == "held"
         message = "`output_dir` must be a folder in which no other run trains, got '.*run', .*--resume_from_checkpoint"
         with pytest.raises(ValueError, match=message):
             lock_output_dir(folder)
         lock_output_dir(tmp_path / "new" / "another")
-        other.kill() if end == "kill" else other.stdin.close()
-        other.wait()
+        process.kill() if end == "kill" else connection.send("end")
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if end == "kill" else 0)
     lock_output_dir(folder)
 
 
 def test_runs_of_a_process_follow_each_other(tmp_path):
     lock_output_dir(tmp_path)
     lock_output_dir(str(tmp_path / ".." / tmp_path.name))
-    with start_other_run(tmp_path) as other:
-        assert "`output_dir` must be a folder in which no other run trains" in other.communicate()[1]
+    with other_run(lock_output_dir, tmp_path) as (_, connection):
+        assert "`output_dir` must be a folder in which no other run trains" in connection.recv()
     unlock_output_dirs()
-    with start_other_run(tmp_path) as other:
-        assert other.stdout.readline() == "locked\n"
-        other.kill()
+    with other_run(lock_output_dir, tmp_path) as (_, connection):
+        assert connection.recv() == "held"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])

@@ -324,13 +324,17 @@ def test_a_curve_is_drawn_of_any_log(tmp_path):
         "training": [{"step": step, "loss": 1 / step} for step in range(1, 9)],
         "validation": [{"step": 1, "loss": 1.0}, {"step": 1, "val_loss": 2.0}, {"step": 2, "val_loss": 1.0}],
         "quality": [{"step": 1, "loss": 1.0}, {"step": 1, "val_psnr": 20.0}],
+        "schedules": [
+            {"step": 1, "loss": 1.0},
+            {"step": 1, "val_loss": 2.0, "val_loss/1-2": 2.0, "val_loss/1-4": 1.0},
+        ],
         "nan": [{"step": 1, "loss": float("nan")}],
     }
     for name, log in logs.items():
         draw_curve(log, tmp_path / f"{name}.png")
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert picture.size == (700, 400)
-    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 4
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 5
 
 
 def test_a_folder_that_is_saved_twice_is_as_if_saved_once(trained, tmp_path):

@@ -21,15 +21,24 @@ NOT_IN_TABLE = ("id2label", "scale_sizes", "up_block_types", "down_block_types")
 
 
 def draw_curve(log: list[dict], path: Path) -> None:
-    """Draw training and validation losses over the steps of a log."""
+    """
+    Draw training and validation losses over the steps of a log. With several schedules the training losses are points,
+    as steps learn different ones, and every schedule has a line of validation losses.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    for name, label in (("loss", "training"), ("val_loss", "validation")):
+    schedules = sorted({name for record in log for name in record if name.startswith("val_loss/")})
+    lines = {"loss": {"label": "training"}}
+    if schedules:
+        lines["loss"] |= {"linestyle": "", "marker": ".", "color": "lightgrey"}
+    for name in schedules or ["val_loss"]:
+        lines[name] = {"label": name.removeprefix("val_loss/") if schedules else "validation", "marker": "."}
+    for name, style in lines.items():
         points = [(record["step"], record[name]) for record in log if name in record]
         if points:
-            axes.plot(*zip(*points), label=label, marker="." if name == "val_loss" else None)
+            axes.plot(*zip(*points), **style)
     quality = [(record["step"], record["val_psnr"]) for record in log if "val_psnr" in record]
     if quality:
         other = axes.twinx()

@@ -167,7 +167,7 @@ def tokenizer_psnr(
             f"The tokenizer gives your pictures back with a PSNR of {psnr:.1f} dB, less than {LOW_PSNR:.0f}: what is"
             " trained on its tokens cannot draw better than that. Train a tokenizer on these pictures, from this one"
             " (`train_tokenizer.py --pretrained_model_name_or_path ...`) or anew, or take another one: for pictures of"
-            " any kind, or VAR's for 256 pixels (docs/public_weights.md)."
+            " any kind, srdd-tokenizer-64 (model_cards), or VAR's for 256 pixels (docs/public_weights.md)."
         )
     return psnr
 
