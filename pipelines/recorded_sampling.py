@@ -6,7 +6,7 @@ import torch
 from tqdm.auto import tqdm
 
 from srdd.acceleration import CudaGraphs
-from srdd.area_means import windows
+from srdd.area_means import WINDOWS
 from srdd.models import MultiScaleVQModel, ScaleTransformer
 from srdd.models.neighbourhoods import scale_masks
 from srdd.pipelines.conditions import Conditions
@@ -71,7 +71,7 @@ def sample_recorded(
     key = (*shapes, *schedule, *inputs.guidance.is_guided.values(), *inputs.conditions.conditional, decode is None)
     grid_size = inputs.latents.shape[-2:]
     constants = [
-        windows(side, new_side, inputs.latents.device)
+        WINDOWS[side, new_side, inputs.latents.device]
         for scale in scheduler.visits
         for side, new_side in zip(grid_size, scale.size)
     ]

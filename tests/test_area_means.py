@@ -5,7 +5,7 @@ from PIL import Image
 from tiny_models import tiny_scheduler, tiny_transformer, tiny_vqvae
 
 from srdd import SRDDInpaintPipeline
-from srdd.area_means import area_means, windows
+from srdd.area_means import WINDOWS, area_means
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (5, 3), (8, 7), (13, 16), (64, 1)])
@@ -31,10 +31,10 @@ def test_means_are_exact_where_all_is_alike_and_gradients_flow():
 
 def test_weights_of_a_cell_sum_to_one_and_are_made_once():
     for size, new_size in ((13, 5), (5, 13), (7, 7), (100, 3)):
-        places, weights = windows(size, new_size, torch.device("cpu"))
+        places, weights = WINDOWS[size, new_size, torch.device("cpu")]
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(new_size))
         assert 0 <= places.min() <= places.max() < size
-        assert windows(size, new_size, torch.device("cpu"))[0] is places
+        assert WINDOWS[size, new_size, torch.device("cpu")][0] is places
 
 
 def test_autocast_does_not_round_them():

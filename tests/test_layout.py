@@ -23,7 +23,7 @@ SOURCES = sorted(
 
 # The floors of the house, from the ground up. A part imports itself and parts of the floors below it.
 FLOORS = (
-    ("checks.py",),
+    ("checks.py", "kept_tensors.py"),
     ("scales.py", "pictures.py", "area_means.py", "console.py", "whole_folders.py"),
     ("schedulers", "acceleration"),
     ("models",),

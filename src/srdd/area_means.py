@@ -1,12 +1,12 @@
 """Means over areas, `down` of the method: the same numbers on every device."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
+from srdd.kept_tensors import KeptTensors
 
-@functools.lru_cache(maxsize=512)
+
 def windows(size: int, new_size: int, device: torch.device) -> tuple[torch.LongTensor, torch.Tensor]:
     """
     What means along an axis are made of: cell `i` of `n` covers `[floor(i size / n), ceil((i + 1) size / n))`.
@@ -27,6 +27,9 @@ def windows(size: int, new_size: int, device: torch.device) -> tuple[torch.LongT
     return torch.tensor(places, device=device), torch.tensor(weights, device=device)
 
 
+WINDOWS = KeptTensors(windows, maxsize=512)
+
+
 def area_means(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """
     Maps of another size by means over areas, as `interpolate(..., mode="area")` has them.
@@ -43,11 +46,11 @@ def area_means(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """
     height, width = size
     if maps.shape[-2] != height:
-        places, weights = windows(maps.shape[-2], height, maps.device)
+        places, weights = WINDOWS[maps.shape[-2], height, maps.device]
         gathered = maps.index_select(-2, places.flatten()).unflatten(-2, places.shape)  # (..., height, places, width)
         maps = (gathered * weights.to(maps.dtype).unsqueeze(-1)).sum(dim=-2)
     if maps.shape[-1] != width:
-        places, weights = windows(maps.shape[-1], width, maps.device)
+        places, weights = WINDOWS[maps.shape[-1], width, maps.device]
         gathered = maps.index_select(-1, places.flatten()).unflatten(-1, places.shape)  # (..., width, places)
         maps = (gathered * weights.to(maps.dtype)).sum(dim=-1)
     return maps

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from srdd import ScaleKVCache, ScaleTransformer2DModel
 from srdd.models import MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.models.attention_scale import scale_segments
-from srdd.models.neighbourhoods import Neighbourhood, neighbourhood_mask
+from srdd.models.neighbourhoods import NEIGHBOURHOOD_MASKS, Neighbourhood, neighbourhood_mask
 
 
 SCALE_SIZES = [[1, 1], [2, 3], [3, 5], [5, 6]]
@@ -92,7 +92,8 @@ def test_squares_are_shifted_inwards_at_the_edges(size, window):
             expected = torch.zeros(size, dtype=torch.bool)
             expected[top : top + window, left : left + window] = True
             assert torch.equal(mask[row, column], expected)
-    assert neighbourhood_mask(Neighbourhood(size, window), CPU) is neighbourhood_mask(Neighbourhood(size, window), CPU)
+    asked = Neighbourhood(size, window), CPU
+    assert NEIGHBOURHOOD_MASKS[asked] is NEIGHBOURHOOD_MASKS[asked]
 
 
 @torch.no_grad()
@@ -148,7 +149,7 @@ def test_gradients_are_those_of_dense_masked_attention(processor, checkpointing)
 
 @torch.no_grad()
 def test_a_mask_of_an_evaluation_serves_training():
-    neighbourhood_mask.cache_clear()
+    NEIGHBOURHOOD_MASKS.clear()
     model = make_transformer()
     with torch.inference_mode():
         model(random_inputs())
@@ -195,7 +196,7 @@ def test_compiled_blocks_are_given_the_masks(processor):
 def test_masks_are_made_without_the_host():
     # On a device without numbers, to read one is an error.
     model = make_transformer().to("meta")
-    neighbourhood_mask.cache_clear()
+    NEIGHBOURHOOD_MASKS.clear()
     with torch.no_grad(), RefuseTransfers():
         for scale, tokens in enumerate(TOKENS):
             num_tokens = tokens.stop - tokens.start

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from srdd import SRDDPipeline
 from srdd.acceleration import CudaGraphs
-from srdd.models.neighbourhoods import Neighbourhood, neighbourhood_mask
+from srdd.models.neighbourhoods import NEIGHBOURHOOD_MASKS, Neighbourhood
 from srdd.pipelines.conditions import Conditions
 from srdd.pipelines.guided_transformer import Guidance
 from srdd.pipelines.recorded_sampling import empty_noise
@@ -72,7 +72,7 @@ def test_a_recorded_draw_keeps_its_masks():
         assert torch.equal(drawn.images, expected.images)
     [recording] = pipe._cuda_graphs._recordings.values()
     assert recording.graph.num_replays == 2
-    mask = neighbourhood_mask(Neighbourhood((4, 4), 3), torch.device("cpu"))
+    mask = NEIGHBOURHOOD_MASKS[Neighbourhood((4, 4), 3), torch.device("cpu")]
     assert any(mask is each for each in recording.constants[-1])
     pipe.transformer.register_to_config(attention_windows=[0, 0, 1])
     for seed in range(3):

@@ -13,16 +13,16 @@ from no_host import SENDING
 from tiny_models import random_texts, tiny_scheduler, tiny_text_transformer, tiny_transformer, tiny_vqvae
 from torch.overrides import TorchFunctionMode
 
-from srdd.area_means import windows
+from srdd.area_means import WINDOWS
 from srdd.models import MaskedScaleAttnProcessor, ScaleAttnProcessor
-from srdd.models.attention_scale import dense_mask
+from srdd.models.attention_scale import DENSE_MASKS
 from srdd.training.averaged_weights import AveragedWeights
 from srdd.training.condition_dropout import drop_conditions
 from srdd.training.finite_check import FiniteCheck
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.settings import OptimizationSettings
-from srdd.training.token_loss import token_loss, token_weights
+from srdd.training.token_loss import TOKEN_WEIGHTS, token_loss
 
 
 DEVICE = torch.device("meta")
@@ -45,12 +45,12 @@ class NoWaits(TorchFunctionMode):
 def _meta_device(monkeypatch):
     """No autocast, of which this device knows nothing; and what is kept for a device is made here and let go."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
-    caches = (dense_mask, windows, token_weights)
+    caches = (DENSE_MASKS, WINDOWS, TOKEN_WEIGHTS)
     for cache in caches:
-        cache.cache_clear()
+        cache.clear()
     yield
     for cache in caches:
-        cache.cache_clear()
+        cache.clear()
 
 
 class Training:

@@ -16,8 +16,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from srdd.acceleration import accelerate
+from srdd.kept_tensors import KeptTensors
 from srdd.models.configuration import CHOICES
-from srdd.models.neighbourhoods import Neighbourhood, neighbourhood_mask
+from srdd.models.neighbourhoods import NEIGHBOURHOOD_MASKS, Neighbourhood
 from srdd.models.scale_cache import ScaleKVCache, SeenStates
 from srdd.scales import MAX_SCALES
 
@@ -142,18 +143,16 @@ class ScaleAttnProcessor:
 MaskLayout = tuple[tuple[int, int, int, int, Neighbourhood | None], ...]
 
 
-@functools.lru_cache(maxsize=8)
 def dense_mask(layout: MaskLayout, device: torch.device) -> torch.BoolTensor:
-    """`(1, 1, N, N)`, true where attention is allowed. Masks are made once for all layers and calls."""
+    """`(1, 1, N, N)`, true where attention is allowed."""
     num_tokens = layout[-1][1]
     mask = torch.zeros(1, 1, num_tokens, num_tokens, dtype=torch.bool, device=device)
     for start, stop, first, last, neighbourhood in layout:
-        sees = True if neighbourhood is None else neighbourhood_mask(neighbourhood, device)
+        sees = True if neighbourhood is None else NEIGHBOURHOOD_MASKS[neighbourhood, device]
         mask[..., start:stop, first:last] = sees
     return mask
 
 
-@functools.lru_cache(maxsize=8)
 def block_mask(layout: MaskLayout, device: torch.device) -> BlockMask:
     """[`dense_mask`] as FlexAttention reads it: tiles that it forbids altogether are not computed."""
     sizes = torch.tensor([stop - start for start, stop, *_ in layout])
@@ -197,6 +196,10 @@ def near(layout: MaskLayout, device: torch.device) -> Callable[..., torch.Tensor
     return is_near
 
 
+# Made once for all layers and calls.
+DENSE_MASKS, BLOCK_MASKS = (KeptTensors(make, maxsize=8) for make in (dense_mask, block_mask))
+
+
 class MaskedScaleAttnProcessor(ScaleAttnProcessor):
     """
     One attention call for all packed scales under an N x N mask, as VAR trains: the same numbers in fewer calls.
@@ -225,9 +228,8 @@ class MaskedScaleAttnProcessor(ScaleAttnProcessor):
         layout = tuple(
             (s.tokens.start, s.tokens.stop, s.context.start, s.context.stop, s.neighbourhood) for s in segments
         )
-        make_mask = block_mask if self._attention_backend == AttentionBackendName.FLEX else dense_mask
-        with torch.inference_mode(False):  # training may want what an evaluation has made
-            return make_mask(layout, device)
+        masks = BLOCK_MASKS if self._attention_backend == AttentionBackendName.FLEX else DENSE_MASKS
+        return masks[layout, device]
 
     def __call__(
         self,

@@ -100,7 +100,7 @@ class ScaleHistory(nn.Module):
         """Summaries `(B, K, D)` of what scales see, from normalised inputs `(B, N, D)`."""
         heads = len(self.query)
         key, value = (linear(hidden_states).unflatten(-1, (heads, -1)) for linear in (self.to_k, self.to_v))
-        query = self.query.to(value.dtype).expand(len(value), -1, -1).unsqueeze(2)  # (B, H, 1, D/H)
+        query = self.query.to(value.dtype).expand(value.shape[0], -1, -1).unsqueeze(2)  # (B, H, 1, D/H)
         pooled = []
         for segment in segments:
             seen = ScaleAttnProcessor.context(self.layer, segment, key, value, kv_cache)  # (B, ?, H, D/H) each

@@ -3,7 +3,6 @@
 Shape legend: N_k tokens in scale k.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from srdd.checks import check_int, check_list, shown
+from srdd.kept_tensors import KeptTensors
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,18 @@ def check_windows(windows: Any, scale_sizes: Sequence[Sequence[int]], attention_
     return checked
 
 
-@functools.lru_cache(maxsize=512)
 def neighbourhood_mask(neighbourhood: Neighbourhood, device: torch.device) -> torch.BoolTensor:
-    """`(1, 1, N_k, N_k)`, true where attention is allowed. Made once, on the device: the host sends nothing."""
-    with torch.inference_mode(False):  # training may want what an evaluation has made
-        sees = []
-        for axis in (0, 1):
-            starts = neighbourhood.starts(axis, device).unsqueeze(1)
-            places = torch.arange(neighbourhood.size[axis], device=device)
-            sees.append((starts <= places) & (places < starts + neighbourhood.window))  # (length, length)
-        rows, columns = sees
-        return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2, 3).flatten(0, 1)[None, None]
+    """`(1, 1, N_k, N_k)`, true where attention is allowed. Made on the device: the host sends nothing."""
+    sees = []
+    for axis in (0, 1):
+        starts = neighbourhood.starts(axis, device).unsqueeze(1)
+        places = torch.arange(neighbourhood.size[axis], device=device)
+        sees.append((starts <= places) & (places < starts + neighbourhood.window))  # (length, length)
+    rows, columns = sees
+    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2, 3).flatten(0, 1)[None, None]
+
+
+NEIGHBOURHOOD_MASKS = KeptTensors(neighbourhood_mask, maxsize=512)
 
 
 def scale_masks(
@@ -91,7 +92,7 @@ def scale_masks(
         `tuple[torch.BoolTensor, ...]`, *optional*: For each scale `(1, 1, N_k, N_k)`, with `token_indices` their rows,
         `(batch, 1, num_indices, N_k)`, or `None`. `None` if all scales are seen whole.
     """
-    masks = tuple(each if each is None else neighbourhood_mask(each, device) for each in neighbourhoods)
+    masks = tuple(each if each is None else NEIGHBOURHOOD_MASKS[each, device] for each in neighbourhoods)
     if all(mask is None for mask in masks):
         return None
     if token_indices is not None:

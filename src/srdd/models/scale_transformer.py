@@ -170,7 +170,7 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         is_weight = isinstance(guidance_weight, numbers.Real) and math.isfinite(guidance_weight)
         if guidance_weight is not None and not is_weight and not (is_tensor and guidance_weight.is_floating_point()):
             raise ValueError(f"`guidance_weight` must be a finite number, got {shown(guidance_weight)}.")
-        if guidance_weight is not None and len(hidden_states) % 2:
+        if guidance_weight is not None and hidden_states.shape[0] % 2:
             raise ValueError(
                 "`hidden_states` must be two halves with `guidance_weight`, conditional and unconditional, got a batch"
                 f" of {len(hidden_states)}."
@@ -266,5 +266,5 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         scale, shift = modulations.unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale)
         if guidance_weight is not None:
-            hidden_states = guide(*hidden_states.chunk(2), guidance_weight)
+            hidden_states = guide(*hidden_states.unflatten(0, (2, -1)), guidance_weight)
         return self.proj_out(hidden_states)  # (B, N, V)

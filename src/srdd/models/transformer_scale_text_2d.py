@@ -238,7 +238,7 @@ class ScaleTextTransformer2DModel(ScaleTransformer):
             ("pooled_projections", pooled_projections, 2, self.config.pooled_projection_dim),
         ):
             is_tensor = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.ndim == ndim
-            if not is_tensor or (len(tensor), tensor.shape[-1]) != (batch_size, width) or tensor.numel() == 0:
+            if not is_tensor or (tensor.shape[0], tensor.shape[-1]) != (batch_size, width) or tensor.numel() == 0:
                 tokens = "num_text_tokens, " if ndim == 3 else ""
                 raise ValueError(
                     f"`{name}` must be a floating-point tensor of shape ({batch_size}, {tokens}{width}), got"
@@ -327,7 +327,7 @@ class ScaleTextTransformer2DModel(ScaleTransformer):
                 [`ScaleTransformer2DModel`].
         """
         packed = self._check_inputs(hidden_states, timestep, kv_cache, guidance_weight, token_indices)
-        batch_size, device = len(hidden_states), hidden_states.device
+        batch_size, device = hidden_states.shape[0], hidden_states.device
         self._check_texts(batch_size, encoder_hidden_states, encoder_attention_mask, pooled_projections)
         scale_sizes = [self.config.scale_sizes[-1 - segment.timestep] for segment in packed.segments]
         head_dim, theta = self.config.attention_head_dim, self.config.rope_theta

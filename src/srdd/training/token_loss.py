@@ -1,11 +1,11 @@
 """The transformer's training loss."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from srdd.kept_tensors import KeptTensors
 from srdd.scales import num_tokens_per_scale
 
 
@@ -34,10 +34,12 @@ class TokenLoss:
         }
 
 
-@functools.lru_cache(maxsize=8)
 def token_weights(scale_weights: tuple[float, ...], counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """What each token of a pyramid counts, float32 of shape `(num_tokens,)`. Made once: that waits for the device."""
+    """What each token of a pyramid counts, float32 of shape `(num_tokens,)`. That waits for the device."""
     return torch.tensor(scale_weights, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(device)
+
+
+TOKEN_WEIGHTS = KeptTensors(token_weights, maxsize=8)
 
 
 def token_loss(
@@ -76,7 +78,7 @@ def token_loss(
     if scale_weights is None:
         loss = losses.mean()
     else:
-        weights = token_weights(tuple(scale_weights), tuple(counts), losses.device)
+        weights = TOKEN_WEIGHTS[tuple(scale_weights), tuple(counts), losses.device]
         loss = (losses.mean(dim=0) * weights).sum() / weights.sum()
     correct = (logits.detach().argmax(dim=-1) == token_ids).float()
     return TokenLoss(
