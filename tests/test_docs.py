@@ -18,7 +18,12 @@ PAGES = [
     ROOT / "training_scripts" / "README.md",
     *sorted((ROOT / "model_cards").glob("*/README.md")),
 ]
-LINKING_PAGES = [*PAGES, ROOT / "demo" / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
+LINKING_PAGES = [
+    *PAGES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "demo" / "README.md",
+    *sorted((ROOT / "benchmarks").glob("*.md")),
+]
 
 # Above a block that a test cannot run: `<!-- not run: reason -->`. `<!-- needs VNNI -->` leaves it to the CPU.
 BLOCK = re.compile(r"^(?:<!-- (?P<marker>.+?) -->\n)?```py\n(?P<code>.*?)^```$", flags=re.MULTILINE | re.DOTALL)

@@ -20,7 +20,7 @@ from srdd.pipelines import (
 from srdd.schedulers import ScaleScheduler, ScaleSchedulerOutput
 
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MultiScaleVQModel",
