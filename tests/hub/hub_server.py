@@ -145,7 +145,9 @@ class HubServer:
         self.failures: list[str] = []
         self.lock = threading.RLock()
         self._servers = [self._start(HUB_ENDPOINTS), self._start(STORAGE_ENDPOINTS)]
-        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        # Two hosts, as with the real Hub: some versions of `huggingface_hub` give one host the token on any port.
+        hub, storage = (server.server_port for server in self._servers)
+        self.url, self.storage_url = f"http://127.0.0.1:{hub}", f"http://localhost:{storage}"
 
     def _start(self, endpoints: list) -> ThreadingHTTPServer:
         handler = type("Handler", (HubRequestHandler,), {"hub": self, "endpoints": endpoints})
@@ -174,8 +176,8 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
             # The tests' own modules, and the package that is tested wherever this process has it from.
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.getenv("PYTHONPATH")])]),
         }
