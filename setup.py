@@ -49,7 +49,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.41,<0.43",  # private tables and methods of it are used
-        "transformers>=5.0",
+        "transformers>=5.20",
         "huggingface-hub>=1.32",
         "accelerate>=1.2",
         "safetensors>=0.8",
@@ -60,7 +60,7 @@ setup(
     ],
     extras_require={
         "train": [
-            "datasets>=3.0",
+            "datasets>=4.6",
             "filelock>=3.12",
             "matplotlib>=3.9",
             "peft>=0.19",
@@ -72,7 +72,7 @@ setup(
             "pytest>=8.0",
             "pytest-xdist>=3.6.1",
             "hypothesis>=6.100",
-            "datasets>=3.0",
+            "datasets>=4.6",
             "peft>=0.19",
             "playwright>=1.50",
             "scikit-image>=0.24",
