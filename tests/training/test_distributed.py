@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -345,6 +346,14 @@ def test_one_process_under_accelerate_launch_trains_as_without(root, tokenizer, 
     assert "Warning" not in printed
     assert "were not passed to `accelerate launch`" not in printed
     assert_same_run(output_dir, by_one)
+
+
+def test_a_launch_that_was_not_told_of_the_cpu_trains_on_all_cores(root, tokenizer):
+    arguments = transformer_arguments(root, root / "by_default")
+    process = launch(SCRIPTS / "train_srdd.py", *arguments, "--report_to", "none", ACCELERATE_USE_CPU="")
+    codes, printed = wait_for(process)
+    assert codes == [0], printed
+    assert f"Threads: {min(psutil.cpu_count(logical=False), len(os.sched_getaffinity(0)))}, one a core" in printed
 
 
 def fsdp_environment() -> dict[str, str]:

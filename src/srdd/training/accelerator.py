@@ -2,12 +2,14 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import datasets
 import diffusers
+import psutil
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import PartialState
@@ -16,7 +18,9 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
     broadcast_object_list,
+    parse_flag_from_env,
 )
+from tqdm import tqdm
 
 from srdd.training.output_lock import lock_output_dir
 from srdd.training.settings import TrainingSettings
@@ -49,6 +53,8 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_processes(accelerator)
+    if accelerator.device.type == "cpu" and parse_flag_from_env("ACCELERATE_USE_CPU") is False:
+        use_all_cores()
     on_main_process(accelerator, lambda: lock_output_dir(output_dir))
     if accelerator.is_main_process:
         if report_to is not None:
@@ -75,6 +81,22 @@ def check_processes(accelerator: Accelerator) -> None:
             f"`WORLD_SIZE` must be the number of processes that work together, {accelerator.num_processes}, got"
             f" {launched}. Without GPUs, set ACCELERATE_USE_CPU=true."
         )
+
+
+def use_all_cores() -> None:
+    """
+    Train on all cores where `accelerate launch` allotted a single thread, as it does unless it was told `--cpu` or a
+    number of threads. One that was set to 1 on purpose looks the same; with `--cpu` it is kept.
+    """
+    if os.environ.get("OMP_NUM_THREADS") != "1" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    cores = psutil.cpu_count(logical=False) or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores)
+    tqdm.write(
+        f"Threads: {cores}, one a core (`accelerate launch` without `--cpu` allots one alone).", file=sys.stderr
+    )
 
 
 def on_main_process(state: Accelerator | PartialState, function: Callable[[], Result]) -> Result:
