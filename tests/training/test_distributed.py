@@ -11,13 +11,14 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 from tiny_texts import tiny_text_pipeline
 from training.comparing import assert_same_run
 from training.launching import SCRIPTS, caption_folders, free_port, make_image_folder, start
 
 from srdd import SRDDPipeline, SRDDTextPipeline
+from srdd.training.accelerator import use_all_cores
 from srdd.training.checkpoints import list_checkpoints
 
 
@@ -288,25 +289,6 @@ def observed_script(root):
     return path
 
 
-def test_two_processes_under_accelerate_launch_write_everything_once(root, tokenizer, observed_script):
-    output_dir = root / "launched"
-    process = launch(
-        "--config_file", CONFIGS / "multi_gpu.yaml", "--num_processes", 2, "--mixed_precision", "no", observed_script,
-        *transformer_arguments(root, output_dir),
-    )  # fmt: skip
-    codes, printed = wait_for(process)
-    assert codes == [0], printed
-    assert "were not passed to `accelerate launch`" not in printed
-    assert printed.count("step 3: validation on training images: loss") == printed.count("Tokenizer: PSNR") == 1
-    assert [record["step"] for record in log(output_dir)] == [1, 2, 3, 3]
-    assert len(list((output_dir / "logs" / "launched").glob("events.out.tfevents.*"))) == 1
-    first, second = (load_file(output_dir / f"averaged-of-{rank}.safetensors") for rank in (0, 1))
-    finished = SRDDPipeline.from_pretrained(output_dir).transformer.state_dict()
-    assert first.keys() == second.keys() == finished.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(torch.equal(first[name], finished[name]) for name in first)
-
-
 def test_an_error_in_one_process_ends_the_whole_run(root, tokenizer, observed_script):
     output_dir = root / "broken"
     process = launch(
@@ -320,19 +302,28 @@ def test_an_error_in_one_process_ends_the_whole_run(root, tokenizer, observed_sc
     assert not (output_dir / "model_index.json").exists()
 
 
-def test_two_machines_train_together(root, tokenizer, by_one):
+def test_two_machines_train_together_and_write_everything_once(root, tokenizer, by_one, observed_script):
     output_dir, port = root / "two_machines", free_port()
     machines = [
         launch(
             "--config_file", CONFIGS / "multi_node.yaml", "--num_processes", 2, "--mixed_precision", "no",
-            "--machine_rank", rank, "--main_process_port", port, SCRIPTS / "train_srdd.py",
-            *transformer_arguments(root, output_dir), "--report_to", "none", "--train_batch_size", 4,
+            "--machine_rank", rank, "--main_process_port", port, observed_script,
+            *transformer_arguments(root, output_dir), "--train_batch_size", 4,
         )
         for rank in (0, 1)
     ]  # fmt: skip
     codes, printed = wait_for(*machines)
     assert codes == [0, 0], printed
+    assert "were not passed to `accelerate launch`" not in printed
+    assert printed.count("step 3: validation on training images: loss") == printed.count("Tokenizer: PSNR") == 1
+    assert [record["step"] for record in log(output_dir)] == [1, 2, 3, 3]
+    assert len(list((output_dir / "logs" / "two_machines").glob("events.out.tfevents.*"))) == 1
     assert_same_training(output_dir, by_one)
+    first, second = (load_file(output_dir / f"averaged-of-{rank}.safetensors") for rank in (0, 1))
+    finished = SRDDPipeline.from_pretrained(output_dir).transformer.state_dict()
+    assert first.keys() == second.keys() == finished.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(first[name], finished[name]) for name in first)
 
 
 def test_one_process_under_accelerate_launch_trains_as_without(root, tokenizer, by_one):
@@ -348,12 +339,25 @@ def test_one_process_under_accelerate_launch_trains_as_without(root, tokenizer, 
     assert_same_run(output_dir, by_one)
 
 
-def test_a_launch_that_was_not_told_of_the_cpu_trains_on_all_cores(root, tokenizer):
-    arguments = transformer_arguments(root, root / "by_default")
-    process = launch(SCRIPTS / "train_srdd.py", *arguments, "--report_to", "none", ACCELERATE_USE_CPU="")
-    codes, printed = wait_for(process)
-    assert codes == [0], printed
-    assert f"Threads: {min(psutil.cpu_count(logical=False), len(os.sched_getaffinity(0)))}, one a core" in printed
+@pytest.mark.parametrize(
+    ("options", "by_launch", "wanted"),
+    [([], "1", "all"), (["--num_cpu_threads_per_process", "3"], "3", 1), (["--cpu"], None, 1)],
+)
+def test_a_launch_that_was_not_told_of_the_cpu_trains_on_all_cores(options, by_launch, wanted, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args([*options, "train_srdd.py"]))
+    _, variables = prepare_simple_launcher_cmd_env(args)
+    assert by_launch in (None, variables["OMP_NUM_THREADS"])
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"):
+        monkeypatch.setenv(name, variables[name])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        use_all_cores()
+        cores = min(psutil.cpu_count(logical=False), len(os.sched_getaffinity(0)))
+        assert torch.get_num_threads() == (cores if wanted == "all" else wanted)
+    finally:
+        torch.set_num_threads(before)
 
 
 def fsdp_environment() -> dict[str, str]:

@@ -53,7 +53,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_processes(accelerator)
-    if accelerator.device.type == "cpu" and parse_flag_from_env("ACCELERATE_USE_CPU") is False:
+    if accelerator.device.type == "cpu":
         use_all_cores()
     on_main_process(accelerator, lambda: lock_output_dir(output_dir))
     if accelerator.is_main_process:
@@ -88,7 +88,8 @@ def use_all_cores() -> None:
     Train on all cores where `accelerate launch` allotted a single thread, as it does unless it was told `--cpu` or a
     number of threads. One that was set to 1 on purpose looks the same; with `--cpu` it is kept.
     """
-    if os.environ.get("OMP_NUM_THREADS") != "1" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    was_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not was_launched or parse_flag_from_env("ACCELERATE_USE_CPU") or os.environ.get("OMP_NUM_THREADS") != "1":
         return
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(os, "sched_getaffinity"):
