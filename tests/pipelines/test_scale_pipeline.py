@@ -15,8 +15,8 @@ from srdd import SRDDPipeline
 from srdd.pipelines.scale_pipeline import check_components
 
 
-def draw(pipe, **options) -> torch.Tensor:
-    return pipe(generator=seeded(0, 1), output_type="pt", **options).images
+def draw(pipe, seeds=(0, 1), **options) -> torch.Tensor:
+    return pipe(generator=seeded(*seeds), output_type="pt", **options).images
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -38,7 +38,10 @@ def test_half_precision(family, dtype):
     plain = family.new_pipeline().to(dtype)
     images = draw(plain, **family.told(0, 1))
     assert images.dtype == torch.float32
-    assert (images - draw(family.pipeline(), **family.told(0, 1))).abs().mean() < 0.1
+    same = draw(family.pipeline(), **family.told(0, 1))
+    other = draw(family.pipeline(), (5, 6), **family.told(0, 1))
+    # A token here and there is another one.
+    assert (images - same).abs().mean() < (images - other).abs().mean() / 2
     inpaint, enlarge = (TASKS[task][family.draws_from_texts].from_pipe(plain) for task in ("inpaint", "enlarge"))
     assert {model.dtype for model in inpaint.components.values() if isinstance(model, torch.nn.Module)} == {dtype}
     image, mask = random_image(), random_hole()
