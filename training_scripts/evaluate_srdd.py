@@ -25,7 +25,6 @@ from accelerate import Accelerator
 from PIL import Image
 
 import srdd
-from srdd import ScaleScheduler
 from srdd.console import write_text
 from srdd.data.images import picture_grid
 from srdd.evaluation.feature_cache import collect
@@ -37,30 +36,19 @@ from srdd.evaluation.paired_metrics import load_lpips
 from srdd.evaluation.pipeline_variants import PipelineVariant
 from srdd.evaluation.real_images import other_real_images
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, report_tables
-from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_POLICIES
 from srdd.training.accelerator import check_processes
-from srdd.training.settings import DataSettings, HelpWithDefaults, add_arguments, from_args, int_list, positive_int
+from srdd.training.settings import (
+    SCHEDULER_OPTIONS,
+    DataSettings,
+    HelpWithDefaults,
+    add_arguments,
+    add_scheduler_arguments,
+    chosen_scheduler,
+    from_args,
+    positive_int,
+    scheduler_options,
+)
 from srdd.training.training_data import load_images
-
-
-def one_or_list(text: str) -> int | list[int]:
-    """An integer, or one for each scale."""
-    values = int_list(text)
-    return values[0] if len(values) == 1 else values
-
-
-SCHEDULER_OPTIONS = {
-    "scales": {"type": int_list, "help": "Scales to visit, such as 1,2,4,8."},
-    "guidance_schedule": {"choices": GUIDANCE_SCHEDULES},
-    "guidance_start": {"type": float},
-    "guidance_stop": {"type": float},
-    "temperature": {"type": float},
-    "top_k": {"type": int},
-    "top_p": {"type": float},
-    "resampling_policy": {"choices": RESAMPLING_POLICIES},
-    "resampling_threshold": {"type": float},
-    "num_resampling_passes": {"type": one_or_list, "help": "For all scales, or for each, such as 0,0,0,5."},
-}
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -79,10 +67,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     samples.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     samples.add_argument("--batch_size", type=positive_int, default=64, help="Images at once, per process.")
     samples.add_argument("--save_npz", metavar="FILE", help="Write all images to this .npz (`arr_0`), not compressed.")
-    scheduler = parser.add_argument_group("scheduler", "What is not given stays as the pipeline has it.")
-    scheduler.add_argument("--scheduler", help="Folder or Hub id of another scheduler, for example a preset.")
-    for name, options in SCHEDULER_OPTIONS.items():
-        scheduler.add_argument(f"--{name}", **options)
+    add_scheduler_arguments(parser)
     add_arguments(parser, DataSettings)
     reference = parser.add_argument_group("reference")
     reference.add_argument("--split", choices=["train", "validation"], default="validation")
@@ -139,9 +124,8 @@ def load_pipeline(args: argparse.Namespace) -> DrawingPipeline:
     """The pipeline that draws, with what is asked for of its schedule."""
     pipe = load_drawing_pipeline(args.pretrained_model_name_or_path, dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
-    options = {name: getattr(args, name) for name in SCHEDULER_OPTIONS if getattr(args, name) is not None}
     if isinstance(pipe, LatentDiffusionPipeline):
-        given = ["scheduler"] * (args.scheduler is not None) + list(options)
+        given = ["scheduler"] * (args.scheduler is not None) + list(scheduler_options(args))
         if given:
             raise ValueError(
                 f"`{given[0]}` must come with a pipeline that draws scale by scale, not latent diffusion."
@@ -150,8 +134,7 @@ def load_pipeline(args: argparse.Namespace) -> DrawingPipeline:
         return PipelineVariant(scheduler=steps).pipeline(pipe)
     if args.num_inference_steps is not None:
         raise ValueError(f"`num_inference_steps` must come with latent diffusion, not {type(pipe).__name__}.")
-    scheduler = pipe.scheduler if args.scheduler is None else ScaleScheduler.from_pretrained(args.scheduler)
-    pipe.scheduler = ScaleScheduler.from_config(scheduler.config, **options)
+    pipe.scheduler = chosen_scheduler(args, pipe.scheduler)
     return pipe
 
 

@@ -10,15 +10,14 @@ import argparse
 import torch
 from PIL import Image
 
-from srdd import ScaleScheduler, SRDDPipeline
+from srdd import SRDDPipeline
 from srdd.evaluation.figures import labelled_grid
-from srdd.training.settings import HelpWithDefaults
+from srdd.training.settings import HelpWithDefaults, add_scheduler_arguments, chosen_scheduler
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     parser.add_argument("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of a pipeline.")
-    parser.add_argument("--scheduler", help="Folder or Hub id of another scheduler, for example a preset.")
     parser.add_argument("--class_labels", nargs="*", help="Names or ids; default: eight classes spread over all.")
     parser.add_argument("--num_images_per_prompt", type=int, default=8, help="Pictures in a row.")
     parser.add_argument("--guidance_scale", type=float, help="Default: the pipeline's own, 2.5 or none at all.")
@@ -26,13 +25,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--enlarge", type=int, default=2, help="Whole factor by which the pictures are enlarged.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="sample.png")
+    add_scheduler_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
     pipe = SRDDPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
-    if args.scheduler:
-        pipe.scheduler = ScaleScheduler.from_pretrained(args.scheduler)
+    pipe.scheduler = chosen_scheduler(args, pipe.scheduler)
     num_classes = pipe.transformer.config.num_classes
     count = min(8, num_classes)
     labels = args.class_labels or [index * num_classes // count for index in range(count)]

@@ -73,6 +73,13 @@ def test_sample_script_writes_a_labelled_grid(trained, tmp_path):
     picture = Image.open(output)
     assert picture.height == 2 * 16
     assert picture.width > 3 * 16
+    alike = [tmp_path / "first.png", tmp_path / "second.png"]
+    for seed, path in enumerate(alike):
+        run_script(
+            "sample_srdd", "--pretrained_model_name_or_path", trained / "model", "--top_k", 1, "--seed", seed,
+            "--device", "cpu", "--output", path,
+        )  # fmt: skip
+    assert alike[0].read_bytes() == alike[1].read_bytes()
 
 
 def test_evaluation_script_prints_numbers(image_folder, trained, tmp_path, capsys):

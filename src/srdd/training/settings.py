@@ -12,6 +12,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, TypeVar, get_args
 
+from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_POLICIES, ScaleScheduler
+
 
 Settings = TypeVar("Settings")
 
@@ -116,6 +118,46 @@ def _options(setting: Field) -> dict[str, Any]:
     parse_text = {list[int]: int_list, list[float]: float_list}.get(kind, kind)
     given = {"required": True} if setting.default is MISSING else {"default": setting.default}
     return {"type": parse_text, **given, **setting.metadata}
+
+
+def one_or_list(text: str) -> int | list[int]:
+    """An integer, or one for each scale."""
+    values = int_list(text)
+    return values[0] if len(values) == 1 else values
+
+
+# Of scripts that draw with a pipeline: what they may change of its scheduler.
+SCHEDULER_OPTIONS = {
+    "scales": {"type": int_list, "help": "Scales to visit, such as 1,2,4,8."},
+    "guidance_schedule": {"choices": GUIDANCE_SCHEDULES},
+    "guidance_start": {"type": float},
+    "guidance_stop": {"type": float},
+    "temperature": {"type": float},
+    "top_k": {"type": int},
+    "top_p": {"type": float},
+    "resampling_policy": {"choices": RESAMPLING_POLICIES},
+    "resampling_threshold": {"type": float},
+    "num_resampling_passes": {"type": one_or_list, "help": "For all scales, or for each, such as 0,0,0,5."},
+}
+
+
+def add_scheduler_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser `--scheduler` and a flag for each of [`SCHEDULER_OPTIONS`]."""
+    group = parser.add_argument_group("scheduler", "What is not given stays as the pipeline has it.")
+    group.add_argument("--scheduler", help="Folder or Hub id of another scheduler, for example a preset.")
+    for name, options in SCHEDULER_OPTIONS.items():
+        group.add_argument(f"--{name}", **options)
+
+
+def scheduler_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of [`SCHEDULER_OPTIONS`] that were given."""
+    return {name: getattr(args, name) for name in SCHEDULER_OPTIONS if getattr(args, name) is not None}
+
+
+def chosen_scheduler(args: argparse.Namespace, scheduler: ScaleScheduler) -> ScaleScheduler:
+    """The scheduler that was asked for, in place of a pipeline's own."""
+    scheduler = scheduler if args.scheduler is None else ScaleScheduler.from_pretrained(args.scheduler)
+    return ScaleScheduler.from_config(scheduler.config, **scheduler_options(args))
 
 
 class HelpWithDefaults(argparse.RawDescriptionHelpFormatter):
