@@ -75,6 +75,7 @@ def train(args: argparse.Namespace, pictures: Path, output_dir: Path) -> list[tu
         "learning_rate": 1e-3,
         "report_to": "none",
         "seed": 0,
+        **dict.fromkeys(("validation_steps", "checkpointing_steps"), args.max_train_steps),  # once, at the end
         **{
             name: value
             for name, value in vars(args).items()
