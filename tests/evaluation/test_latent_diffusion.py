@@ -120,7 +120,8 @@ def test_folders_load_what_was_saved(tmp_path, kind, num_classes):
     assert loaded.config.num_inference_steps == (50 if kind == "transformer" else 4)
     loaded.register_to_config(num_inference_steps=4)
     labels = ["cherry"] if num_classes else None
-    assert torch.equal(draw(loaded, labels, 3), draw(pipe, labels, 3))
+    # Where weights lie in memory shows in last digits on some CPUs.
+    torch.testing.assert_close(draw(loaded, labels, 3), draw(pipe, labels, 3), atol=1e-4, rtol=0)
 
 
 def test_other_folders_are_those_of_our_pipeline(tmp_path):
