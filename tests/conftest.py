@@ -1,4 +1,3 @@
-import gc
 import sys
 from pathlib import Path
 
@@ -18,9 +17,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-
-
-def pytest_collection_finish() -> None:
-    # What is imported by now stays: the collector need not walk through it again and again.
-    gc.collect()
-    gc.freeze()

@@ -36,7 +36,7 @@ from srdd.evaluation.paired_metrics import load_lpips
 from srdd.evaluation.pipeline_variants import PipelineVariant
 from srdd.evaluation.real_images import other_real_images
 from srdd.evaluation.report import METRIC_SETTINGS, NUM_NEIGHBOURS, check_pairs, compare, compare_pairs, report_tables
-from srdd.training.accelerator import check_processes
+from srdd.training.accelerator import check_processes, use_all_cores
 from srdd.training.settings import (
     SCHEDULER_OPTIONS,
     DataSettings,
@@ -185,6 +185,7 @@ def check_images(args: argparse.Namespace, samples: ImageSource, reference: Imag
 def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator()
     check_processes(accelerator)
+    use_all_cores(accelerator.device)
     lpips = load_lpips() if args.lpips else None
     extractors = [
         load_features(name, args.features_weights if name == "inception" else None) for name in args.features

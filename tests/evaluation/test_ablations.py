@@ -7,6 +7,7 @@ from tiny_models import tiny_latent_diffusion, tiny_pipeline, tiny_scheduler
 from srdd.evaluation.ablation_report import ablation_markdown, mean_and_interval, save_sweep
 from srdd.evaluation.ablations import read_tables
 from srdd.evaluation.measurements import Measurements
+from srdd.scales import default_scale_sizes
 
 
 ROW = {"model": "SDD"}
@@ -100,7 +101,7 @@ def test_cells_that_tables_share_are_measured_once(tmp_path):
     assert measurements.measure(other_seed, measure)["frechet_distance"] == 5
 
 
-@pytest.mark.parametrize("name", ["ablations", "baselines", "editing"])
+@pytest.mark.parametrize("name", ["ablations", "baselines", "bundled", "editing"])
 def test_the_tables_of_the_project_can_be_measured(name):
     tables = read_tables(Path(__file__).parents[2] / "benchmarks" / f"{name}.json")
     assert tables
@@ -108,7 +109,8 @@ def test_the_tables_of_the_project_can_be_measured(name):
         if row.models[0].startswith(("LDM", "DiT")):
             row.changes.pipeline(tiny_latent_diffusion())  # raises if a value is none, as the next line does
         else:
-            tiny_scheduler(scale_sizes=[1, 2, 3, 4, 5, 6, 8], **row.changes.scheduler)
+            scale_sizes = default_scale_sizes(16) if name == "bundled" else [1, 2, 3, 4, 5, 6, 8]
+            tiny_scheduler(scale_sizes=scale_sizes, **row.changes.scheduler)
 
 
 def test_intervals_are_students_over_seeds_and_the_bootstraps_for_one():

@@ -1,5 +1,7 @@
 """Latent diffusion as others are compared with it: an image whatever its batch, one formula, diffusers' folders."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, LDMPipeline
@@ -120,8 +122,10 @@ def test_folders_load_what_was_saved(tmp_path, kind, num_classes):
     assert loaded.config.num_inference_steps == (50 if kind == "transformer" else 4)
     loaded.register_to_config(num_inference_steps=4)
     labels = ["cherry"] if num_classes else None
-    # Where weights lie in memory shows in last digits on some CPUs.
-    torch.testing.assert_close(draw(loaded, labels, 3), draw(pipe, labels, 3), atol=1e-4, rtol=0)
+    # Some CPUs compute other last digits where weights are not aligned, as in the file that they are mapped from.
+    for model in (loaded.vae, loaded.components[kind]):
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert torch.equal(draw(loaded, labels, 3), draw(pipe, labels, 3))
 
 
 def test_other_folders_are_those_of_our_pipeline(tmp_path):

@@ -353,8 +353,11 @@ def test_a_launch_that_was_not_told_of_the_cpu_trains_on_all_cores(options, by_l
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        use_all_cores()
-        cores = min(psutil.cpu_count(logical=False), len(os.sched_getaffinity(0)))
+        use_all_cores(torch.device("cuda"))
+        assert torch.get_num_threads() == 1
+        use_all_cores(torch.device("cpu"))
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+        cores = min(psutil.cpu_count(logical=False) or 1, len(allowed))
         assert torch.get_num_threads() == (cores if wanted == "all" else wanted)
     finally:
         torch.set_num_threads(before)

@@ -53,8 +53,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     check_processes(accelerator)
-    if accelerator.device.type == "cpu":
-        use_all_cores()
+    use_all_cores(accelerator.device)
     on_main_process(accelerator, lambda: lock_output_dir(output_dir))
     if accelerator.is_main_process:
         if report_to is not None:
@@ -83,13 +82,13 @@ def check_processes(accelerator: Accelerator) -> None:
         )
 
 
-def use_all_cores() -> None:
+def use_all_cores(device: torch.device) -> None:
     """
-    Train on all cores where `accelerate launch` allotted a single thread, as it does unless it was told `--cpu` or a
-    number of threads. One that was set to 1 on purpose looks the same; with `--cpu` it is kept.
+    Work on all cores of a CPU where `accelerate launch` allotted a single thread, as it does unless it was told
+    `--cpu` or a number of threads. One that was set to 1 on purpose looks the same; with `--cpu` it is kept.
     """
-    was_launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if not was_launched or parse_flag_from_env("ACCELERATE_USE_CPU") or os.environ.get("OMP_NUM_THREADS") != "1":
+    was_launched = "ACCELERATE_MIXED_PRECISION" in os.environ and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    if device.type != "cpu" or not was_launched or os.environ.get("OMP_NUM_THREADS") != "1":
         return
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(os, "sched_getaffinity"):
