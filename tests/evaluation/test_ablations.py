@@ -101,7 +101,7 @@ def test_cells_that_tables_share_are_measured_once(tmp_path):
     assert measurements.measure(other_seed, measure)["frechet_distance"] == 5
 
 
-@pytest.mark.parametrize("name", ["ablations", "baselines", "bundled", "editing"])
+@pytest.mark.parametrize("name", ["ablations", "bundled", "editing"])
 def test_the_tables_of_the_project_can_be_measured(name):
     tables = read_tables(Path(__file__).parents[2] / "benchmarks" / f"{name}.json")
     assert tables
