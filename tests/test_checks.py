@@ -42,10 +42,9 @@ def test_numbers(value):
     checked = check_number("rate", value, low=3, high=3, over=2, under=4)
     assert checked == 3
     assert type(checked) in (int, float)
-    assert check_number("rate", 10**400) == 10**400
 
 
-@pytest.mark.parametrize("value", [*NO_NUMBERS, math.nan, math.inf, -math.inf, np.float32("nan")])
+@pytest.mark.parametrize("value", [*NO_NUMBERS, math.nan, math.inf, -math.inf, np.float32("nan"), -(10**400)])
 def test_what_is_no_finite_number(value):
     with pytest.raises(ValueError, match=r"^`rate` must be a finite number, got .*\.$"):
         check_number("rate", value)

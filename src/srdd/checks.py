@@ -5,9 +5,9 @@ Each returns the value as Python has it (numpy's integers, numbers and booleans 
 not), or raises a `ValueError` that names the argument, what is allowed, and what was given.
 """
 
-import math
 import numbers
 import reprlib
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -77,13 +77,11 @@ def check_number(
         ValueError: If it is no number, not finite, or out of bounds.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if is_number and isinstance(value, numbers.Integral):
-        value = int(value)
-    elif is_number:
-        value = float(value)
+    if is_number:
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
     if (
         not is_number
-        or not (isinstance(value, int) or math.isfinite(value))
+        or not abs(value) <= sys.float_info.max
         or (low is not None and value < low)
         or (high is not None and value > high)
         or (over is not None and value <= over)

@@ -602,6 +602,7 @@ def test_nan_logits_stop_the_run():
         ({"guidance_scale": torch.tensor(2.5)}, "`guidance_scale` must be a finite number or None, got tensor"),
         ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number or None, got nan"),
         ({"guidance_scale": float("inf")}, "`guidance_scale` must be a finite number or None, got inf"),
+        ({"guidance_scale": 10**400}, "`guidance_scale` must be a finite number or None, got 1000"),
         ({"guidance_scale": True}, "`guidance_scale` must be a finite number or None, got True"),
         ({"return_dict": "no"}, "`return_dict` must be True or False, got 'no'"),
         ({"return_dict": None}, "`return_dict` must be True or False, got None"),
