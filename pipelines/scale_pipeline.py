@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import chain
+from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -331,13 +332,18 @@ class ScalePipeline(DiffusionPipeline):
         """Raise a `ValueError` for components that do not fit, or a value that no pipeline knows."""
         check_components(self.vqvae, self.transformer, self.scheduler)
         is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
-        is_finite = is_number and abs(guidance_scale) <= sys.float_info.max
+        is_large = isinstance(guidance_scale, int) and abs(guidance_scale) > sys.float_info.max
         is_count = isinstance(num_images_per_prompt, Integral) and not isinstance(num_images_per_prompt, bool)
         generators = generator if isinstance(generator, (list, tuple)) else [generator]
         are_generators = all(isinstance(each, torch.Generator) for each in generators)
         is_known = isinstance(output_type, str) and output_type in OUTPUT_TYPES
         for name, value, is_allowed, rule in (
-            ("guidance_scale", guidance_scale, is_finite, "a finite number or None"),
+            (
+                "guidance_scale",
+                guidance_scale,
+                is_number and not is_large and isfinite(guidance_scale),
+                "a finite number or None",
+            ),
             (
                 "num_images_per_prompt",
                 num_images_per_prompt,
