@@ -3,7 +3,7 @@
 What an image costs, from a label to pixels: variants of our pipeline, and VAR's official code.
 
     python benchmarks/speed.py --depth 16 --image_size 256 --batch_size 1 --reference /path/to/VAR
-    python benchmarks/speed.py --table opt_in --model bundled=model_cards/srdd-fruits64 --batch_size 16
+    python benchmarks/speed.py --table schedules --model bundled=model_cards/srdd-fruits64 --batch_size 16
     python benchmarks/speed.py --device cuda --dtype bfloat16 --depth 16 30 --batch_size 1 8 64 --profile \
         --rows causal sdd-eager sdd sdd-6 sdd-compiled sdd-6-compiled --output speed.json
 

@@ -3,8 +3,8 @@
 Measure many settings of one or several models and write tables, figures and pictures: the paper's ablations on your
 data.
 
-    python training_scripts/ablate_srdd.py --config benchmarks/ablations.json --dataset_name fruits64 \
-        --model VAR=runs/causal --model SDD=runs/markov --output_dir runs/ablations
+    python training_scripts/ablate_srdd.py --config benchmarks/bundled.json --table schedules --dataset_name fruits64 \
+        --model bundled=model_cards/srdd-fruits64 --output_dir runs/bundled
 
 The configuration names tables, rows and models (`srdd.evaluation.ablations.read_tables`); `--model` says where the
 models lie. What is measured goes to `ablations.json` at once; a second call goes on where the first was stopped and
