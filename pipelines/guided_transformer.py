@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 
 import torch
+from diffusers.guiders import BaseGuidance
 
 from srdd.models import ModulationCache, ScaleKVCache, ScaleTransformer
 from srdd.pipelines.conditions import Conditions
@@ -17,19 +18,35 @@ class Guidance:
         is_guided (`dict[int, bool]`): Whether at all, by timestep: what the run computes depends on it.
         weights (`torch.Tensor` of shape `(num_scales,)`): The weights `w` of `cond + w (cond - uncond)` of all scales
             that the model knows, coarse to fine, float32. They lie on the device: a run does not look at them.
+        guider (`BaseGuidance`, *optional*): What joins the two halves instead of the weights.
     """
 
     is_guided: dict[int, bool]
     weights: torch.Tensor
+    guider: BaseGuidance | None = None
 
     @classmethod
-    def of(cls, scheduler: ScaleScheduler, guidance_scale: float, device: torch.device | None = None) -> "Guidance":
-        """The guidance of a schedule; a scale of 1 and below is off."""
+    def of(
+        cls,
+        scheduler: ScaleScheduler,
+        guidance_scale: float,
+        device: torch.device | None = None,
+        guider: BaseGuidance | None = None,
+    ) -> "Guidance":
+        """The guidance of a schedule; a scale of 1 and below is off. A guider's steps are the scales."""
         weights = [0.0] * len(scheduler.config.scale_sizes)
         for scale in scheduler.visits:
             weights[-1 - scale.timestep] = scheduler.guidance_weight(scale.timestep, guidance_scale)
         is_guided = {scale.timestep: weights[-1 - scale.timestep] > 0 for scale in scheduler.visits}
-        return cls(is_guided, torch.tensor(weights, device=device))
+        guidance = cls(is_guided, torch.tensor(weights, device=device), guider)
+        if guider is not None:
+            guidance.is_guided = {timestep: guidance.guider_at(timestep).num_conditions > 1 for timestep in is_guided}
+        return guidance
+
+    def guider_at(self, timestep: int) -> BaseGuidance:
+        """The guider, told where in the run it is."""
+        self.guider.set_state(list(self.is_guided).index(timestep), len(self.is_guided), timestep)
+        return self.guider
 
 
 class GuidedTransformer:
@@ -115,12 +132,14 @@ class GuidedTransformer:
         if token_indices is not None:
             hidden_states = hidden_states.take_along_dim(token_indices.unsqueeze(-1), dim=1)
             token_indices = torch.cat([token_indices, token_indices]) if two_halves else token_indices
-        return self.transformer(
+        has_guider = two_halves and self.guidance.guider is not None
+        logits = self.transformer(
             torch.cat([hidden_states, hidden_states]) if two_halves else hidden_states,
             scale.timestep,
             **told,
             kv_cache=kv_cache,
             modulation_cache=modulation_cache,
-            guidance_weight=weight if two_halves else None,
+            guidance_weight=weight if two_halves and not has_guider else None,
             token_indices=token_indices,
         ).sample
+        return self.guidance.guider_at(scale.timestep).forward(*logits.chunk(2)).pred if has_guider else logits

@@ -10,6 +10,7 @@ from typing import Any
 import PIL.Image
 import torch
 from diffusers import ComponentsManager, ModularPipeline
+from diffusers.guiders import BaseGuidance
 from diffusers.modular_pipelines import (
     AutoPipelineBlocks,
     LoopSequentialPipelineBlocks,
@@ -47,7 +48,7 @@ def pipeline_of(components: ModularPipeline) -> ClassTasks | TextTasks:
     What does the work of blocks, of their components.
 
     Raises:
-        ValueError: If a component is not loaded.
+        ValueError: If a component is not loaded, or the guider cannot do its work with logits alone.
     """
     missing = [name for name in ("vqvae", "transformer", "scheduler") if getattr(components, name, None) is None]
     if missing:
@@ -58,7 +59,14 @@ def pipeline_of(components: ModularPipeline) -> ClassTasks | TextTasks:
         )
     tasks = TextTasks if "cross_attention_dim" in components.transformer.config else ClassTasks
     required, optional = tasks._get_signature_keys(tasks)
-    return tasks(**{name: getattr(components, name, None) for name in [*required, *optional]})
+    pipe = tasks(**{name: getattr(components, name, None) for name in [*required, *optional]})
+    pipe._guider = getattr(components, "guider", None)
+    if pipe._guider is not None and type(pipe._guider).prepare_models is not BaseGuidance.prepare_models:
+        raise ValueError(
+            "`guider` must join the predictions of two halves, as `ClassifierFreeGuidance`, got"
+            f" {type(pipe._guider).__name__}, which changes the model."
+        )
+    return pipe
 
 
 def options_of(pipe: ScalePipeline, block_state: Any) -> CallOptions:
@@ -66,6 +74,11 @@ def options_of(pipe: ScalePipeline, block_state: Any) -> CallOptions:
     names = [each.name for each in OPTIONS]
     options = CallOptions(**{name: getattr(block_state, name) for name in names}, return_dict=True)
     pipe.check_inputs(*options)
+    if pipe._guider is not None and options.guidance_scale is not None:
+        raise ValueError(
+            "`guidance_scale` must be None where a `guider` has its own, got"
+            f" {options.guidance_scale} and {type(pipe._guider).__name__}."
+        )
     return options
 
 
@@ -97,6 +110,7 @@ class ScaleBlock(ModularPipelineBlocks):
             ComponentSpec("vqvae", MultiScaleVQModel, "Turns images into tokens and back."),
             ComponentSpec("transformer", self._transformer, "Predicts the tokens of a scale."),
             ComponentSpec("scheduler", ScaleScheduler, "The scale schedule."),
+            ComponentSpec("guider", BaseGuidance, "Guides in the place of `guidance_scale`, if there is one."),
         ]
 
     @torch.no_grad()

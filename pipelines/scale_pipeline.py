@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
@@ -131,6 +132,7 @@ class ScalePipeline(DiffusionPipeline):
     _callback_tensor_inputs = list(TENSOR_INPUTS)
     _usual_guidance_scale = 2.5  # where neither the call nor the scheduler says another
     _told_by = "`conditions`", "conditions"  # the argument that says what to draw, and what it holds
+    _guider: BaseGuidance | None = None  # in the place of `guidance_scale`; modular blocks may have one
 
     def __init__(
         self,
@@ -472,8 +474,8 @@ class ScalePipeline(DiffusionPipeline):
             guidance_scale = self.default_guidance_scale
         self._call.guidance_scale, self._call.interrupt = guidance_scale, False
         scheduler = self.scheduler
-        inputs = SamplingInputs(conditions, Guidance.of(scheduler, guidance_scale, device), latents)
-        is_recordable = known_tokens is on_step_end is None and scheduler.draws_all_tokens
+        inputs = SamplingInputs(conditions, Guidance.of(scheduler, guidance_scale, device, self._guider), latents)
+        is_recordable = known_tokens is on_step_end is self._guider is None and scheduler.draws_all_tokens
         is_recordable &= device.type == self._cuda_graphs.device_type
         components, recorded = (self.vqvae, self.transformer, scheduler), None
         total = len(scheduler.timesteps)

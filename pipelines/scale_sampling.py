@@ -115,7 +115,7 @@ def sample_scales(
             if on_step_end is not None:
                 changed = on_step_end(index, scale.timestep, {"latents": latents, "token_ids": token_ids})
                 latents, token_ids = changed["latents"], changed["token_ids"]
-                guidance = Guidance.of(scheduler, changed["guidance_scale"], device)
+                guidance = Guidance.of(scheduler, changed["guidance_scale"], device, guidance.guider)
                 if changed["interrupt"]:
                     return SamplingOutput(latents, token_ids, is_finite)
             if resample_mask is not None and not resample_mask.any():

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ModularPipeline
+from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
 from hub.drawing_calls import BY_CLASS, FROM_TEXTS, TASKS, draw
-from tiny_models import tiny_history_transformer, tiny_pipeline, tiny_scheduler
+from tiny_models import tiny_history_transformer, tiny_pipeline, tiny_scheduler, tiny_transformer
 from tiny_texts import WITHOUT_ENCODERS, tiny_text_pipeline
 
 import srdd
@@ -154,3 +155,44 @@ def test_components_that_are_not_loaded_are_refused():
     made = SRDDBlocks().init_pipeline()
     with pytest.raises(ValueError, match=r"`vqvae` must be loaded .*load_components"):
         made(class_labels=1)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_guider_guides_in_the_place_of_guidance_scale(family, task):
+    blocks, make, told = FAMILIES[family]
+    pipe = make()
+    pipe.scheduler = srdd.ScaleScheduler.from_config(pipe.scheduler.config, guidance_schedule="constant")
+    made, told = modular(blocks(), pipe), {**told, **TASKS[task](), "output_type": "pt", "output": "images"}
+    expected = made(**told, guidance_scale=3.0, generator=seeded())
+    made.update_components(guider=ClassifierFreeGuidance(guidance_scale=3.0))
+    assert torch.equal(made(**told, generator=seeded()), expected)
+    made.update_components(guider=ClassifierFreeGuidance(guidance_scale=9.0))
+    assert not torch.equal(made(**told, generator=seeded()), expected)
+
+
+@pytest.mark.parametrize("make_transformer", [tiny_transformer, tiny_history_transformer])
+def test_the_steps_of_a_guider_are_the_scales(make_transformer):
+    scheduler = tiny_scheduler(guidance_schedule="constant", guidance_start=0.3, guidance_stop=0.6, **REFINED)
+    pipe = tiny_pipeline(transformer=make_transformer(), scheduler=scheduler)
+    told = {"class_labels": [1, 2], "output_type": "pt", "output": "images"}
+    expected = modular(SRDDBlocks(), pipe)(**told, guidance_scale=6.0, generator=seeded())
+    made = modular(with_preview(), pipe)
+    made.update_components(
+        scheduler=tiny_scheduler(**REFINED), guider=ClassifierFreeGuidance(guidance_scale=6.0, start=0.34, stop=0.7)
+    )
+    assert torch.equal(made(**told, generator=seeded()), expected)
+
+
+@pytest.mark.parametrize(
+    ("guider", "told", "message"),
+    [
+        (ClassifierFreeGuidance(), {"guidance_scale": 2.0}, "`guidance_scale` must be None where a `guider` has its own"),
+        (SkipLayerGuidance(skip_layer_guidance_layers=[0]), {}, "`guider` must join .* got SkipLayerGuidance"),
+    ],
+)
+def test_a_guider_that_does_not_fit_is_refused(guider, told, message):
+    made = modular(SRDDBlocks(), tiny_pipeline())
+    made.update_components(guider=guider)
+    with pytest.raises(ValueError, match=message):
+        made(class_labels=1, **told)
