@@ -103,6 +103,16 @@ def test_the_size_of_batches_changes_nothing(images, cache):
     assert files(cache / "whole")[0].name == files(cache / "parts")[0].name
 
 
+@pytest.mark.parametrize(("side", "largest"), [(8, 6), (128, 4), (256, 1)])
+def test_large_pictures_are_encoded_few_at_a_time(images, cache, monkeypatch, side, largest):
+    monkeypatch.setattr("srdd.data.image_views.PIXELS_PER_FORWARD", 4 * 128**2)
+    vqvae, seen = tiny_vqvae(), []
+    vqvae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    make(images, cache, vqvae, schedules=[[[1, 1], [side // 2, side // 2]]])
+    assert max(seen) == largest
+    assert sum(seen) == 6
+
+
 def test_workers_and_an_accelerator_change_nothing(images, cache):
     vqvae = tiny_vqvae()
     plain = make(images, cache / "plain", vqvae, batch_size=2).token_ids

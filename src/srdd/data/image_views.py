@@ -22,6 +22,9 @@ from srdd.models.saved_weights import weights_hash
 # Part of every name: files of formats that cannot be relied on, as those that two runs could write at once, are left.
 CACHE_FORMAT = 2
 
+# Of the views that are encoded together: 64 of 64 pixels, 4 of 256, where as many took 20 GB with VAR's tokenizer.
+PIXELS_PER_FORWARD = 64 * 64**2
+
 
 class ImageViews(torch.utils.data.Dataset):
     """
@@ -92,7 +95,7 @@ def encoded_views(
     encode: Callable[[torch.Tensor], torch.Tensor],
     views: ImageViews,
     argument: str,
-    batch_size: int,
+    batch_size: int | None,
     num_workers: int,
     accelerator: Accelerator | None,
     description: str,
@@ -105,7 +108,7 @@ def encoded_views(
         encode (`Callable`): Latents of pixels, with the model.
         views ([`ImageViews`]): The views.
         argument (`str`): What errors call the model.
-        batch_size (`int`): Views per forward.
+        batch_size (`int`, *optional*): Views per forward; by default those that have [`PIXELS_PER_FORWARD`].
         num_workers (`int`): Processes that read images.
         accelerator (`Accelerator`, *optional*): The processes to share the work among.
         description (`str`): Of the progress bar.
@@ -117,6 +120,7 @@ def encoded_views(
         ValueError: If latents are not finite; names the image.
     """
     # Batches are the same whatever the number of processes, and so are the latents.
+    batch_size = batch_size or max(1, PIXELS_PER_FORWARD // views.resolution**2)
     batches = torch.arange(len(views)).split(batch_size)
     if accelerator is not None:
         batches = batches[accelerator.process_index :: accelerator.num_processes]

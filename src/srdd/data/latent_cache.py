@@ -50,7 +50,7 @@ def cached_latents(
     random_crops: int = 0,
     random_flip: bool = False,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
 ) -> LatentDataset:
@@ -67,7 +67,7 @@ def cached_latents(
         random_crops (`int`, defaults to 0): Random crops per image instead of one in the centre.
         random_flip (`bool`, defaults to `False`): Also encode the mirrored images; an epoch then has twice as many.
         seed (`int`, defaults to 0): Seed of the random crops.
-        batch_size (`int`, defaults to 64): Images per forward.
+        batch_size (`int`, *optional*): Images per forward; by default 64 of 64 pixels, 4 of 256.
         num_workers (`int`, defaults to 0): Processes that read images.
         accelerator (`Accelerator`, *optional*): The processes to share the work among.
 
@@ -90,7 +90,7 @@ def cached_latents(
 
 
 def _encode(
-    vae: AutoencoderKL, views: ImageViews, batch_size: int, num_workers: int, accelerator: Accelerator | None
+    vae: AutoencoderKL, views: ImageViews, batch_size: int | None, num_workers: int, accelerator: Accelerator | None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """This process's share of the views: the first row of each batch, and its moments."""
 

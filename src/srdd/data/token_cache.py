@@ -89,7 +89,7 @@ def cached_tokens(
     random_crops: int = 0,
     random_flip: bool = False,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
     texts: EncodedTexts | None = None,
@@ -108,7 +108,7 @@ def cached_tokens(
         random_crops (`int`, defaults to 0): Random crops per image instead of one in the centre.
         random_flip (`bool`, defaults to `False`): Also tokenise the mirrored images; an epoch then has twice as many.
         seed (`int`, defaults to 0): Seed of the random crops.
-        batch_size (`int`, defaults to 64): Images per forward.
+        batch_size (`int`, *optional*): Images per forward; by default 64 of 64 pixels, 4 of 256.
         num_workers (`int`, defaults to 0): Processes that read images.
         accelerator (`Accelerator`, *optional*): The processes to share the work among.
         texts ([`EncodedTexts`], *optional*): The captions of the images, instead of labels.
@@ -148,7 +148,7 @@ def _tokenise(
     vqvae: MultiScaleVQModel,
     views: ImageViews,
     schedules: Sequence[list[list[int]]],
-    batch_size: int,
+    batch_size: int | None,
     num_workers: int,
     accelerator: Accelerator | None,
     dtype: np.dtype,
