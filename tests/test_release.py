@@ -20,7 +20,7 @@ import srdd
 
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("src", "pipelines", "schedulers", "tests")
+FOLDERS = ("pipelines", "schedulers", "src", "tests")  # what is linked to first, as Windows wants it
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -92,7 +92,7 @@ def test_archives_hold_the_whole_package(sdist, wheel):
 
 def test_links_of_the_readme_lead_to_the_released_repository(metadata):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = metadata.get_payload(decode=True).decode("utf-8")
+    shown = metadata.get_payload(decode=True).decode("utf-8").replace("\r\n", "\n")
     pages, pictures = "https://github.com/someone/srdd/blob", "https://raw.githubusercontent.com/someone/srdd"
     links = LINK.findall(readme)
     assert [link for link in LINK.findall(shown) if "://" not in link] == []

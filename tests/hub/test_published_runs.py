@@ -26,7 +26,7 @@ def hub(folder):
     """A Hub on which `train_and_push.py` has published."""
     with HubServer(folder / "storage") as server:
         (folder / "work").mkdir()
-        environment = {**os.environ, **server.environment(folder / "hf-home")}
+        environment = {**os.environ, **server.environment(folder / "hf-home"), "ACCELERATE_USE_CPU": "true"}
         environment.pop("HF_TOKEN")
         process = subprocess.run(
             [sys.executable, str(HERE / "train_and_push.py"), server.token],
