@@ -27,8 +27,8 @@ def readme() -> str:
     return RELATIVE_LINK.sub(absolute, text)
 
 
-# Pipelines and schedulers lie at the top level. They are packaged as `srdd.pipelines` and `srdd.schedulers`, through the
-# symlinks in src/srdd.
+# Pipelines and schedulers lie at the top level. They are packaged as `srdd.pipelines` and `srdd.schedulers`, through
+# the symlinks in src/srdd.
 setup(
     name="srdd",
     version=VERSION,

@@ -25,7 +25,7 @@ RESAMPLING_POLICIES = ("none", "simple", "masked", "remasked")
 REMOVED_OPTIONS = {
     "resampling_feedback": (
         (None, "full"),
-        "A further pass sees all tokens now; measured, other feedbacks were no better (`benchmarks/ABLATIONS.md` of 0.1)",
+        "A further pass sees all tokens now; others were no better (`benchmarks/ABLATIONS.md` of version 0.1)",
     ),
     "keep_accepted_tokens": ((True,), 'Where it was False, `resampling_policy="remasked"` judges all tokens anew'),
 }
