@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     images = load_labelled_images(dataset_name=args.dataset_name)
     vqvae = MultiScaleVQModel.from_pretrained(args.pretrained_vqvae_name_or_path)
     vqvae.requires_grad_(False).eval().to(args.device)
-    tokens = cached_tokens(vqvae, images, images.train, args.folder, random_flip=True)
+    tokens = cached_tokens(vqvae, images, images.train, args.folder)
     held_out = cached_tokens(vqvae, images, validation_images(images, args.num_images), args.folder)
     probe = Probe(args, vqvae, len(images.id2label))
     train(args, probe, tokens)
