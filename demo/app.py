@@ -26,6 +26,7 @@ import torch
 from PIL import Image, ImageOps
 
 import srdd
+from srdd.pictures import to_rgb
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_POLICIES
 
 
@@ -103,7 +104,7 @@ def fitted(picture: Image.Image | None, size: tuple[int, int]) -> Image.Image:
     """The middle of a picture, made as large as `(height, width)` by means over boxes."""
     if picture is None:
         raise ValueError("There is no picture yet: draw one, or drop one here.")
-    return ImageOps.fit(picture.convert("RGB"), size[::-1], Image.Resampling.BOX)
+    return ImageOps.fit(to_rgb(picture), size[::-1], Image.Resampling.BOX)
 
 
 def painted_mask(layers: list[Image.Image], size: tuple[int, int]) -> Image.Image:

@@ -1,6 +1,7 @@
 """Callbacks of diffusers' form: what they are given, and what they may change."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class StepEnd:
             if tensor is not tensors[name]:
                 self._check(name, tensor, tensors[name])
         guidance_scale = self.pipe.guidance_scale
-        if not isinstance(guidance_scale, (int, float)) or not abs(guidance_scale) < float("inf"):
+        if not isinstance(guidance_scale, Real) or not abs(guidance_scale) < float("inf"):
             raise ValueError(
                 f"`_guidance_scale`, which a callback set, must be a finite number, got {shown(guidance_scale)}."
             )

@@ -40,11 +40,13 @@ def without_code_section(card: str) -> str:
 
 def copy_card(source: Path, folder: Path) -> None:
     """
-    Copy the card of a pipeline's folder, and the files beside it that it names, to one that carries no code. What is
-    there already, as it was saved anew, stays.
+    Copy the card of a pipeline's folder, the files beside it that it names and the folders that it links into, to one
+    that carries no code. What is there already, as it was saved anew, stays.
     """
     card = without_code_section((source / CARD).read_text(encoding="utf-8"))
     (folder / CARD).write_text(card, encoding="utf-8")
     for path in source.iterdir():
         if path.is_file() and path.name in card and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
+        elif path.is_dir() and f"]({path.name}/" in card and not (folder / path.name).exists():
+            shutil.copytree(path, folder / path.name)

@@ -34,6 +34,9 @@ from srdd.schedulers import ScaleScheduler
 
 Result = tuple[ModularPipeline, PipelineState]
 
+# Options of guiders that must stay off: logits of zero draw any token, and those of two scales differ in shape.
+GUIDER_OPTIONS = {"zero_init_steps": 0, "adaptive_projected_guidance_momentum": None}
+
 
 class ClassTasks(InpaintPipeline, SuperResolutionPipeline, ClassPipeline):
     """The methods of all pipelines that draw by class."""
@@ -61,12 +64,27 @@ def pipeline_of(components: ModularPipeline) -> ClassTasks | TextTasks:
     required, optional = tasks._get_signature_keys(tasks)
     pipe = tasks(**{name: getattr(components, name, None) for name in [*required, *optional]})
     pipe._guider = getattr(components, "guider", None)
-    if pipe._guider is not None and type(pipe._guider).prepare_models is not BaseGuidance.prepare_models:
-        raise ValueError(
-            "`guider` must join the predictions of two halves, as `ClassifierFreeGuidance`, got"
-            f" {type(pipe._guider).__name__}, which changes the model."
-        )
+    if pipe._guider is not None:
+        check_guider(pipe._guider)
     return pipe
+
+
+def check_guider(guider: BaseGuidance) -> None:
+    """
+    Raises:
+        ValueError: If a guider changes the model, wants more than two predictions, or has an option that means nothing
+            for scales and their logits.
+    """
+    name = type(guider).__name__
+    joins_two = len(guider._input_predictions) == 2 and type(guider).prepare_models is BaseGuidance.prepare_models
+    if not joins_two:
+        raise ValueError(
+            f"`guider` must join two predictions of one model, as `ClassifierFreeGuidance` does, got a {name}."
+        )
+    for option, allowed in GUIDER_OPTIONS.items():
+        value = guider.config.get(option, allowed)
+        if value != allowed:
+            raise ValueError(f"`{option}` of a `guider` must be {allowed} here, got {value} of a {name}.")
 
 
 def options_of(pipe: ScalePipeline, block_state: Any) -> CallOptions:
@@ -74,12 +92,17 @@ def options_of(pipe: ScalePipeline, block_state: Any) -> CallOptions:
     names = [each.name for each in OPTIONS]
     options = CallOptions(**{name: getattr(block_state, name) for name in names}, return_dict=True)
     pipe.check_inputs(*options)
-    if pipe._guider is not None and options.guidance_scale is not None:
-        raise ValueError(
-            "`guidance_scale` must be None where a `guider` has its own, got"
-            f" {options.guidance_scale} and {type(pipe._guider).__name__}."
-        )
+    check_weight(pipe, options.guidance_scale)
     return options
+
+
+def check_weight(pipe: ScalePipeline, guidance_scale: float | None) -> None:
+    """Raise a `ValueError` if there is a guider and a weight as well."""
+    if pipe._guider is not None and guidance_scale is not None:
+        name = type(pipe._guider).__name__
+        raise ValueError(
+            f"`guidance_scale` must be None where a `guider` has its own, got {guidance_scale} and {name}."
+        )
 
 
 OPTIONS = [
@@ -309,15 +332,20 @@ class DrawScales(LoopSequentialPipelineBlocks):
         block_state, pipe = self.get_block_state(state), pipeline_of(components)
         pipe.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         pipe._cuda_graphs = self._cuda_graphs
-        conditions, canvas = block_state.conditions, block_state.canvas
+        conditions, canvas, is_weighted = block_state.conditions, block_state.canvas, pipe._guider is None
         if canvas is not None and block_state.latents is not None:
             raise ValueError("`latents` must be left out where images are enlarged: every window starts anew.")
 
         def after_pass(pipe: ScalePipeline, index: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
             block_state.latents, block_state.token_ids = tensors["latents"], tensors["token_ids"]
-            block_state.guidance_scale, block_state.interrupt = pipe.guidance_scale, pipe.interrupt
+            block_state.interrupt = pipe.interrupt
+            block_state.guidance_scale = pipe.guidance_scale if is_weighted else None
             self.loop_step(components, block_state, i=index, t=timestep)
-            pipe._guidance_scale, pipe._interrupt = block_state.guidance_scale, block_state.interrupt
+            pipe._interrupt = block_state.interrupt
+            if is_weighted:
+                pipe._guidance_scale = block_state.guidance_scale
+            else:
+                check_weight(pipe, block_state.guidance_scale)
             return {"latents": block_state.latents, "token_ids": block_state.token_ids}
 
         callback, names = (after_pass, ["latents", "token_ids"]) if self.sub_blocks else (None, None)
@@ -329,7 +357,7 @@ class DrawScales(LoopSequentialPipelineBlocks):
         else:
             told = {"latents": block_state.latents, "known_tokens": block_state.known_tokens, "decodes": False}
             block_state.latents, token_ids = pipe.draw(conditions, **options.of_draw, **told)
-        block_state.token_ids = token_ids
+        block_state.token_ids, block_state.guidance_scale = token_ids, options.guidance_scale
         self.set_block_state(state, block_state)
         return components, state
 
@@ -412,7 +440,8 @@ class SRDDBlocks(SequentialPipelineBlocks):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*): Folder or repository of a saved
-                pipeline. Whether it carries code does not matter: the classes are those of this package.
+                pipeline, or of one of these. Whether it carries code does not matter: the classes are those of this
+                package.
             components_manager (`ComponentsManager`, *optional*): As in diffusers.
             collection (`str`, *optional*): As in diffusers.
 
@@ -422,8 +451,11 @@ class SRDDBlocks(SequentialPipelineBlocks):
         index, name_or_path = None, pretrained_model_name_or_path
         if name_or_path is not None:
             name_or_path = os.fspath(name_or_path)  # as text, or diffusers finds no component
-            entries = ScalePipeline.load_config(name_or_path).items()
-            index = {name: entry for name, entry in entries if isinstance(entry, list) and entry[0] is not None}
+            try:
+                entries = ScalePipeline.load_config(name_or_path).items()
+                index = {name: entry for name, entry in entries if isinstance(entry, list) and entry[0] is not None}
+            except OSError:
+                ModularPipeline.load_config(name_or_path)  # as `save_pretrained` of such a pipeline writes
         return ModularPipeline(
             blocks=copy.deepcopy(self),
             pretrained_model_name_or_path=name_or_path,

@@ -55,6 +55,10 @@ def test_pictures_grow_scale_by_scale(family):
     assert steps[-1][0].tobytes() == picture.tobytes()
 
 
+def test_what_is_transparent_is_white():
+    assert app.fitted(Image.new("RGBA", (16, 16)), (8, 8)).getcolors() == [(64, (255, 255, 255))]
+
+
 @each_family
 def test_schedules_are_compared_without_a_trace_on_the_pipeline(family):
     pipe = family.pipeline("draw")

@@ -18,6 +18,7 @@ from tiny_texts import WITHOUT_ENCODERS, tiny_text_pipeline
 
 import srdd
 from srdd import ScaleTextTransformer2DModel, SRDDPipeline, SRDDTextPipeline
+from srdd.pipelines.model_folders import copy_card
 from srdd.pipelines.modular_blocks import SRDDTextBlocks
 from srdd.publish import add_code, carried_code
 from srdd.publish.__main__ import main
@@ -212,6 +213,19 @@ def test_files_of_a_folder(published):
         *(f"text_{task}_{digest}.py" for task in ("draw", "inpaint", "super_resolution", "modular")),
     }
     assert not list((folder / "tokenizer").glob("*.py"))
+
+
+def test_folders_that_a_card_links_into_go_along(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text(f"{CARD}\n![Pears](assets/pears.png)\n")
+    for name in ("assets", "others"):
+        (tmp_path / "model" / name).mkdir()
+        (tmp_path / "model" / name / "pears.png").write_bytes(b"pears")
+    copy_card(tmp_path / "model", tmp_path)
+    main([str(tmp_path / "model"), str(tmp_path / "published")])
+    for folder in (tmp_path, tmp_path / "published"):
+        assert (folder / "assets" / "pears.png").read_bytes() == b"pears"
+        assert not (folder / "others").exists()
 
 
 def test_a_card_says_how_to_draw_without_srdd(published):

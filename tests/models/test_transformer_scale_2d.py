@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from peft import LoraConfig
 from tiny_models import CODEBOOK_SIZE, LATENT_CHANNELS, tiny_transformer
 from torch._dynamo.utils import counters
 from torch._inductor.cudagraph_trees import MarkStepBox
@@ -215,6 +216,39 @@ def test_fused_projections_give_the_same_logits():
     torch.testing.assert_close(model(inputs).sample, expected, atol=1e-5, rtol=0)
     model.unfuse_qkv_projections()
     assert torch.equal(model(inputs).sample, expected)
+
+
+def test_what_a_folder_cannot_hold_is_not_saved(tmp_path):
+    fused, adapted = make_transformer(), make_transformer()
+    fused.fuse_qkv_projections()
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    for model in (fused, adapted):
+        with pytest.raises(ValueError, match="must be undone before a model is saved"):
+            model.save_pretrained(tmp_path)
+    fused.unfuse_qkv_projections()
+    adapted.fuse_lora()
+    adapted.unload_lora()
+    inputs = random_inputs()
+    for model in (fused, adapted):
+        model.save_pretrained(tmp_path)
+        loaded = ScaleTransformer2DModel.from_pretrained(tmp_path)
+        assert torch.equal(loaded(inputs).sample, model(inputs).sample)
+
+
+def test_adapters_and_fused_projections_do_not_mix():
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    model, inputs = make_transformer(), random_inputs()
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="Projections must not be fused where an adapter is added"):
+        model.add_adapter(config)
+    model.unfuse_qkv_projections()
+    model.add_adapter(config)
+    with pytest.raises(ValueError, match="An adapter must be merged"):
+        model.fuse_qkv_projections()
+    expected = model(inputs).sample
+    model.fuse_lora()
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(model(inputs).sample, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -5,7 +5,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ModularPipeline
-from diffusers.guiders import ClassifierFreeGuidance, SkipLayerGuidance
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+    LTX2Guidance,
+    SkipLayerGuidance,
+)
 from hub.drawing_calls import BY_CLASS, FROM_TEXTS, TASKS, draw
 from tiny_models import tiny_history_transformer, tiny_pipeline, tiny_scheduler, tiny_transformer
 from tiny_texts import WITHOUT_ENCODERS, tiny_text_pipeline
@@ -188,7 +194,14 @@ def test_the_steps_of_a_guider_are_the_scales(make_transformer):
     ("guider", "told", "message"),
     [
         (ClassifierFreeGuidance(), {"guidance_scale": 2.0}, "`guidance_scale` must be None where .* has its own"),
-        (SkipLayerGuidance(skip_layer_guidance_layers=[0]), {}, "`guider` must join .* got SkipLayerGuidance"),
+        (SkipLayerGuidance(skip_layer_guidance_layers=[0]), {}, "`guider` must join .* got a SkipLayerGuidance"),
+        (LTX2Guidance(stg_scale=1.0), {}, "`guider` must join .* got a LTX2Guidance"),
+        (ClassifierFreeZeroStarGuidance(), {}, "`zero_init_steps` of a `guider` must be 0 here, got 1"),
+        (
+            AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5),
+            {},
+            "`adaptive_projected_guidance_momentum` of a `guider` must be None here, got -0.5",
+        ),
     ],
 )
 def test_a_guider_that_does_not_fit_is_refused(guider, told, message):
@@ -196,3 +209,43 @@ def test_a_guider_that_does_not_fit_is_refused(guider, told, message):
     made.update_components(guider=guider)
     with pytest.raises(ValueError, match=message):
         made(class_labels=1, **told)
+
+
+def test_a_block_does_not_set_the_guidance_of_a_guider():
+    made = modular(with_preview(SetsGuidance()), tiny_pipeline())
+    made(class_labels=1, generator=seeded())
+    made.update_components(guider=ClassifierFreeGuidance(guidance_scale=3.0))
+    with pytest.raises(ValueError, match="`guidance_scale` must be None where a `guider` has its own, got 9.0"):
+        made(class_labels=1, generator=seeded())
+
+
+class SetsGuidance(PreviewScales):
+    def __call__(self, components, block_state, i, t):
+        block_state.guidance_scale = 9.0
+        return super().__call__(components, block_state, i, t)
+
+
+@pytest.mark.parametrize("guider", [None, ClassifierFreeGuidance(guidance_scale=3.0)])
+def test_a_state_is_told_to_the_next_call_as_it_was(guider):
+    made = modular(with_preview(), tiny_pipeline())
+    made.update_components(guider=guider)
+    first = made(class_labels=1, generator=seeded(), output_type="pt")
+    assert first.guidance_scale is None
+    images = first.images
+    again = made(state=first, generator=seeded(), latents=None)
+    assert torch.equal(again.images, images)
+
+
+def test_a_saved_modular_pipeline_keeps_its_guider(tmp_path):
+    made = modular(SRDDBlocks(), tiny_pipeline())
+    made.update_components(guider=ClassifierFreeGuidance(guidance_scale=3.0))
+    expected = made(class_labels=1, generator=seeded(), output_type="pt", output="images")
+    made.save_pretrained(str(tmp_path), overwrite_modular_index=True)
+    loaded = SRDDBlocks().init_pipeline(tmp_path)
+    loaded.load_components()
+    assert torch.equal(loaded(class_labels=1, generator=seeded(), output_type="pt", output="images"), expected)
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="nothing"):
+        SRDDBlocks().init_pipeline(tmp_path / "nothing")

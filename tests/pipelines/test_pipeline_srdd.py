@@ -836,6 +836,19 @@ def test_guidance_that_a_callback_sets_is_checked(guidance_scale):
         tiny_pipeline()(1, callback_on_step_end=turn_guidance(guidance_scale))
 
 
+@pytest.mark.parametrize("guidance_scale", [np.float32(3.0), np.int64(3)])
+def test_numbers_of_numpy_guide_as_others_do_with_a_callback(guidance_scale):
+    expected = latents_of(lively_pipeline(), 1, guidance_scale=3.0, generator=generators(0))
+    seen = latents_of(
+        lively_pipeline(),
+        1,
+        guidance_scale=guidance_scale,
+        generator=generators(0),
+        callback_on_step_end=lambda *_: {},
+    )
+    assert all(torch.equal(*pair) for pair in zip(seen, expected, strict=True))
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_model_in_training_mode_draws_what_it_draws_else(pattern):
     transformer = tiny_transformer(pattern, drop_path_rate=0.5, class_dropout_prob=0.5)

@@ -286,6 +286,16 @@ class ScaleAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(self._default_processor_cls())
 
     def fuse_projections(self) -> None:
+        """
+        As diffusers' own.
+
+        Raises:
+            ValueError: If an adapter is not merged, which the fused projection would leave out.
+        """
+        if not all(getattr(layer, "merged", True) for layer in (self.to_q, self.to_k, self.to_v)):
+            raise ValueError(
+                "An adapter must be merged (`fuse_lora`) before projections are fused, got one that is not."
+            )
         super().fuse_projections()
         accelerate(self)
 

@@ -246,8 +246,15 @@ class SavedModelMixin(ModelMixin):
         of older shards is removed before.
 
         Raises:
-            ValueError: If the weights shall be a pickle beside safetensors, which would be loaded instead.
+            ValueError: If the weights shall be a pickle beside safetensors, which would be loaded instead; or if
+                projections are fused or adapters are there, whose weights no folder can hold.
         """
+        added = [name for name in self.state_dict() if ".to_qkv." in name or ".base_layer." in name]
+        if added:
+            raise ValueError(
+                "Fused projections and adapters must be undone before a model is saved (`unfuse_qkv_projections`, or"
+                f" `fuse_lora` and `unload_lora`), got the weight {added[0]}."
+            )
         folder = Path(save_directory)
         index = folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME if safe_serialization else WEIGHTS_INDEX_NAME, variant)
         preferred = [

@@ -100,6 +100,23 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
         return self.config.attention_pattern not in self.patterns_without_cache
 
+    def add_adapter(self, *args, **kwargs) -> None:
+        """As [`~diffusers.loaders.PeftAdapterMixin.add_adapter`]; not where projections are fused."""
+        self._check_not_fused()
+        super().add_adapter(*args, **kwargs)
+
+    def load_lora_adapter(self, *args, **kwargs) -> None:
+        """As [`~diffusers.loaders.PeftAdapterMixin.load_lora_adapter`]; not where projections are fused."""
+        self._check_not_fused()
+        super().load_lora_adapter(*args, **kwargs)
+
+    def _check_not_fused(self) -> None:
+        if any(getattr(module, "fused_projections", False) for module in self.modules()):
+            raise ValueError(
+                "Projections must not be fused where an adapter is added, as it would change nothing: call"
+                " `unfuse_qkv_projections` first."
+            )
+
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """
         Compile the blocks, as [`~diffusers.ModelMixin.compile_repeated_blocks`] does, with the arguments of

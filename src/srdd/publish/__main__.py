@@ -13,11 +13,15 @@ from srdd.whole_folders import is_free, whole_folder
 
 
 def copy_pipeline(source: Path, folder: Path) -> None:
-    """Copy a saved pipeline: its components' folders, an adapter, and the files beside them that are not hidden."""
+    """
+    Copy a saved pipeline: its components' folders, an adapter, folders that the card links into, and the files beside
+    them that are not hidden.
+    """
     folder.mkdir()
+    card = (source / CARD).read_text(encoding="utf-8") if (source / CARD).is_file() else ""
     parts = {"lora", *(name for name, entry in ScalePipeline.load_config(source).items() if isinstance(entry, list))}
     for path in source.iterdir():
-        if path.is_dir() and path.name in parts:
+        if path.is_dir() and (path.name in parts or f"]({path.name}/" in card):
             shutil.copytree(path, folder / path.name)
         elif path.is_file() and not path.name.startswith("."):
             shutil.copy2(path, folder / path.name)
