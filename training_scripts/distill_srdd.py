@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers.utils import logging
-from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.pipelines.model_folders import CARD
@@ -37,7 +36,7 @@ from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
 from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules
-from srdd.training.training_data import load_images, load_tokens, make_loader
+from srdd.training.training_data import load_images, load_tokens, make_loader, make_validation_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 from srdd.training.validation import draw, validate
 
@@ -114,7 +113,7 @@ def run_stage(args: DistillationSettings, source: str, schedules: TrainedSchedul
     if not images.id2label:
         tokens.labels[:] = validation_tokens.labels[:] = null_class
     loader = make_loader(args, tokens, accelerator.num_processes)
-    validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
+    validation_loader = make_validation_loader(args, validation_tokens)
 
     averaged = evaluation_copy(model, accelerator)
     pipe = SRDDPipeline(vqvae, averaged, schedules.first)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device, set_seed
-from torch.utils.data import DataLoader
 
 from srdd import (
     MultiScaleVQModel,
@@ -43,7 +42,7 @@ from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings, probability, refuse_given
 from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules
-from srdd.training.training_data import load_images, load_prompts, load_tokens, make_loader
+from srdd.training.training_data import load_images, load_prompts, load_tokens, make_loader, make_validation_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 from srdd.training.validation import draw, validate
 
@@ -243,7 +242,7 @@ def main(args: SRDDSettings) -> None:
         texts, prompts = load_prompts(args, accelerator, pipe, images)
         empty_text = send_to_device(prompts[0], accelerator.device)
     loader = make_loader(args, tokens, accelerator.num_processes)
-    validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
+    validation_loader = make_validation_loader(args, validation_tokens)
 
     averaged = evaluation_copy(model, accelerator)
     set_attention([model], args.attention_backend, accelerator.device, len(schedules.schedulers))

@@ -226,3 +226,12 @@ def make_loader(settings: TrainingSettings, dataset: Dataset, num_processes: int
         generator=torch.Generator().manual_seed(settings.seed),
         pin_memory=PartialState().device.type == "cuda",
     )
+
+
+def make_validation_loader(settings: TrainingSettings, dataset: Dataset) -> DataLoader:
+    """
+    Batches of `train_batch_size` in order. Validating leaves torch's global generator alone: how often a run does
+    changes nothing of what it learns.
+    """
+    # Without a generator every pass over the data takes a number from the global one.
+    return DataLoader(dataset, batch_size=settings.train_batch_size, generator=torch.Generator())
