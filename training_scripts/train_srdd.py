@@ -44,7 +44,7 @@ from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules
 from srdd.training.training_data import load_images, load_prompts, load_tokens, make_loader, make_validation_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
-from srdd.training.validation import draw, validate
+from srdd.training.validation import draw, validate, whole_rows
 
 
 # What LoRA adapts: attention and MLP of every block.
@@ -108,13 +108,20 @@ def draws_from_texts(name: str | None) -> bool:
 
 
 def check_settings(args: SRDDSettings, is_text: bool) -> None:
-    """Refuse settings that would mean nothing, and a model without a tokenizer."""
+    """Refuse settings that would mean nothing, texts that no picture would show, and a model without a tokenizer."""
     how, others = ("from texts", ONLY_CLASSES) if is_text else ("by class", ONLY_TEXTS)
     refuse_given(args, others, f"with a model that draws {how}")
     if not is_text and not args.pretrained_vqvae_name_or_path:
         raise ValueError(
             "`pretrained_vqvae_name_or_path` must be given, or a pipeline that draws from texts as"
             f" `pretrained_model_name_or_path`, got {args.pretrained_model_name_or_path!r}."
+        )
+    shown, prompts = whole_rows(args.num_validation_images), args.validation_prompts or []
+    if len(prompts) > shown:
+        raise ValueError(
+            f"`validation_prompts` must be at most {shown} texts, one for each picture that is shown, got"
+            f" {len(prompts)}. `num_validation_images` is {args.num_validation_images}; of more than eight, full rows"
+            " of eight are shown."
         )
 
 

@@ -326,6 +326,14 @@ def test_settings_of_texts_are_refused_with_classes(words, message):
         SCRIPT.main(parse("--pretrained_vqvae_name_or_path", "vqvae", *words))
 
 
+@pytest.mark.parametrize(("num_images", "shown"), [(2, 2), (11, 8), (16, 16)])
+def test_texts_that_no_picture_would_show_are_refused(num_images, shown):
+    words = ["--pretrained_model_name_or_path", "x", "--num_validation_images", num_images, "--validation_prompts"]
+    SCRIPT.check_settings(parse(*words, *"a" * shown), is_text=True)
+    with pytest.raises(ValueError, match=f"`validation_prompts` must be at most {shown} texts, .* got {shown + 1}. `"):
+        SCRIPT.check_settings(parse(*words, *"a" * (shown + 1)), is_text=True)
+
+
 def test_classes_need_a_tokenizer(base):
     with pytest.raises(
         ValueError, match="`pretrained_vqvae_name_or_path` must be given, or a pipeline that draws from"

@@ -33,7 +33,7 @@ from srdd.training.settings import (
     TransformerSettings,
 )
 from srdd.training.trained_schedules import TrainedSchedules
-from srdd.training.validation import spread
+from srdd.training.validation import spread, whole_rows
 
 
 logger = logging.get_logger(__name__)
@@ -197,7 +197,7 @@ def load_prompts(
     The text of each picture at validations, and these encoded, after the empty text. They are those of the settings,
     or captions of validation images.
     """
-    count = settings.num_validation_images
+    count = whole_rows(settings.num_validation_images)
     texts = settings.validation_prompts or validation_images(images, count)[images.caption_column][:]
     texts = [texts[index] for index in spread(count, len(texts))]
     return texts, cached_texts(pipe, ["", *texts], settings.token_cache_dir, accelerator=accelerator)
