@@ -350,7 +350,8 @@ def main(args: TokenizerSettings) -> None:
     run.copy_averages_to(averaged)
     run.close()
     if accelerator.is_main_process:
-        finish_tokenizer(args, averaged, images, resumed=run.resumed)
+        trained_part = "decoder" if args.train_decoder_only else None
+        finish_tokenizer(args, averaged, images, trained_part, resumed=run.resumed)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 
