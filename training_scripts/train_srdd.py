@@ -37,7 +37,12 @@ from srdd.training.condition_dropout import drop_conditions
 from srdd.training.graceful_end import ends_gracefully
 from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
-from srdd.training.pretrained import load_tokenizer, take_codebook, warn_of_other_tokens
+from srdd.training.pretrained import (
+    find_transformer,
+    load_tokenizer,
+    take_codebook,
+    warn_of_other_tokens,
+)
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings, probability, refuse_given
 from srdd.training.token_loss import token_loss
@@ -61,7 +66,8 @@ class SRDDSettings(TransformerSettings):
 
     pretrained_vqvae_name_or_path: str | None = flag(help="Folder or Hub id of the tokenizer or of a pipeline.")
     pretrained_model_name_or_path: str | None = flag(
-        help="Start from this transformer, or from a pipeline that draws from texts, whose tokenizer is the default."
+        help="Start from this transformer, or that of a pipeline; the tokenizer of one that draws from texts is the"
+        " default."
     )
     attention_pattern: str | None = flag(help="Default: markov, or as pretrained.", choices=ATTENTION_PATTERNS)
     num_layers: int = flag(6)
@@ -157,23 +163,24 @@ def build_model(
 ) -> ScaleTransformer2DModel | ScaleHistoryTransformer2DModel:
     training = {"class_dropout_prob": args.class_dropout_prob, "drop_path_rate": args.drop_path_rate}
     if args.pretrained_model_name_or_path:
-        config = ScaleTransformer2DModel.load_config(args.pretrained_model_name_or_path)
+        name = args.pretrained_model_name_or_path
+        config, subfolder = find_transformer("pretrained_model_name_or_path", name)
         if "cross_attention_dim" in config:
             raise ValueError(
                 "`pretrained_model_name_or_path` must be a whole pipeline where the transformer draws from texts, got"
-                f" {args.pretrained_model_name_or_path!r}."
+                f" {name!r}."
             )
         kind = ScaleHistoryTransformer2DModel if "history_window" in config else ScaleTransformer2DModel
         if args.attention_pattern:
             training["attention_pattern"] = args.attention_pattern
         if args.attention_pattern not in (None, "markov") and kind is ScaleTransformer2DModel:
             training["attention_windows"] = None  # of MVAR; a token sees more than its own scale then
-        model = kind.from_pretrained(args.pretrained_model_name_or_path, **training)
-        for name in ("scale_sizes", "codebook_size", "latent_channels"):
-            ours, theirs = model.config[name], vqvae.config[name]
+        model = kind.from_pretrained(name, subfolder=subfolder, **training)
+        for size in ("scale_sizes", "codebook_size", "latent_channels"):
+            ours, theirs = model.config[size], vqvae.config[size]
             if ours != theirs:
                 raise ValueError(
-                    f"`pretrained_model_name_or_path` must have the tokenizer's {name}, {theirs}, got {ours}."
+                    f"`pretrained_model_name_or_path` must have the tokenizer's {size}, {theirs}, got {ours}."
                 )
         take_codebook(model, vqvae)
         fit_classes(model, id2label)
