@@ -32,6 +32,7 @@ from srdd.training.graceful_end import ends_gracefully
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.output_lock import lock_output_dir
+from srdd.training.pretrained import forget_guidance
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
 from srdd.training.token_loss import token_loss
@@ -104,9 +105,11 @@ def run_stage(args: DistillationSettings, source: str, schedules: TrainedSchedul
     null_class = teacher.config.num_classes
     dropout = 0.0 if guided else teacher.config.class_dropout_prob
     # Labels are dropped below, for teacher and student alike.
-    model = type(teacher).from_pretrained(
-        source, subfolder="transformer", class_dropout_prob=0.0, guidance_distilled=guided
-    )
+    model = type(teacher).from_pretrained(source, subfolder="transformer", class_dropout_prob=0.0)
+    if args.kl_weight == 0:
+        forget_guidance(model)
+    elif guided:  # else it learns what the teacher knows of guidance
+        model.register_to_config(guidance_distilled=True)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     tokens, validation_tokens, psnr = load_tokens(args, accelerator, vqvae, images, schedules)

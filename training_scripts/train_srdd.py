@@ -39,6 +39,7 @@ from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.pretrained import (
     find_transformer,
+    forget_guidance,
     load_tokenizer,
     take_codebook,
     warn_of_other_tokens,
@@ -142,6 +143,7 @@ def load_text_pipeline(args: SRDDSettings) -> SRDDTextPipeline:
         )
     pipe = SRDDTextPipeline.from_pretrained(name, **components)
     take_codebook(pipe.transformer, pipe.vqvae)
+    forget_guidance(pipe.transformer)
     check_components(pipe.vqvae, pipe.transformer, pipe.scheduler)
     pipe.check_text_components()
     if not pipe.encodes_texts:
@@ -183,6 +185,7 @@ def build_model(
                     f"`pretrained_model_name_or_path` must have the tokenizer's {size}, {theirs}, got {ours}."
                 )
         take_codebook(model, vqvae)
+        forget_guidance(model)
         fit_classes(model, id2label)
         return model
     return ScaleTransformer2DModel(

@@ -276,6 +276,18 @@ def test_a_guided_student_draws_without_guidance_by_default(guided, student):
     assert pipe.guidance_scale == 1
 
 
+@pytest.mark.parametrize(("weights_of_loss", "is_distilled"), [((0, 1), True), ((1, 0.5), True), ((1, 0), False)])
+def test_a_student_needs_no_guidance_as_long_as_it_follows_a_teacher_that_does_not(
+    run, guided, caplog, weights_of_loss, is_distilled
+):
+    options = ["--scales", "1,2,4", "--scales", "1,4", "--max_train_steps", 1]
+    options += ["--ce_weight", weights_of_loss[0], "--kl_weight", weights_of_loss[1]]
+    folder = run(f"pruned {weights_of_loss}", *options, teacher=guided)
+    for stage in (folder / "stage-1", folder):
+        assert load(stage).transformer.config.guidance_distilled is is_distilled
+    assert caplog.text.count("is saved with `guidance_distilled` False") == (not is_distilled)
+
+
 def test_a_guided_student_sees_every_label_and_learns_the_divergence_alone(guided):
     for record in losses(guided):
         assert record["loss"] == pytest.approx(record["kl"], rel=1e-5)

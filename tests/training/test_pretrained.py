@@ -5,6 +5,7 @@ import torch
 from training.tiny_runs import assert_same_weights, train_transformer
 
 from srdd import MultiScaleVQModel, SRDDPipeline
+from srdd.training.lora import load_lora
 from srdd.training.pretrained import find_transformer, load_tokenizer, warn_of_other_tokens
 
 
@@ -45,6 +46,21 @@ def test_a_run_from_the_transformer_of_a_pipeline(image_folder, trained, tmp_pat
     train_transformer(image_folder, trained / "tokenizer", tmp_path / "run", *ONE_STEP, *still)
     folders = tmp_path / "run", trained / "model"
     assert_same_weights(*(SRDDPipeline.from_pretrained(folder).transformer for folder in folders))
+
+
+@pytest.mark.parametrize("is_distilled", [True, False])
+def test_a_transformer_that_needed_no_guidance_is_guided_once_it_learned_from_data(
+    image_folder, trained, tmp_path, caplog, is_distilled
+):
+    transformer = SRDDPipeline.from_pretrained(trained / "model").transformer
+    transformer.register_to_config(guidance_distilled=is_distilled)
+    transformer.save_pretrained(tmp_path / "transformer")
+    start = ["--pretrained_model_name_or_path", tmp_path / "transformer", "--lora_rank", 2]
+    train_transformer(image_folder, trained / "tokenizer", tmp_path / "run", *ONE_STEP, *start)
+    assert SRDDPipeline.from_pretrained(tmp_path / "run").transformer.config.guidance_distilled is False
+    assert ("is saved with `guidance_distilled` False" in caplog.text) == is_distilled
+    load_lora(transformer, tmp_path / "run" / "lora")
+    assert transformer.config.guidance_distilled is False
 
 
 def test_a_run_on_the_tokenizer_of_a_pipeline(image_folder, trained, tmp_path, caplog, capfd):

@@ -164,6 +164,14 @@ def test_other_patterns_schedules_and_tokenizers(run, base, tmp_path):
     assert pipe("red", output_type="pt").images.isfinite().all()
 
 
+def test_a_pipeline_that_needed_no_guidance_is_guided_once_it_learned_from_captions(run, base, tmp_path, caplog):
+    pipeline = shutil.copytree(base, tmp_path / "pipeline")
+    tiny_text_transformer(guidance_distilled=True).save_pretrained(pipeline / "transformer")
+    folder = run("guided again", "--max_train_steps", 1, pipeline=pipeline)
+    assert load(folder).config.guidance_distilled is False
+    assert "is saved with `guidance_distilled` False" in caplog.text
+
+
 # Caches, checkpoints and memory
 
 

@@ -87,6 +87,21 @@ def take_codebook(transformer: ScaleTransformer, vqvae: MultiScaleVQModel) -> No
     transformer.register_to_config(codebook_fingerprint=after)
 
 
+def forget_guidance(transformer: ScaleTransformer) -> None:
+    """
+    Let a pretrained transformer be one that is guided when it draws, as it learns from data from here on.
+
+    Args:
+        transformer (`ScaleTransformer`): Its `guidance_distilled` becomes `False`, with a warning if it was not.
+    """
+    if transformer.config.guidance_distilled:
+        logger.warning(
+            "The pretrained transformer learned the guided distribution of a teacher, and now learns that of the data:"
+            " it is saved with `guidance_distilled` False, so that pipelines guide it again."
+        )
+        transformer.register_to_config(guidance_distilled=False)
+
+
 def warn_of_other_tokens(loss: float, codebook_size: int) -> None:
     """
     Say so where a pretrained transformer predicts worse than one that knows nothing.
