@@ -13,7 +13,14 @@ from srdd.data.images import LabelledImages, image_to_tensor, load_labelled_imag
 from srdd.evaluation.paired_metrics import peak_signal_to_noise
 from srdd.training.settings import PixelSettings, TrainingSettings, TransformerSettings, share
 from srdd.training.trained_schedules import TrainedSchedules
-from srdd.training.training_data import LOW_PSNR, NUM_DECODED, load_pixels, load_tokens, make_loader, make_validation_loader
+from srdd.training.training_data import (
+    LOW_PSNR,
+    NUM_DECODED,
+    load_pixels,
+    load_tokens,
+    make_loader,
+    make_validation_loader,
+)
 
 
 def make_numbers(count: int) -> torch.utils.data.TensorDataset:
