@@ -34,7 +34,15 @@ from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.output_lock import lock_output_dir
 from srdd.training.pretrained import forget_guidance
 from srdd.training.publishing import finish_pipeline
-from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
+from srdd.training.run_identity import check_checkpoint, run_identity
+from srdd.training.settings import (
+    OPTIMIZATION_MAY_CHANGE,
+    TransformerSettings,
+    flag,
+    int_list,
+    make_parser,
+    parse_settings,
+)
 from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules
 from srdd.training.training_data import load_images, load_tokens, make_loader, make_validation_loader
@@ -173,21 +181,50 @@ def is_finished(folder: Path, max_train_steps: int) -> bool:
     return all((folder / name).is_file() for name in ("model_index.json", CARD)) and steps in ([], [max_train_steps])
 
 
+def check_finished_stage(args: DistillationSettings) -> None:
+    """Refuse a finished stage of another run, and say where it was trained with what is no longer asked for."""
+    accelerator = make_accelerator(replace(args, report_to="none"))
+    with accelerator.main_process_first():
+        images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
+    teacher = SRDDPipeline.from_pretrained(args.teacher)
+    frozen = {"tokenizer": teacher.vqvae, "teacher": teacher.transformer}
+
+    def check() -> None:
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            logger.warning(f"The finished stage {args.output_dir!r} has no checkpoint: nothing is compared.")
+            return
+        identity = run_identity(args, accelerator.num_processes, images, frozen=frozen)
+        changes, _ = check_checkpoint(args, checkpoints[-1], identity)
+        kept = [
+            f"`{name}` {old!r} (now: {new!r})"
+            for name, (old, new) in changes.items()
+            if name in OPTIMIZATION_MAY_CHANGE
+        ]
+        if kept:
+            logger.warning(f"The finished stage {args.output_dir!r} stays as it is, trained with {', '.join(kept)}.")
+
+    on_main_process(accelerator, check)
+
+
 @ends_gracefully
 def main(args: DistillationSettings) -> None:
     source = args.teacher
     config = ScaleScheduler.load_config(args.teacher, subfolder="scheduler")
     plan = stages(args, config)
     for index, (folder, schedules) in enumerate(plan, start=1):
-        if args.resume_from_checkpoint and is_finished(folder, args.max_train_steps):
+        is_last = index == len(plan)
+        stage = replace(
+            args,
+            output_dir=str(folder),
+            push_to_hub=args.push_to_hub and is_last,
+            scales=args.scales and args.scales[:index],
+        )
+        # The last one is a run like those of other scripts: a finished one is published, or refused.
+        if args.resume_from_checkpoint and not is_last and is_finished(folder, args.max_train_steps):
+            check_finished_stage(stage)
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
-            stage = replace(
-                args,
-                output_dir=str(folder),
-                push_to_hub=args.push_to_hub and index == len(plan),
-                scales=args.scales and args.scales[:index],
-            )
             run_stage(stage, str(source), schedules, args.output_dir)
         source = folder
     PartialState().destroy_process_group()
