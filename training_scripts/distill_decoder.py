@@ -14,7 +14,6 @@ from dataclasses import MISSING, dataclass
 
 import torch
 from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel, SRDDPipeline
 from srdd.evaluation.reconstruction import evaluate_reconstruction
@@ -25,7 +24,7 @@ from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_pipeline, finish_tokenizer
 from srdd.training.settings import PipelineSettings, PixelSettings, flag, make_parser, parse_settings, refuse_given
-from srdd.training.training_data import load_images, load_pixels, make_loader
+from srdd.training.training_data import load_images, load_pixels, make_loader, make_validation_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 
 
@@ -87,7 +86,7 @@ def main(args: DecoderSettings) -> None:
     set_seed(args.seed, device_specific=True)
     pixels, validation_pixels = load_pixels(args, teacher.resolution, images)
     loader = make_loader(args, pixels, accelerator.num_processes)
-    validation_loader = DataLoader(validation_pixels, batch_size=args.train_batch_size)
+    validation_loader = make_validation_loader(args, validation_pixels)
 
     averaged = evaluation_copy(model, accelerator)
     optimizer, schedule = make_optimizer(

@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers.utils import logging
-from torch.utils.data import DataLoader
 
 from srdd import ScaleScheduler, SRDDPipeline
 from srdd.pipelines.model_folders import CARD
@@ -33,11 +32,20 @@ from srdd.training.graceful_end import ends_gracefully
 from srdd.training.guided_distillation import guided_divergence
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.output_lock import lock_output_dir
+from srdd.training.pretrained import forget_guidance
 from srdd.training.publishing import finish_pipeline
-from srdd.training.settings import TransformerSettings, flag, int_list, make_parser, parse_settings
+from srdd.training.run_identity import check_checkpoint, run_identity
+from srdd.training.settings import (
+    OPTIMIZATION_MAY_CHANGE,
+    TransformerSettings,
+    flag,
+    int_list,
+    make_parser,
+    parse_settings,
+)
 from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules
-from srdd.training.training_data import load_images, load_tokens, make_loader
+from srdd.training.training_data import load_images, load_tokens, make_loader, make_validation_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 from srdd.training.validation import draw, validate
 
@@ -105,16 +113,18 @@ def run_stage(args: DistillationSettings, source: str, schedules: TrainedSchedul
     null_class = teacher.config.num_classes
     dropout = 0.0 if guided else teacher.config.class_dropout_prob
     # Labels are dropped below, for teacher and student alike.
-    model = type(teacher).from_pretrained(
-        source, subfolder="transformer", class_dropout_prob=0.0, guidance_distilled=guided
-    )
+    model = type(teacher).from_pretrained(source, subfolder="transformer", class_dropout_prob=0.0)
+    if args.kl_weight == 0:
+        forget_guidance(model)
+    elif guided:  # else it learns what the teacher knows of guidance
+        model.register_to_config(guidance_distilled=True)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     tokens, validation_tokens, psnr = load_tokens(args, accelerator, vqvae, images, schedules)
     if not images.id2label:
         tokens.labels[:] = validation_tokens.labels[:] = null_class
     loader = make_loader(args, tokens, accelerator.num_processes)
-    validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
+    validation_loader = make_validation_loader(args, validation_tokens)
 
     averaged = evaluation_copy(model, accelerator)
     pipe = SRDDPipeline(vqvae, averaged, schedules.first)
@@ -171,21 +181,50 @@ def is_finished(folder: Path, max_train_steps: int) -> bool:
     return all((folder / name).is_file() for name in ("model_index.json", CARD)) and steps in ([], [max_train_steps])
 
 
+def check_finished_stage(args: DistillationSettings) -> None:
+    """Refuse a finished stage of another run, and say where it was trained with what is no longer asked for."""
+    accelerator = make_accelerator(replace(args, report_to="none"))
+    with accelerator.main_process_first():
+        images = load_images(args, args.label_column or None, args.max_train_samples, args.seed)
+    teacher = SRDDPipeline.from_pretrained(args.teacher)
+    frozen = {"tokenizer": teacher.vqvae, "teacher": teacher.transformer}
+
+    def check() -> None:
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            logger.warning(f"The finished stage {args.output_dir!r} has no checkpoint: nothing is compared.")
+            return
+        identity = run_identity(args, accelerator.num_processes, images, frozen=frozen)
+        changes, _ = check_checkpoint(args, checkpoints[-1], identity)
+        kept = [
+            f"`{name}` {old!r} (now: {new!r})"
+            for name, (old, new) in changes.items()
+            if name in OPTIMIZATION_MAY_CHANGE
+        ]
+        if kept:
+            logger.warning(f"The finished stage {args.output_dir!r} stays as it is, trained with {', '.join(kept)}.")
+
+    on_main_process(accelerator, check)
+
+
 @ends_gracefully
 def main(args: DistillationSettings) -> None:
     source = args.teacher
     config = ScaleScheduler.load_config(args.teacher, subfolder="scheduler")
     plan = stages(args, config)
     for index, (folder, schedules) in enumerate(plan, start=1):
-        if args.resume_from_checkpoint and is_finished(folder, args.max_train_steps):
+        is_last = index == len(plan)
+        stage = replace(
+            args,
+            output_dir=str(folder),
+            push_to_hub=args.push_to_hub and is_last,
+            scales=args.scales and args.scales[:index],
+        )
+        # The last one is a run like those of other scripts: a finished one is published, or refused.
+        if args.resume_from_checkpoint and not is_last and is_finished(folder, args.max_train_steps):
+            check_finished_stage(stage)
             logger.info(f"Stage {index} of {len(plan)} is finished.")
         else:
-            stage = replace(
-                args,
-                output_dir=str(folder),
-                push_to_hub=args.push_to_hub and index == len(plan),
-                scales=args.scales and args.scales[:index],
-            )
             run_stage(stage, str(source), schedules, args.output_dir)
         source = folder
     PartialState().destroy_process_group()

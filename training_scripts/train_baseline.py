@@ -24,7 +24,6 @@ from accelerate.utils import send_to_device, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from srdd.data.images import LabelledImages
@@ -48,7 +47,7 @@ from srdd.training.settings import (
     probability,
     refuse_given,
 )
-from srdd.training.training_data import load_images, load_latents, load_pixels, make_loader
+from srdd.training.training_data import load_images, load_latents, load_pixels, make_loader, make_validation_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 from srdd.training.validation import draw
 
@@ -342,7 +341,7 @@ def main(args: BaselineSettings) -> None:
     set_seed(args.seed, device_specific=True)
     data, validation_data = training.load_data(accelerator)
     loader = make_loader(args, data, accelerator.num_processes)
-    validation_loader = DataLoader(validation_data, batch_size=args.train_batch_size)
+    validation_loader = make_validation_loader(args, validation_data)
 
     model = training.model
     averaged = evaluation_copy(model, accelerator)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device, set_seed
-from torch.utils.data import DataLoader
 
 from srdd import (
     MultiScaleVQModel,
@@ -38,14 +37,20 @@ from srdd.training.condition_dropout import drop_conditions
 from srdd.training.graceful_end import ends_gracefully
 from srdd.training.lora import save_lora
 from srdd.training.optimizer import make_optimizer, parameter_groups
-from srdd.training.pretrained import load_tokenizer, take_codebook, warn_of_other_tokens
+from srdd.training.pretrained import (
+    find_transformer,
+    forget_guidance,
+    load_tokenizer,
+    take_codebook,
+    warn_of_other_tokens,
+)
 from srdd.training.publishing import finish_pipeline
 from srdd.training.settings import TransformerSettings, flag, make_parser, parse_settings, probability, refuse_given
 from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules
-from srdd.training.training_data import load_images, load_prompts, load_tokens, make_loader
+from srdd.training.training_data import load_images, load_prompts, load_tokens, make_loader, make_validation_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
-from srdd.training.validation import draw, validate
+from srdd.training.validation import draw, validate, whole_rows
 
 
 # What LoRA adapts: attention and MLP of every block.
@@ -62,7 +67,8 @@ class SRDDSettings(TransformerSettings):
 
     pretrained_vqvae_name_or_path: str | None = flag(help="Folder or Hub id of the tokenizer or of a pipeline.")
     pretrained_model_name_or_path: str | None = flag(
-        help="Start from this transformer, or from a pipeline that draws from texts, whose tokenizer is the default."
+        help="Start from this transformer, or that of a pipeline; the tokenizer of one that draws from texts is the"
+        " default."
     )
     attention_pattern: str | None = flag(help="Default: markov, or as pretrained.", choices=ATTENTION_PATTERNS)
     num_layers: int = flag(6)
@@ -109,13 +115,20 @@ def draws_from_texts(name: str | None) -> bool:
 
 
 def check_settings(args: SRDDSettings, is_text: bool) -> None:
-    """Refuse settings that would mean nothing, and a model without a tokenizer."""
+    """Refuse settings that would mean nothing, texts that no picture would show, and a model without a tokenizer."""
     how, others = ("from texts", ONLY_CLASSES) if is_text else ("by class", ONLY_TEXTS)
     refuse_given(args, others, f"with a model that draws {how}")
     if not is_text and not args.pretrained_vqvae_name_or_path:
         raise ValueError(
             "`pretrained_vqvae_name_or_path` must be given, or a pipeline that draws from texts as"
             f" `pretrained_model_name_or_path`, got {args.pretrained_model_name_or_path!r}."
+        )
+    shown, prompts = whole_rows(args.num_validation_images), args.validation_prompts or []
+    if len(prompts) > shown:
+        raise ValueError(
+            f"`validation_prompts` must be at most {shown} texts, one for each picture that is shown, got"
+            f" {len(prompts)}. `num_validation_images` is {args.num_validation_images}; of more than eight, full rows"
+            " of eight are shown."
         )
 
 
@@ -130,6 +143,7 @@ def load_text_pipeline(args: SRDDSettings) -> SRDDTextPipeline:
         )
     pipe = SRDDTextPipeline.from_pretrained(name, **components)
     take_codebook(pipe.transformer, pipe.vqvae)
+    forget_guidance(pipe.transformer)
     check_components(pipe.vqvae, pipe.transformer, pipe.scheduler)
     pipe.check_text_components()
     if not pipe.encodes_texts:
@@ -151,25 +165,27 @@ def build_model(
 ) -> ScaleTransformer2DModel | ScaleHistoryTransformer2DModel:
     training = {"class_dropout_prob": args.class_dropout_prob, "drop_path_rate": args.drop_path_rate}
     if args.pretrained_model_name_or_path:
-        config = ScaleTransformer2DModel.load_config(args.pretrained_model_name_or_path)
+        name = args.pretrained_model_name_or_path
+        config, subfolder = find_transformer("pretrained_model_name_or_path", name)
         if "cross_attention_dim" in config:
             raise ValueError(
                 "`pretrained_model_name_or_path` must be a whole pipeline where the transformer draws from texts, got"
-                f" {args.pretrained_model_name_or_path!r}."
+                f" {name!r}."
             )
         kind = ScaleHistoryTransformer2DModel if "history_window" in config else ScaleTransformer2DModel
         if args.attention_pattern:
             training["attention_pattern"] = args.attention_pattern
         if args.attention_pattern not in (None, "markov") and kind is ScaleTransformer2DModel:
             training["attention_windows"] = None  # of MVAR; a token sees more than its own scale then
-        model = kind.from_pretrained(args.pretrained_model_name_or_path, **training)
-        for name in ("scale_sizes", "codebook_size", "latent_channels"):
-            ours, theirs = model.config[name], vqvae.config[name]
+        model = kind.from_pretrained(name, subfolder=subfolder, **training)
+        for size in ("scale_sizes", "codebook_size", "latent_channels"):
+            ours, theirs = model.config[size], vqvae.config[size]
             if ours != theirs:
                 raise ValueError(
-                    f"`pretrained_model_name_or_path` must have the tokenizer's {name}, {theirs}, got {ours}."
+                    f"`pretrained_model_name_or_path` must have the tokenizer's {size}, {theirs}, got {ours}."
                 )
         take_codebook(model, vqvae)
+        forget_guidance(model)
         fit_classes(model, id2label)
         return model
     return ScaleTransformer2DModel(
@@ -243,7 +259,7 @@ def main(args: SRDDSettings) -> None:
         texts, prompts = load_prompts(args, accelerator, pipe, images)
         empty_text = send_to_device(prompts[0], accelerator.device)
     loader = make_loader(args, tokens, accelerator.num_processes)
-    validation_loader = DataLoader(validation_tokens, batch_size=args.train_batch_size)
+    validation_loader = make_validation_loader(args, validation_tokens)
 
     averaged = evaluation_copy(model, accelerator)
     set_attention([model], args.attention_backend, accelerator.device, len(schedules.schedulers))

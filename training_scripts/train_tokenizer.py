@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.utils import logging
-from torch.utils.data import DataLoader
 
 from srdd import MultiScaleVQModel
 from srdd.evaluation.reconstruction import evaluate_reconstruction
@@ -29,7 +28,7 @@ from srdd.training.optimizer import is_fused, make_optimizer
 from srdd.training.pixel_losses import PixelLosses
 from srdd.training.publishing import finish_tokenizer
 from srdd.training.settings import PixelSettings, flag, make_parser, parse_settings, positive_int
-from srdd.training.training_data import load_images, load_pixels, make_loader
+from srdd.training.training_data import load_images, load_pixels, make_loader, make_validation_loader
 from srdd.training.training_run import TrainingRun, evaluation_copy
 
 
@@ -295,7 +294,7 @@ def main(args: TokenizerSettings) -> None:
     scale_sizes = model.config.scale_sizes
     pixels, validation_pixels = load_pixels(args, model.resolution, images)
     loader = make_loader(args, pixels, accelerator.num_processes)
-    validation_loader = DataLoader(validation_pixels, batch_size=args.train_batch_size)
+    validation_loader = make_validation_loader(args, validation_pixels)
 
     averaged = evaluation_copy(model, accelerator)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -351,7 +350,8 @@ def main(args: TokenizerSettings) -> None:
     run.copy_averages_to(averaged)
     run.close()
     if accelerator.is_main_process:
-        finish_tokenizer(args, averaged, images, resumed=run.resumed)
+        trained_part = "decoder" if args.train_decoder_only else None
+        finish_tokenizer(args, averaged, images, trained_part, resumed=run.resumed)
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()
 

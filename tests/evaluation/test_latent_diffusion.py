@@ -48,6 +48,8 @@ def test_an_image_does_not_depend_on_its_batch(kind):
     assert 0 <= images.min() < images.max() <= 1
     torch.testing.assert_close(draw(pipe, [4, 1], 8, 7), images[[1, 0]], atol=1e-5, rtol=0)
     assert not torch.allclose(draw(pipe, [4], 7)[0], images[1], atol=1e-2)
+    in_a_tuple = pipe([4, 1], generator=tuple(generators(8, 7)), output_type="pt").images
+    assert torch.equal(in_a_tuple, draw(pipe, [4, 1], 8, 7))
     assert not torch.allclose(draw(pipe, [3], 8)[0], images[1], atol=1e-3)
 
 
@@ -153,6 +155,10 @@ def test_a_learned_variance_is_left_out():
         ([0], {"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number"),
         ([0], {"num_images_per_prompt": 0}, "`num_images_per_prompt` must be an integer of at least 1"),
         ([0], {"generator": generators(0, 1)}, "`generator` must be a list of 1 generators, got 2"),
+        ([0], {"generator": 3}, "`generator` must be a torch.Generator, a list of them or None, got 3"),
+        ([0], {"generator": [None]}, r"`generator` must be a torch.Generator, a list .* got \[None\]"),
+        ([0], {"output_type": "foo"}, r"`output_type` must be one of \('pil', 'np', 'pt'\), got 'foo'"),
+        ([0], {"output_type": "latent"}, r"`output_type` must be one of \('pil', 'np', 'pt'\), got 'latent'"),
     ],
 )
 def test_bad_arguments_are_refused(labels, options, message):

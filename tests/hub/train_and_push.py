@@ -38,10 +38,11 @@ def main(token: str) -> None:
         "--save_dtype",
         "float16",
     )
-    distill(
-        images, root / "run", root / "student", *push, "--hub_model_id", "me/student", "--scales", "1,2,4", "--scales",
-        "1,4",
-    )  # fmt: skip
+    stages = ["--scales", "1,2,4", "--scales", "1,4"]
+    distill(images, root / "run", root / "student", *stages)
+    # A finished run is published by the same command.
+    again = ["--resume_from_checkpoint", "latest", "--hub_model_id", "me/student"]
+    distill(images, root / "run", root / "student", *stages, *push, *again)
     tiny_text_pipeline().save_pretrained(root / "base")
     caption_folders(images, "cold", "warm")
     train_texts(images, root / "base", root / "captions", *push, "--lora_rank", 2, "--with_code")

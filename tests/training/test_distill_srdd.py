@@ -262,6 +262,64 @@ def test_finished_stages_are_not_trained_again(run, progressive, image_folder, t
     assert read_log(folder) == read_log(progressive)
 
 
+@pytest.fixture
+def go_on(run, progressive):
+    """A function that goes on with a copy of the run of two stages, without its last stage if asked to."""
+
+    def start(name: str, *arguments, scales=("1,2,4", "1,4"), is_finished=False, **options) -> Path:
+        if is_finished:
+            shutil.copytree(progressive, run.root / name)
+        else:
+            shutil.copytree(progressive / "stage-1", run.root / name / "stage-1")
+        given = [word for sides in scales for word in ("--scales", sides)]
+        return run(name, *given, "--kl_weight", 0.5, "--resume_from_checkpoint", "latest", *arguments, **options)
+
+    return start
+
+
+def test_a_finished_stage_of_other_settings_is_refused(go_on):
+    with pytest.raises(
+        ValueError, match=r"got '.*stage-1.*checkpoint-4'.* `kl_weight` was 0.5, now 2.0\. Go on as be"
+    ):
+        go_on("other weight", "--kl_weight", 2)
+    with pytest.raises(ValueError, match=r"`scales` was \[\[1, 2, 4\]\], now \[\[1, 4\]\]"):
+        go_on("other scales", scales=("1,4", "1,4"))
+    with pytest.raises(ValueError, match="`guidance_scale` was 1.0, now 3.0"):
+        go_on("other guidance", "--guidance_scale", 3)
+
+
+def test_a_finished_stage_of_other_data_or_another_teacher_is_refused(go_on, student, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    next(iter((tmp_path / "images" / "warm").iterdir())).unlink()
+    with pytest.raises(ValueError, match="the number of training images was 24, now 23"):
+        go_on("other images", images=tmp_path / "images")
+    with pytest.raises(ValueError, match="the weights of the teacher are others"):
+        go_on("other teacher", teacher=student)
+
+
+def test_a_finished_stage_stays_with_its_learning_rate_and_says_so(go_on, progressive, caplog):
+    folder = go_on("other rate", "--learning_rate", 0)
+    assert "stage-1' stays as it is, trained with `learning_rate` 0.0001 (now: 0.0)." in caplog.text
+    assert_same_weights(load(folder / "stage-1").transformer, load(progressive / "stage-1").transformer)
+    # The new rate holds for the next stage.
+    assert_same_weights(load(folder).transformer, load(progressive / "stage-1").transformer)
+
+
+def test_a_finished_stage_without_checkpoints_is_taken_with_a_warning(run, progressive, caplog):
+    folder = run.root / "no checkpoints"
+    shutil.copytree(progressive / "stage-1", folder / "stage-1", ignore=shutil.ignore_patterns("checkpoint-*"))
+    run(folder.name, "--scales", "1,2,4", "--scales", "1,4", "--kl_weight", 0.5, "--resume_from_checkpoint", "latest")
+    assert "stage-1' has no checkpoint: nothing is compared" in caplog.text
+    assert_same_weights(load(folder).transformer, load(progressive).transformer)
+
+
+def test_a_finished_run_is_refused_as_by_other_scripts(go_on, progressive):
+    with pytest.raises(ValueError, match="`max_train_steps` must be more than 4, .* and is finished, got 4"):
+        go_on("finished", is_finished=True)
+    with pytest.raises(ValueError, match="`train_batch_size` was 8, now 4"):
+        go_on("finished otherwise", "--train_batch_size", 4, is_finished=True)
+
+
 # Guidance
 
 
@@ -274,6 +332,18 @@ def test_a_guided_student_draws_without_guidance_by_default(guided, student):
     assert pipe.guidance_scale == 4
     draw(pipe)
     assert pipe.guidance_scale == 1
+
+
+@pytest.mark.parametrize(("weights_of_loss", "is_distilled"), [((0, 1), True), ((1, 0.5), True), ((1, 0), False)])
+def test_a_student_needs_no_guidance_as_long_as_it_follows_a_teacher_that_does_not(
+    run, guided, caplog, weights_of_loss, is_distilled
+):
+    options = ["--scales", "1,2,4", "--scales", "1,4", "--max_train_steps", 1]
+    options += ["--ce_weight", weights_of_loss[0], "--kl_weight", weights_of_loss[1]]
+    folder = run(f"pruned {weights_of_loss}", *options, teacher=guided)
+    for stage in (folder / "stage-1", folder):
+        assert load(stage).transformer.config.guidance_distilled is is_distilled
+    assert caplog.text.count("is saved with `guidance_distilled` False") == (not is_distilled)
 
 
 def test_a_guided_student_sees_every_label_and_learns_the_divergence_alone(guided):

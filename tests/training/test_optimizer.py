@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_transformer
 
 from srdd.training.optimizer import is_fused, learning_rate, make_optimizer, parameter_groups, place_step_counts
-from srdd.training.settings import OptimizationSettings
+from srdd.training.settings import LR_SCHEDULERS, OptimizationSettings
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,16 @@ def test_optimizer_and_schedule_follow_the_settings():
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_every_schedule_needs_the_settings_alone(name):
+    settings = OptimizationSettings(lr_scheduler=name, lr_warmup_steps=1, max_train_steps=4)
+    optimizer, schedule = make_optimizer(settings, [torch.nn.Parameter(torch.zeros(1))])
+    for _ in range(4):
+        optimizer.step()
+        schedule.step()
+    assert 0 <= schedule.get_last_lr()[0] <= settings.learning_rate
 
 
 def test_only_matrices_of_linear_layers_decay():

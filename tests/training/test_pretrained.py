@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from training.tiny_runs import train_transformer
+from training.tiny_runs import assert_same_weights, train_transformer
 
 from srdd import MultiScaleVQModel, SRDDPipeline
-from srdd.training.pretrained import load_tokenizer, warn_of_other_tokens
+from srdd.training.lora import load_lora
+from srdd.training.pretrained import find_transformer, load_tokenizer, warn_of_other_tokens
 
 
 ONE_STEP = ["--report_to", "none", "--max_train_steps", 1]
@@ -24,6 +25,42 @@ def test_what_has_no_tokenizer_is_refused_in_a_sentence(trained, tmp_path):
             ValueError, match=r"^`vqvae` must be a folder or Hub id of a tokenizer, .*, got '.*' \(.*\)\.$"
         ):
             load_tokenizer("vqvae", str(folder))
+
+
+def test_a_transformer_may_be_given_as_the_pipeline_that_has_it(trained):
+    for folder, subfolder in {"model": "transformer", "model/transformer": None}.items():
+        config, found = find_transformer("start", str(trained / folder))
+        assert (config["_class_name"], found) == ("ScaleTransformer2DModel", subfolder)
+
+
+def test_what_has_no_transformer_is_refused_in_a_sentence(trained, tmp_path):
+    for folder in (trained / "tokenizer", trained / "model" / "vqvae", tmp_path):
+        with pytest.raises(
+            ValueError, match=r"^`start` must be a folder or Hub id of a scale transformer, .*, got '.*' \(.*\)\.$"
+        ):
+            find_transformer("start", str(folder))
+
+
+def test_a_run_from_the_transformer_of_a_pipeline(image_folder, trained, tmp_path):
+    still = ["--learning_rate", 0, "--pretrained_model_name_or_path", trained / "model"]
+    train_transformer(image_folder, trained / "tokenizer", tmp_path / "run", *ONE_STEP, *still)
+    folders = tmp_path / "run", trained / "model"
+    assert_same_weights(*(SRDDPipeline.from_pretrained(folder).transformer for folder in folders))
+
+
+@pytest.mark.parametrize("is_distilled", [True, False])
+def test_a_transformer_that_needed_no_guidance_is_guided_once_it_learned_from_data(
+    image_folder, trained, tmp_path, caplog, is_distilled
+):
+    transformer = SRDDPipeline.from_pretrained(trained / "model").transformer
+    transformer.register_to_config(guidance_distilled=is_distilled)
+    transformer.save_pretrained(tmp_path / "transformer")
+    start = ["--pretrained_model_name_or_path", tmp_path / "transformer", "--lora_rank", 2]
+    train_transformer(image_folder, trained / "tokenizer", tmp_path / "run", *ONE_STEP, *start)
+    assert SRDDPipeline.from_pretrained(tmp_path / "run").transformer.config.guidance_distilled is False
+    assert ("is saved with `guidance_distilled` False" in caplog.text) == is_distilled
+    load_lora(transformer, tmp_path / "run" / "lora")
+    assert transformer.config.guidance_distilled is False
 
 
 def test_a_run_on_the_tokenizer_of_a_pipeline(image_folder, trained, tmp_path, caplog, capfd):

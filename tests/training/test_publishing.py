@@ -160,6 +160,20 @@ def test_a_tokenizer_may_be_stored_in_half_precision(image_folder, tmp_path):
     assert model(torch.zeros(1, 3, 16, 16)).sample.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_tokenizer_with_another_decoder_still_fits_its_transformers(image_folder, trained, tmp_path, dtype):
+    start = ["--pretrained_model_name_or_path", trained / "tokenizer", "--train_decoder_only", "--save_dtype", dtype]
+    train_tokenizer(image_folder, tmp_path / "run", *QUIET, *start)
+    vqvae = MultiScaleVQModel.from_pretrained(tmp_path / "run")
+    before = MultiScaleVQModel.from_pretrained(trained / "tokenizer")
+    assert vqvae.config.codebook_fingerprint == before.config.codebook_fingerprint
+    pipe = SRDDPipeline.from_pretrained(trained / "model", vqvae=vqvae)
+    assert pipe("warm", output_type="pt").images.isfinite().all()
+    sentence = "1 steps of 8 images per process, of the decoder alone."
+    assert sentence in (tmp_path / "run" / "README.md").read_text()
+    assert "alone" not in (trained / "tokenizer" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("folder", ["tokenizer", "model"])
 def test_saving_in_full_precision_casts_nothing(trained, folder, caplog, tmp_path):
     # diffusers warns of every cast, whatever the model.

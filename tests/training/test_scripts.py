@@ -47,6 +47,19 @@ def test_transformer_resumes_where_it_was(image_folder, trained, tmp_path):
     )
 
 
+def test_how_often_a_run_validates_changes_nothing_of_what_it_learns(image_folder, trained, tmp_path):
+    often = ["--validation_steps", 1]
+    train_transformer(image_folder, trained / "tokenizer", tmp_path / "model", *often)
+    assert_same_weights(
+        SRDDPipeline.from_pretrained(tmp_path / "model").transformer,
+        SRDDPipeline.from_pretrained(trained / "model").transformer,
+    )
+    random = ["--scale_dropout_prob", 0.5]  # without it there is no chance in the steps
+    train_tokenizer(image_folder, tmp_path / "seldom", *random)
+    train_tokenizer(image_folder, tmp_path / "often", *random, *often)
+    assert_same_weights(*(MultiScaleVQModel.from_pretrained(tmp_path / name) for name in ("seldom", "often")))
+
+
 def test_training_without_labels_gives_an_unconditional_model(image_folder, trained, tmp_path):
     train_transformer(image_folder, trained / "tokenizer", tmp_path / "model", "--label_column", "")
     pipe = SRDDPipeline.from_pretrained(tmp_path / "model")

@@ -80,6 +80,11 @@ def test_flags_are_read_as_their_fields_are_annotated():
         (["--name", "pear", "--weights", "x"], "argument --weights: invalid float_list value: 'x'"),
         (["--name", "pear", "--price", "much"], "argument --price: invalid float value: 'much'"),
         (["--name", "pear", "--colour", "blue"], "argument --colour: invalid choice: 'blue'"),
+        (
+            ["--name", "pear", "--lr_scheduler", "piecewise_constant"],
+            "--lr_scheduler: invalid choice: 'piecewise_cons",
+        ),
+        (["--name", "pear", "--lr_scheduler", "cosin"], "--lr_scheduler: invalid choice: 'cosin' (choose from"),
         (["--name", "pear", "--command", "x"], "unrecognized arguments: --command x"),
     ],
 )

@@ -164,6 +164,14 @@ def test_other_patterns_schedules_and_tokenizers(run, base, tmp_path):
     assert pipe("red", output_type="pt").images.isfinite().all()
 
 
+def test_a_pipeline_that_needed_no_guidance_is_guided_once_it_learned_from_captions(run, base, tmp_path, caplog):
+    pipeline = shutil.copytree(base, tmp_path / "pipeline")
+    tiny_text_transformer(guidance_distilled=True).save_pretrained(pipeline / "transformer")
+    folder = run("guided again", "--max_train_steps", 1, pipeline=pipeline)
+    assert load(folder).config.guidance_distilled is False
+    assert "is saved with `guidance_distilled` False" in caplog.text
+
+
 # Caches, checkpoints and memory
 
 
@@ -324,6 +332,14 @@ def test_a_transformer_of_texts_alone_is_refused(base):
 def test_settings_of_texts_are_refused_with_classes(words, message):
     with pytest.raises(ValueError, match=message):
         SCRIPT.main(parse("--pretrained_vqvae_name_or_path", "vqvae", *words))
+
+
+@pytest.mark.parametrize(("num_images", "shown"), [(2, 2), (11, 8), (16, 16)])
+def test_texts_that_no_picture_would_show_are_refused(num_images, shown):
+    words = ["--pretrained_model_name_or_path", "x", "--num_validation_images", num_images, "--validation_prompts"]
+    SCRIPT.check_settings(parse(*words, *"a" * shown), is_text=True)
+    with pytest.raises(ValueError, match=f"`validation_prompts` must be at most {shown} texts, .* got {shown + 1}. `"):
+        SCRIPT.check_settings(parse(*words, *"a" * (shown + 1)), is_text=True)
 
 
 def test_classes_need_a_tokenizer(base):

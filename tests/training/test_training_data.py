@@ -13,7 +13,14 @@ from srdd.data.images import LabelledImages, image_to_tensor, load_labelled_imag
 from srdd.evaluation.paired_metrics import peak_signal_to_noise
 from srdd.training.settings import PixelSettings, TrainingSettings, TransformerSettings, share
 from srdd.training.trained_schedules import TrainedSchedules
-from srdd.training.training_data import LOW_PSNR, NUM_DECODED, load_pixels, load_tokens, make_loader
+from srdd.training.training_data import (
+    LOW_PSNR,
+    NUM_DECODED,
+    load_pixels,
+    load_tokens,
+    make_loader,
+    make_validation_loader,
+)
 
 
 def make_numbers(count: int) -> torch.utils.data.TensorDataset:
@@ -42,6 +49,14 @@ def test_the_order_is_that_of_the_seed():
 
     assert order(0) == order(0) != order(1)
     assert sorted(order(0)) == list(range(12))
+
+
+def test_validation_reads_all_in_order_and_draws_no_random_numbers():
+    loader = make_validation_loader(TrainingSettings(output_dir="out", train_batch_size=4), make_numbers(9))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert [numbers.tolist() for [numbers] in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_crops_in_the_centre_are_of_one_size():

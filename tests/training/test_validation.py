@@ -64,6 +64,14 @@ def test_pictures_come_in_equal_rows(count, rows):
     assert max(row.abs().max() for row in drawn) <= 1
 
 
+def test_shown_pictures_are_spread_over_all_classes():
+    pipe = tiny_pipeline()
+    [drawn] = draw(pipe, 15, 3.0, seed=0)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    expected = pipe([0, 0, 1, 1, 2, 3, 3, 4], guidance_scale=3.0, generator=generators, output_type="pt").images
+    torch.testing.assert_close(drawn, expected * 2 - 1)
+
+
 def test_pictures_are_those_of_the_pipeline_with_classes_spread_over_all():
     pipe = tiny_pipeline()
     [drawn] = draw(pipe, 4, 3.0, seed=0)

@@ -17,7 +17,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from srdd import SRDDPipeline
-from srdd.checks import check_int, check_number
+from srdd.checks import check_choice, check_int, check_number, shown
 from srdd.models.guidance import guide
 from srdd.pipelines.conditions import label_ids
 
@@ -143,13 +143,18 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         guidance_scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         check_number("guidance_scale", guidance_scale)
         check_int("num_images_per_prompt", num_images_per_prompt, low=1)
+        check_choice("output_type", output_type, ("pil", "np", "pt"))
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
+            raise ValueError(f"`generator` must be a torch.Generator, a list of them or None, got {shown(generator)}.")
         ids = [self.null_class]
         if class_labels is not None:
             ids = label_ids(class_labels, self.num_classes, self.id2label)
         device, is_told = self._execution_device, self.null_class is not None
         labels = torch.tensor(ids, device=device).repeat_interleave(num_images_per_prompt) if is_told else None
         batch_size = len(ids) * num_images_per_prompt
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
+        if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` must be a list of {batch_size} generators, got {len(generator)}.")
         config = self.denoiser.config
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)

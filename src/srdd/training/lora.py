@@ -15,7 +15,7 @@ from srdd.models.saved_weights import check_finite_weights, faults_of_files, rea
 CLASSES = "class_embed"
 
 # What an adapter changes of a configuration; all else that shapes the model must be the same.
-OWN_CONFIG = ("num_classes", "id2label", "attention_pattern", "attention_windows")
+OWN_CONFIG = ("num_classes", "id2label", "attention_pattern", "attention_windows", "guidance_distilled")
 SHAPE_CONFIG = (
     *("codebook_size", "latent_channels", "scale_sizes", "num_layers", "num_attention_heads", "attention_head_dim"),
     *("mlp_ratio", "qk_norm", "shared_adaln", "norm_eps"),
@@ -80,7 +80,8 @@ def load_lora(
         raise ValueError(f"`folder` must hold {LORA_WEIGHT_NAME_SAFE!r} and 'config.json', got {str(folder)!r}.")
     with reading(folder, "adapter"):
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        config = {"attention_windows": None, **config}  # adapters of version 0.1 do not say
+        # Adapters of version 0.1 do not say.
+        config = {"attention_windows": None, "guidance_distilled": False, **config}
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}
             adapter = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])

@@ -2,9 +2,15 @@
 
 from math import log
 
+from diffusers import ConfigMixin
 from diffusers.utils import logging
 
-from srdd import MultiScaleVQModel
+from srdd import (
+    MultiScaleVQModel,
+    ScaleHistoryTransformer2DModel,
+    ScaleTextTransformer2DModel,
+    ScaleTransformer2DModel,
+)
 from srdd.models import ScaleTransformer
 
 
@@ -22,19 +28,44 @@ def load_tokenizer(argument: str, name: str) -> MultiScaleVQModel:
     Raises:
         ValueError: If there is neither, or its weights are not whole and sound.
     """
+    _, subfolder = _find_model(argument, name, "vqvae", (MultiScaleVQModel,), "tokenizer")
+    return MultiScaleVQModel.from_pretrained(name, subfolder=subfolder)
+
+
+def find_transformer(argument: str, name: str) -> tuple[dict, str | None]:
+    """
+    A scale transformer, or that of a pipeline.
+
+    Args:
+        argument (`str`): The setting that names it, for the message.
+        name (`str`): Folder or Hub id of a transformer, or of a pipeline that has one.
+
+    Returns:
+        `tuple[dict, str | None]`: Its config, and the subfolder that it lies in, if any.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    classes = ScaleTransformer2DModel, ScaleHistoryTransformer2DModel, ScaleTextTransformer2DModel
+    return _find_model(argument, name, "transformer", classes, "scale transformer")
+
+
+def _find_model(
+    argument: str, name: str, part: str, classes: tuple[type[ConfigMixin], ...], what: str
+) -> tuple[dict, str | None]:
+    """Config and subfolder of a model of one of some classes, by itself or as a part of a pipeline."""
     reason = ""
-    for subfolder in (None, "vqvae"):
+    for subfolder in (None, part):
         try:
-            config = MultiScaleVQModel.load_config(name, subfolder=subfolder)
+            config = classes[0].load_config(name, subfolder=subfolder)
         except OSError as error:
             reason = str(error).partition("\n")[0]
             continue
-        if config.get("_class_name") == MultiScaleVQModel.__name__:
-            return MultiScaleVQModel.from_pretrained(name, subfolder=subfolder)
+        if config.get("_class_name") in [kind.__name__ for kind in classes]:
+            return config, subfolder
         reason = f"a {config.get('_class_name')}"
     raise ValueError(
-        f"`{argument}` must be a folder or Hub id of a tokenizer, or of a pipeline that has one, got {name!r}"
-        f" ({reason})."
+        f"`{argument}` must be a folder or Hub id of a {what}, or of a pipeline that has one, got {name!r} ({reason})."
     )
 
 
@@ -54,6 +85,21 @@ def take_codebook(transformer: ScaleTransformer, vqvae: MultiScaleVQModel) -> No
             " came with."
         )
     transformer.register_to_config(codebook_fingerprint=after)
+
+
+def forget_guidance(transformer: ScaleTransformer) -> None:
+    """
+    Let a pretrained transformer be one that is guided when it draws, as it learns from data from here on.
+
+    Args:
+        transformer (`ScaleTransformer`): Its `guidance_distilled` becomes `False`, with a warning if it was not.
+    """
+    if transformer.config.guidance_distilled:
+        logger.warning(
+            "The pretrained transformer learned the guided distribution of a teacher, and now learns that of the data:"
+            " it is saved with `guidance_distilled` False, so that pipelines guide it again."
+        )
+        transformer.register_to_config(guidance_distilled=False)
 
 
 def warn_of_other_tokens(loss: float, codebook_size: int) -> None:

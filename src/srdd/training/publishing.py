@@ -77,7 +77,8 @@ def finish_tokenizer(
         settings ([`TrainingSettings`]): What the script was told.
         model ([`MultiScaleVQModel`] or `AutoencoderKL`): The tokenizer or autoencoder.
         images ([`LabelledImages`]): What it was trained on.
-        trained_part (`str`, *optional*): What alone was trained, if not all of it.
+        trained_part (`str`, *optional*): What alone was trained, if not all of it; the codebook then keeps its
+            fingerprint, by which transformers know it.
         resumed (`list[dict]`, *optional*): What was changed when the run was resumed.
 
     Raises:

@@ -12,11 +12,14 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from diffusers.utils import logging
 
 from srdd.data.images import LabelledImages
 from srdd.models.saved_weights import weights_hash
 from srdd.training.settings import MAY_CHANGE, UNRECORDED, TrainingSettings
 
+
+logger = logging.get_logger(__name__)
 
 IDENTITY_FILE = "run.json"
 DIGEST_FILE = "SHA256SUMS"
@@ -149,6 +152,34 @@ def check_same_run(settings: TrainingSettings, checkpoint: Path, saved: dict, cu
             f" something has changed: {'; '.join(problems)}. Go on as before, or start anew in another `output_dir`."
         )
     return changes
+
+
+def check_checkpoint(
+    settings: TrainingSettings, checkpoint: Path, current: dict
+) -> tuple[dict[str, list], list[dict]]:
+    """
+    Make sure that a checkpoint is whole and one of this run.
+
+    Args:
+        settings ([`TrainingSettings`]): What the script was told.
+        checkpoint (`Path`): The checkpoint. One of version 0.1 is compared with nothing, with a warning.
+        current (`dict`): The identity of this run, as [`run_identity`] gives it.
+
+    Returns:
+        `tuple[dict[str, list], list[dict]]`: What was changed and may be, and the earlier changes.
+
+    Raises:
+        ValueError: If a file is missing or damaged, or what must stay has changed.
+    """
+    saved = read_identity(checkpoint)
+    if saved is None:
+        logger.warning(
+            f"{str(checkpoint)!r} does not say which data, classes and settings it was made with, as those of"
+            " version 0.1: nothing is compared. Make sure that they are the same."
+        )
+        return {}, []
+    identity, resumed = saved
+    return check_same_run(settings, checkpoint, identity, current), resumed
 
 
 def describe_changes(resumed: dict) -> str:

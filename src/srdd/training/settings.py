@@ -12,10 +12,15 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, TypeVar, get_args
 
+from diffusers.optimization import SchedulerType
+
 from srdd.schedulers.scheduling_scale import GUIDANCE_SCHEDULES, RESAMPLING_POLICIES, ScaleScheduler
 
 
 Settings = TypeVar("Settings")
+
+# Schedules of the learning rate: those of diffusers but for the one that needs rules of its own.
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
 
 # A resumed run must have the settings of its checkpoint, but for these. They hold from then on, and are said.
 # The first of them shape what is learned, and stand in the model card.
@@ -243,7 +248,7 @@ class OptimizationSettings:
     scale_lr: bool = flag(
         False, "VAR's rule: `--learning_rate` is for 256 images a step; multiply it by their number over 256."
     )
-    lr_scheduler: str = flag("cosine", "A schedule of `diffusers.optimization`.")
+    lr_scheduler: str = flag("cosine", "A schedule of `diffusers.optimization`.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int | None = flag(help="Default: a twentieth of `--max_train_steps`.")
     adam_beta1: float = flag(0.9)
     adam_beta2: float = flag(0.95)

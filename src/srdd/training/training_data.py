@@ -33,7 +33,7 @@ from srdd.training.settings import (
     TransformerSettings,
 )
 from srdd.training.trained_schedules import TrainedSchedules
-from srdd.training.validation import spread
+from srdd.training.validation import spread, whole_rows
 
 
 logger = logging.get_logger(__name__)
@@ -197,7 +197,7 @@ def load_prompts(
     The text of each picture at validations, and these encoded, after the empty text. They are those of the settings,
     or captions of validation images.
     """
-    count = settings.num_validation_images
+    count = whole_rows(settings.num_validation_images)
     texts = settings.validation_prompts or validation_images(images, count)[images.caption_column][:]
     texts = [texts[index] for index in spread(count, len(texts))]
     return texts, cached_texts(pipe, ["", *texts], settings.token_cache_dir, accelerator=accelerator)
@@ -226,3 +226,12 @@ def make_loader(settings: TrainingSettings, dataset: Dataset, num_processes: int
         generator=torch.Generator().manual_seed(settings.seed),
         pin_memory=PartialState().device.type == "cuda",
     )
+
+
+def make_validation_loader(settings: TrainingSettings, dataset: Dataset) -> DataLoader:
+    """
+    Batches of `train_batch_size` in order. Validating leaves torch's global generator alone: how often a run does
+    changes nothing of what it learns.
+    """
+    # Without a generator every pass over the data takes a number from the global one.
+    return DataLoader(dataset, batch_size=settings.train_batch_size, generator=torch.Generator())

@@ -24,7 +24,7 @@ from srdd.training.averaged_weights import AveragedWeights, whole
 from srdd.training.checkpoints import checkpoint_step, remove_partial_checkpoints, resume, save_checkpoint
 from srdd.training.finite_check import FiniteCheck
 from srdd.training.graceful_end import StopAgreement
-from srdd.training.run_identity import check_same_run, describe_changes, read_identity, run_identity
+from srdd.training.run_identity import check_checkpoint, describe_changes, run_identity
 from srdd.training.settings import OPTIMIZATION_MAY_CHANGE, TrainingSettings
 
 
@@ -119,7 +119,6 @@ class TrainingRun:
     def _check_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that this run cannot go on from, and note what was changed since."""
         settings, step = self.settings, checkpoint_step(checkpoint)
-        saved = read_identity(checkpoint)
         is_finished = (Path(settings.output_dir) / CARD).is_file() and not settings.push_to_hub
         if settings.max_train_steps < step or settings.max_train_steps == step and is_finished:
             state = "and is finished" if settings.max_train_steps == step else "already"
@@ -127,14 +126,7 @@ class TrainingRun:
                 f"`max_train_steps` must be more than {step}, the steps that {str(checkpoint)!r} has {state}, got"
                 f" {settings.max_train_steps}. Ask for more steps to go on; `--push_to_hub` publishes a finished run."
             )
-        if saved is None:
-            logger.warning(
-                f"{str(checkpoint)!r} does not say which data, classes and settings it was made with, as those of"
-                " version 0.1: nothing is compared. Make sure that they are the same."
-            )
-            return
-        identity, self.resumed = saved
-        changes = check_same_run(settings, checkpoint, identity, self._identity)
+        changes, self.resumed = check_checkpoint(settings, checkpoint, self._identity)
         if changes:
             tqdm.write(describe_changes({"step": step, "changes": changes}))
         changes = {name: change for name, change in changes.items() if name in OPTIMIZATION_MAY_CHANGE}

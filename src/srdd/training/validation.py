@@ -60,6 +60,11 @@ def _means(
     return torch.cat([result.loss[None], result.per_scale, result.accuracy])
 
 
+def whole_rows(num_images: int) -> int:
+    """How many of so many pictures are shown: rows of up to eight are equally long."""
+    return num_images if num_images < 8 else num_images // 8 * 8
+
+
 def spread(num_images: int, count: int) -> list[int]:
     """Which of `count` classes or texts each picture shows, so that pictures are spread over all."""
     return [index * count // num_images % count for index in range(num_images)]
@@ -78,7 +83,7 @@ def draw(
     Args:
         pipe ([`SRDDPipeline`], [`SRDDTextPipeline`] or
             [`~srdd.evaluation.latent_diffusion.LatentDiffusionPipeline`]): Draws them; it shows no progress any more.
-        num_images (`int`): How many; those beyond full rows are left out.
+        num_images (`int`): How many; of more than eight, full rows alone are drawn.
         guidance_scale (`float`, *optional*): diffusers' `g`, the pipeline's own by default; a guidance-distilled
             transformer needs none.
         seed (`int`): Seed of the first picture; each has the next one.
@@ -87,6 +92,7 @@ def draw(
     Returns:
         `list[torch.Tensor]`: Rows of shape `(num_columns, 3, height, width)`, pixels in [-1, 1].
     """
+    num_images = whole_rows(num_images)
     pipe.set_progress_bar_config(disable=True)
     if prompts is not None:
         told = _prompt_arguments(prompts)
@@ -101,7 +107,7 @@ def draw(
         generator=[torch.Generator().manual_seed(seed + index) for index in range(num_images)],
         output_type="pt",
     ).images
-    return [row * 2 - 1 for row in images.split(8) if len(row) == min(8, num_images)]
+    return [row * 2 - 1 for row in images.split(8)]
 
 
 def _prompt_arguments(prompts: EncodedTexts) -> dict[str, torch.Tensor]:
