@@ -26,6 +26,7 @@ from srdd.training.codebook_upkeep import CodebookTracker, low_usage
 from srdd.training.graceful_end import ends_gracefully
 from srdd.training.optimizer import is_fused, make_optimizer
 from srdd.training.pixel_losses import PixelLosses
+from srdd.training.pretrained import load_tokenizer
 from srdd.training.publishing import finish_tokenizer
 from srdd.training.settings import PixelSettings, flag, make_parser, parse_settings, positive_int
 from srdd.training.training_data import load_images, load_pixels, make_loader, make_validation_loader
@@ -60,7 +61,9 @@ PRESETS = {
 class ModelSettings:
     """The tokenizer. Starting from one, its own configuration holds."""
 
-    pretrained_model_name_or_path: str | None = flag(help="Start from this tokenizer instead of from nothing.")
+    pretrained_model_name_or_path: str | None = flag(
+        help="Start from this tokenizer, or that of a pipeline, instead of from nothing."
+    )
     preset: str = flag("64px", "Defaults of the following six arguments.", choices=PRESETS)
     resolution: int | None = flag(help="Side of the training images.")
     patch_size: int | None = flag(help="Pixels folded into channels before the encoder.")
@@ -118,7 +121,7 @@ def parse_args(arguments: list[str] | None = None) -> TokenizerSettings:
 
 def build_model(args: ModelSettings) -> MultiScaleVQModel:
     if args.pretrained_model_name_or_path:
-        return MultiScaleVQModel.from_pretrained(args.pretrained_model_name_or_path)
+        return load_tokenizer("pretrained_model_name_or_path", args.pretrained_model_name_or_path)
     levels = len(args.block_out_channels)
     attention = args.preset == "256px"  # in the coarsest blocks, as VAR's
     return MultiScaleVQModel(

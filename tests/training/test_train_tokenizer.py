@@ -269,6 +269,13 @@ def test_the_codebook_has_no_gradients_with_running_means():
     assert trained == {"decoder", "post_quant_conv"}
 
 
+def test_the_tokenizer_of_a_pipeline_can_be_the_start(trained):
+    folders = trained / "model", trained / "model" / "vqvae"
+    pair = [SCRIPT.build_model(parse("--pretrained_model_name_or_path", str(folder))) for folder in folders]
+    for mine, alone in zip(pair[0].parameters(), pair[1].parameters(), strict=True):
+        assert torch.equal(mine, alone)
+
+
 def test_convolutions_that_no_scale_uses_are_left_out():
     model = SCRIPT.build_model(parse("--preset", "32px", "--scale_sizes", "1,8"))
     SCRIPT.freeze(model, parse())
