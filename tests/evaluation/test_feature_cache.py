@@ -1,12 +1,15 @@
 import hashlib
+import json
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import TorchAoConfig
 from PIL import Image, features
 from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer
 from training.launching import make_image_folder
 
+from srdd import ScaleTransformer2DModel
 from srdd.data.images import load_labelled_images
 from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import EfficientNetLite0Features, FeatureExtractor
@@ -94,6 +97,18 @@ def test_the_key_names_all_that_the_pixels_depend_on():
     ]
     assert same not in others
     assert len({str(each) for each in others}) == len(others)
+
+
+def test_the_key_of_a_quantized_pipeline_can_be_written(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    tiny_transformer().save_pretrained(tmp_path)
+    options = {"quantization_config": config, "dtype": torch.float32}
+    transformers = [ScaleTransformer2DModel.from_pretrained(tmp_path, **options) for _ in range(2)]
+    keys = [PipelineImages(tiny_pipeline(transformer=transformer), 4).key for transformer in transformers]
+    plain = PipelineImages(tiny_pipeline(), 4).key
+    assert json.dumps(keys[0]) == json.dumps(keys[1])
+    assert keys[0]["weights"] != plain["weights"]
 
 
 def test_models_without_classes_are_not_guided():
