@@ -72,7 +72,7 @@ class AblationTable:
         tasks (`list[str]`): Of editing tables, a part of `srdd.evaluation.editing_tasks.EDITING_TASKS`.
         axis (`str`, *optional*): The setting that a sweep varies; its rows are then drawn as a curve too.
         differences (`list[list[str]]`): Pairs of rows, to show how much more the first has than the second, seed by
-            seed.
+            seed, of the metrics that both have; none in editing tables.
     """
 
     name: str
@@ -87,8 +87,13 @@ class AblationTable:
 
     @property
     def columns(self) -> list[str]:
+    @property
+    def has_seeds(self) -> bool:
+        """Whether its columns are seeds, of drawn images or of trainings."""
+        return self.kind == "samples" or any(isinstance(row.model, list) for row in self.rows)
+
         """Seeds of drawn images and of trainings, tasks of edited images, one column for what has no seed."""
-        if self.kind == "samples" or any(isinstance(row.model, list) for row in self.rows):
+        if self.has_seeds:
             return [f"seed {seed}" for seed in self.seeds]
         return self.tasks if self.kind == "editing" else ["all"]
 
@@ -125,7 +130,8 @@ def read_tables(path: str | Path, names: Sequence[str] | None = None) -> list[Ab
         names (`Sequence[str]`, *optional*): The tables to return; all by default.
 
     Raises:
-        ValueError: If a field, a kind, a task, a variant or a table is unknown.
+        ValueError: If a field, a kind, a task, a variant or a table is unknown, or seeds or differences do not fit a
+            table.
     """
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     unknown = sorted(set(content) - {"defaults", "tables"})
@@ -205,7 +211,7 @@ def _read_table(fields: dict[str, Any]) -> AblationTable:
 
 
 def _check_seeds(table: AblationTable) -> None:
-    """Refuse rows of several models that do not fit the seeds, and differences of rows that are not there."""
+    """Refuse rows and seeds that do not fit each other, and differences where there are none to show."""
     counts = sorted({len(row.model) for row in table.rows if isinstance(row.model, list)} - {len(table.seeds)})
     if counts or (table.kind == "editing" and any(isinstance(row.model, list) for row in table.rows)):
         raise ValueError(
@@ -233,3 +239,13 @@ def _with_value(row: dict, axis: str, value: Any) -> dict:
 
 def _readable(value: Any) -> str:
     return " ".join(str(item) for item in value) if isinstance(value, list) else f"{value}"
+    if not table.has_seeds and len(table.seeds) != 1:
+        raise ValueError(
+            f"'seeds' of the table {table.name!r} must be one, as nothing is drawn and no row has several models, got"
+            f" {table.seeds}."
+        )
+    if table.kind == "editing" and table.differences:
+        raise ValueError(
+            f"'differences' of the table {table.name!r} must be empty where images are edited, got"
+            f" {table.differences}."
+        )
