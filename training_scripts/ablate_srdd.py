@@ -23,7 +23,7 @@ from srdd.console import write_text
 from srdd.data.images import image_to_tensor, picture_grid, validation_images
 from srdd.evaluation.ablation_cells import AblationCells
 from srdd.evaluation.ablation_report import ablation_markdown, save_sweep
-from srdd.evaluation.ablations import load_pipelines, read_tables
+from srdd.evaluation.ablations import check_num_images, load_pipelines, read_tables
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages
 from srdd.evaluation.measurements import Measurements
@@ -59,6 +59,7 @@ def main(args: argparse.Namespace) -> None:
     data = load_images(from_args(args, DataSettings), args.label_column)
     num_held_out = max([table.num_images for table in tables if table.kind != "samples"], default=0)
     split = validation_images(data, max(args.num_reference_images, num_held_out))
+    check_num_images(tables, len(split))
     side = next(iter(pipelines.values())).sample_size[0]
     # The same images, in the same order.
     split_name = "train" if data.validation is None else "validation"

@@ -104,6 +104,17 @@ def test_tables_can_be_chosen(image_folder, trained, config, tmp_path, capsys):
         ablate(image_folder, config, trained, tmp_path, "--table", "bytes")
 
 
+@pytest.mark.parametrize("kind", ["editing", "likelihood", "signal_to_noise"])
+def test_tables_of_more_images_than_there_are_measure_nothing(image_folder, trained, tmp_path, kind):
+    fine, large = ({"name": f"{kind} {count}", "title": "T", "num_images": count} for count in (24, 25))
+    tables = [{**table, "kind": kind, "tasks": ["2x"], "rows": {"SDD": {"model": "SDD"}}} for table in (fine, large)]
+    (tmp_path / "config.json").write_text(json.dumps({"tables": tables}))
+    message = f"'num_images' of the table '{kind} 25' must be at most 24, the number of held-out images, got 25"
+    with pytest.raises(ValueError, match=message):
+        ablate(image_folder, tmp_path / "config.json", trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_must_be_named(image_folder, config, tmp_path):
     with pytest.raises(ValueError, match="`model` must say where"):
         run_script(

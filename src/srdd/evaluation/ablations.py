@@ -180,6 +180,25 @@ def load_pipelines(
     return pipelines
 
 
+def check_num_images(tables: Sequence[AblationTable], num_held_out: int) -> None:
+    """
+    Make sure that there are as many held-out images as tables want.
+
+    Args:
+        tables (`Sequence[AblationTable]`): Those that draw images need none.
+        num_held_out (`int`): How many there are.
+
+    Raises:
+        ValueError: If a table wants more.
+    """
+    for table in tables:
+        if table.kind != "samples" and table.num_images > num_held_out:
+            raise ValueError(
+                f"'num_images' of the table {table.name!r} must be at most {num_held_out}, the number of held-out"
+                f" images, got {table.num_images}."
+            )
+
+
 def _read_table(fields: dict[str, Any]) -> AblationTable:
     fields = {"num_images": 1024, "seeds": [0], "tasks": list(EDITING_TASKS), **fields}
     name = fields.get("name")
