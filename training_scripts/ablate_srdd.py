@@ -43,8 +43,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--table", action="append", help="Measure these tables only.")
     add_arguments(parser, DataSettings)
-    parser.add_argument("--label_column", default="auto")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of images.")
+    parser.add_argument(
+        "--label_column", default="auto", help="Column of the labels; 'auto' is 'label' if there is one, '' is none."
+    )
     parser.add_argument("--num_reference_images", type=int, default=2048, help="Held-out images to compare with.")
     parser.add_argument("--batch_size", type=int, default=49)
     parser.add_argument("--num_bootstrap", type=int, default=50, help="Replicates of the confidence intervals.")
@@ -56,7 +57,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     tables = read_tables(args.config, args.table)
     pipelines = load_pipelines(args.model, tables, args.device)
-    data = load_images(from_args(args, DataSettings), args.label_column)
+    data = load_images(from_args(args, DataSettings), args.label_column or None)
     num_held_out = max([table.num_images for table in tables if table.kind != "samples"], default=0)
     split = validation_images(data, max(args.num_reference_images, num_held_out))
     check_num_images(tables, len(split))

@@ -104,6 +104,25 @@ def test_tables_can_be_chosen(image_folder, trained, config, tmp_path, capsys):
         ablate(image_folder, config, trained, tmp_path, "--table", "bytes")
 
 
+def bits(folder) -> dict:
+    (cell,) = json.loads((folder / "ablations.json").read_text())["cells"]
+    return cell["result"]
+
+
+def test_images_may_have_no_labels(image_folder, trained, config, tmp_path):
+    results = []
+    for labels in ("auto", ""):
+        folder = tmp_path / f"labels {labels}"
+        ablate(image_folder, config, trained, folder, "--table", "bits", "--label_column", labels)
+        results.append(bits(folder)["all"])
+    assert results[0] != results[1]
+
+
+def test_there_is_no_seed_of_the_choice_of_images(image_folder, trained, config, tmp_path):
+    with pytest.raises(SystemExit):
+        ablate(image_folder, config, trained, tmp_path, "--seed", 7)
+
+
 @pytest.mark.parametrize("kind", ["editing", "likelihood", "signal_to_noise"])
 def test_tables_of_more_images_than_there_are_measure_nothing(image_folder, trained, tmp_path, kind):
     fine, large = ({"name": f"{kind} {count}", "title": "T", "num_images": count} for count in (24, 25))
