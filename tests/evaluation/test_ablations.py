@@ -2,10 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_latent_diffusion, tiny_pipeline, tiny_scheduler
+from tiny_models import tiny_latent_diffusion, tiny_pipeline, tiny_scheduler, tiny_transformer
 
 from srdd.evaluation.ablation_report import ablation_markdown, mean_and_interval, save_sweep
-from srdd.evaluation.ablations import read_tables
+from srdd.evaluation.ablations import model_keys, read_tables
+from srdd.evaluation.latent_diffusion import load_drawing_pipeline
 from srdd.evaluation.measurements import Measurements
 from srdd.scales import default_scale_sizes
 
@@ -55,10 +56,10 @@ def test_a_sweep_makes_a_row_of_each_curve_and_value(tmp_path):
         ({"rows": {"plain": {"model": ["a", "b"]}}, "seeds": [0]}, r"each of the 1 'seeds', got lists of \[2\]"),
         ({"rows": {"plain": {"model": ["a"]}}, "kind": "editing"}, "where nothing is edited"),
         ({"differences": [["plain", "fancy"]]}, r"'differences' of the table 't' must be pairs of"),
-    ],
         ({"differences": [["plain", "plain"]], "kind": "editing"}, "'differences' of the table 't' must be empty"),
         ({"seeds": [0, 1], "kind": "editing"}, r"'seeds' of the table 't' must be one, .* got \[0, 1\]"),
         ({"seeds": [0, 1], "kind": "likelihood"}, r"'seeds' of the table 't' must be one, .* got \[0, 1\]"),
+    ],
 )
 def test_bad_tables_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -163,6 +164,20 @@ def test_models_with_other_scales_share_a_table(tmp_path):
     few, many = ({"latent 1x1": 1.0, **more, "pixel 1x1": 2.0} for more in ({}, {"latent 2x2": 3.0}))
     lines = ablation_markdown(table, {"few": {"all": few}, "many": {"all": many}}).splitlines()
     assert lines[2] == "| likelihood | latent 1x1 | latent 2x2 | pixel 1x1 |"
+
+
+def test_keys_of_models_are_of_what_they_are(tmp_path):
+    folders = {name: tmp_path / name for name in ("first", "again", "causal", "other")}
+    tiny_pipeline().save_pretrained(folders["first"])
+    tiny_pipeline().save_pretrained(folders["again"])
+    tiny_pipeline("causal").save_pretrained(folders["causal"])  # the same weights
+    tiny_pipeline(transformer=tiny_transformer(seed=7)).save_pretrained(folders["other"])
+    keys = model_keys({name: load_drawing_pipeline(folder) for name, folder in folders.items()})
+    assert keys["first"] == keys["again"]
+    assert len(set(keys.values())) == 3
+    assert all(len(key) == 12 for key in keys.values())
+    tiny_latent_diffusion().save_pretrained(tmp_path / "diffusion")
+    assert model_keys({"LDM": load_drawing_pipeline(tmp_path / "diffusion")}).keys() == {"LDM"}
 
 
 def test_tables_and_curves_are_written(tmp_path):

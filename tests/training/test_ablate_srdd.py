@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 from training.tiny_runs import run_script
 
+from srdd import SRDDPipeline
 from srdd.data.images import image_to_tensor, load_labelled_images, validation_images
 from srdd.evaluation.image_sources import DataSetImages
 
@@ -107,6 +109,48 @@ def test_tables_can_be_chosen(image_folder, trained, config, tmp_path, capsys):
 def bits(folder) -> dict:
     (cell,) = json.loads((folder / "ablations.json").read_text())["cells"]
     return cell["result"]
+
+
+def test_a_model_that_was_trained_anew_is_measured_anew(image_folder, trained, config, tmp_path, caplog):
+    ablate(image_folder, config, trained, tmp_path / "kept", "--table", "bits")
+    before = bits(tmp_path / "kept")
+    pipe = SRDDPipeline.from_pretrained(trained / "model")
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.add_(1)
+    pipe.save_pretrained(tmp_path / "model")
+    caplog.clear()
+    for folder in ("kept", "new"):
+        ablate(image_folder, config, tmp_path, tmp_path / folder, "--table", "bits")
+    assert bits(tmp_path / "kept") == bits(tmp_path / "new") != before
+    lines = [record.getMessage() for record in caplog.records if "cells are forgotten" in record.getMessage()]
+    assert len(lines) == 1
+    assert "has other models by the names ['SDD']: 1 of its 1 cells" in lines[0]
+
+
+def test_files_that_say_nothing_of_models_are_measured_anew(image_folder, trained, config, tmp_path):
+    ablate(image_folder, config, trained, tmp_path, "--table", "bits")
+    stored = json.loads((tmp_path / "ablations.json").read_text())
+    settings = {name: value for name, value in stored["settings"].items() if name != "images"}
+    older = {"settings": settings, "cells": [{**stored["cells"][0], "result": {"all": 9.0}}]}
+    (tmp_path / "ablations.json").write_text(json.dumps(older))
+    ablate(image_folder, config, trained, tmp_path, "--table", "bits")
+    assert json.loads((tmp_path / "ablations.json").read_text()) == stored
+
+
+def test_other_data_of_the_same_name_is_refused(image_folder, trained, config, tmp_path):
+    ablate(image_folder, config, trained, tmp_path / "out", "--table", "bits")
+    before = (tmp_path / "out" / "ablations.json").read_bytes()
+    moved = shutil.copytree(image_folder, tmp_path / "moved" / image_folder.name)
+    ablate(moved, config, trained, tmp_path / "out", "--table", "bits")
+    picture = moved / "warm" / "3.png"
+    with Image.open(picture) as image:
+        turned = image.convert("RGB").transpose(Image.Transpose.ROTATE_180)
+    turned.save(picture)
+    with pytest.raises(ValueError, match="`path` must hold measurements under the same settings"):
+        ablate(moved, config, trained, tmp_path / "out", "--table", "bits")
+    with pytest.raises(ValueError, match="`path` must hold measurements under the same settings"):
+        ablate(image_folder, config, trained, tmp_path / "out", "--table", "bits", "--label_column", "")
+    assert (tmp_path / "out" / "ablations.json").read_bytes() == before
 
 
 def test_images_may_have_no_labels(image_folder, trained, config, tmp_path):

@@ -1,5 +1,6 @@
 """Tables and figures that one JSON file describes: which models, under which settings, measured how."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from srdd.evaluation.editing_tasks import EDITING_TASKS
+from srdd.evaluation.image_sources import pipeline_key
 from srdd.evaluation.latent_diffusion import DrawingPipeline, LatentDiffusionPipeline, load_drawing_pipeline
 from srdd.evaluation.pipeline_variants import PipelineVariant, variant_of
 
@@ -86,12 +88,12 @@ class AblationTable:
     differences: list[list[str]] = field(default_factory=list)
 
     @property
-    def columns(self) -> list[str]:
-    @property
     def has_seeds(self) -> bool:
         """Whether its columns are seeds, of drawn images or of trainings."""
         return self.kind == "samples" or any(isinstance(row.model, list) for row in self.rows)
 
+    @property
+    def columns(self) -> list[str]:
         """Seeds of drawn images and of trainings, tasks of edited images, one column for what has no seed."""
         if self.has_seeds:
             return [f"seed {seed}" for seed in self.seeds]
@@ -180,6 +182,12 @@ def load_pipelines(
     return pipelines
 
 
+def model_keys(pipelines: dict[str, DrawingPipeline]) -> dict[str, str]:
+    """Twelve hexadecimal digits of SHA-256 over the weights and configs of each model."""
+    texts = {name: json.dumps(pipeline_key(pipe), sort_keys=True) for name, pipe in pipelines.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
+
+
 def check_num_images(tables: Sequence[AblationTable], num_held_out: int) -> None:
     """
     Make sure that there are as many held-out images as tables want.
@@ -237,6 +245,16 @@ def _check_seeds(table: AblationTable) -> None:
             f"'model' in rows of the table {table.name!r} must be one name, or, where nothing is edited, one for each"
             f" of the {len(table.seeds)} 'seeds', got lists of {counts or [len(table.seeds)]}."
         )
+    if not table.has_seeds and len(table.seeds) != 1:
+        raise ValueError(
+            f"'seeds' of the table {table.name!r} must be one, as nothing is drawn and no row has several models, got"
+            f" {table.seeds}."
+        )
+    if table.kind == "editing" and table.differences:
+        raise ValueError(
+            f"'differences' of the table {table.name!r} must be empty where images are edited, got"
+            f" {table.differences}."
+        )
     names = [row.name for row in table.rows]
     if any(len(pair) != 2 or set(pair) - set(names) for pair in table.differences):
         raise ValueError(
@@ -258,13 +276,3 @@ def _with_value(row: dict, axis: str, value: Any) -> dict:
 
 def _readable(value: Any) -> str:
     return " ".join(str(item) for item in value) if isinstance(value, list) else f"{value}"
-    if not table.has_seeds and len(table.seeds) != 1:
-        raise ValueError(
-            f"'seeds' of the table {table.name!r} must be one, as nothing is drawn and no row has several models, got"
-            f" {table.seeds}."
-        )
-    if table.kind == "editing" and table.differences:
-        raise ValueError(
-            f"'differences' of the table {table.name!r} must be empty where images are edited, got"
-            f" {table.differences}."
-        )
