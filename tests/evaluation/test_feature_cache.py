@@ -158,6 +158,14 @@ def test_batches_that_are_there_are_not_made_again(tmp_path, accelerator):
     assert collected.features.keys() == {"mean colours", "brightness"}
 
 
+def test_extractors_of_one_name_are_refused(tmp_path, accelerator):
+    # Folders a/vit and b/vit both give the name "vit".
+    extractors = [MeanColours(), Brightness()]
+    extractors[1].name = "mean colours"
+    with pytest.raises(ValueError, match=r"`extractors` must have names of their own, got \['mean colours', 'mean"):
+        collect(PipelineImages(tiny_pipeline(), 4), extractors, tmp_path, accelerator)
+
+
 def test_other_images_and_other_weights_have_other_files(tmp_path, accelerator):
     def collected(source, extractor):
         recorder = Recorder(source)
