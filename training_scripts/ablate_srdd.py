@@ -8,8 +8,9 @@ data.
 
 The configuration names tables, rows and models (`srdd.evaluation.ablations.read_tables`); `--model` says where the
 models lie. What is measured goes to `ablations.json` at once; a second call goes on where the first was stopped and
-measures only what was changed. Tables of drawn images end with a row of as many real ones. Frechet distances and
-perceptual distances are on EfficientNet-Lite0 features: neither FID nor LPIPS.
+measures only what was changed, be it a row or a model; other data wants another folder. Tables of drawn images end
+with a row of as many real ones. Frechet distances and perceptual distances are on EfficientNet-Lite0 features: neither
+FID nor LPIPS.
 """
 
 import argparse
@@ -23,10 +24,11 @@ from srdd.console import write_text
 from srdd.data.images import image_to_tensor, picture_grid, validation_images
 from srdd.evaluation.ablation_cells import AblationCells
 from srdd.evaluation.ablation_report import ablation_markdown, save_sweep
-from srdd.evaluation.ablations import load_pipelines, read_tables
+from srdd.evaluation.ablations import check_num_images, load_pipelines, model_keys, read_tables
 from srdd.evaluation.features import load_features
 from srdd.evaluation.image_sources import DataSetImages
 from srdd.evaluation.measurements import Measurements
+from srdd.training.run_identity import images_fingerprint
 from srdd.training.settings import DataSettings, HelpWithDefaults, add_arguments, from_args
 from srdd.training.training_data import load_images
 
@@ -43,8 +45,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--table", action="append", help="Measure these tables only.")
     add_arguments(parser, DataSettings)
-    parser.add_argument("--label_column", default="auto")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the choice of images.")
+    parser.add_argument(
+        "--label_column", default="auto", help="Column of the labels; 'auto' is 'label' if there is one, '' is none."
+    )
     parser.add_argument("--num_reference_images", type=int, default=2048, help="Held-out images to compare with.")
     parser.add_argument("--batch_size", type=int, default=49)
     parser.add_argument("--num_bootstrap", type=int, default=50, help="Replicates of the confidence intervals.")
@@ -56,9 +59,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     tables = read_tables(args.config, args.table)
     pipelines = load_pipelines(args.model, tables, args.device)
-    data = load_images(from_args(args, DataSettings), args.label_column)
+    data = load_images(from_args(args, DataSettings), args.label_column or None)
     num_held_out = max([table.num_images for table in tables if table.kind != "samples"], default=0)
     split = validation_images(data, max(args.num_reference_images, num_held_out))
+    check_num_images(tables, len(split))
     side = next(iter(pipelines.values())).sample_size[0]
     # The same images, in the same order.
     split_name = "train" if data.validation is None else "validation"
@@ -66,13 +70,19 @@ def main(args: argparse.Namespace) -> None:
     images = torch.stack([image_to_tensor(image, side) for image in split[data.image_column]]).add(1).div(2)
     settings = {
         "data": Path(args.dataset_name or args.train_data_dir).name,
+        "images": {
+            name: images_fingerprint(pictures, data.image_column, data.label_column)[:12]
+            for name, pictures in (("train", data.train), ("validation", data.validation))
+            if pictures is not None
+        },
+        "resolution": side,
         "num_reference_images": reference.count,
         "features": "efficientnet-lite0",
         "num_bootstrap": args.num_bootstrap,
         "torch": torch.__version__,
     }
     output = Path(args.output_dir)
-    measurements = Measurements(output / "ablations.json", settings)
+    measurements = Measurements(output / "ablations.json", settings, model_keys(pipelines))
     cells = AblationCells(
         pipelines,
         images,

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from srdd import MultiScaleVQModel
 from srdd.data.images import picture_grid, training_transform
 from srdd.evaluation.features import EfficientNetLite0Features
 from srdd.evaluation.reconstruction import evaluate_reconstruction
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace) -> None:
     teacher = None
     if args.teacher_vqvae_name_or_path:
         teacher = load_tokenizer("teacher_vqvae_name_or_path", args.teacher_vqvae_name_or_path).to(args.device)
+        check_teacher(vqvae, teacher)
     images = load_images(from_args(args, DataSettings), None)
     split = images.train if args.split == "train" else images.validation
     if split is None:
@@ -62,6 +64,25 @@ def main(args: argparse.Namespace) -> None:
     sys.stdout.write(json.dumps({name: _rounded(value) for name, value in metrics.items()}) + "\n")
     if args.output:
         Image.fromarray(picture_grid(pictures)).save(args.output)
+
+
+def check_teacher(vqvae: MultiScaleVQModel, teacher: MultiScaleVQModel) -> None:
+    """
+    Make sure that two tokenizers have the same tokens, which both decode.
+
+    Raises:
+        ValueError: If sizes, scales or codebooks differ.
+    """
+    for tokenizer in (vqvae, teacher):
+        if tokenizer.config.codebook_fingerprint is None:
+            tokenizer.sign_codebook()
+    for name in ("sample_size", "scale_sizes", "codebook_fingerprint"):
+        ours, theirs = vqvae.config[name], teacher.config[name]
+        if ours != theirs:
+            raise ValueError(
+                f"`teacher_vqvae_name_or_path` must be a tokenizer with the same tokens, whose `{name}` is {ours}, got"
+                f" {theirs}."
+            )
 
 
 def _rounded(value):

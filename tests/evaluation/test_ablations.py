@@ -2,10 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_latent_diffusion, tiny_pipeline, tiny_scheduler
+from tiny_models import tiny_latent_diffusion, tiny_pipeline, tiny_scheduler, tiny_transformer
 
 from srdd.evaluation.ablation_report import ablation_markdown, mean_and_interval, save_sweep
-from srdd.evaluation.ablations import read_tables
+from srdd.evaluation.ablations import model_keys, read_tables
+from srdd.evaluation.latent_diffusion import load_drawing_pipeline
 from srdd.evaluation.measurements import Measurements
 from srdd.scales import default_scale_sizes
 
@@ -55,6 +56,9 @@ def test_a_sweep_makes_a_row_of_each_curve_and_value(tmp_path):
         ({"rows": {"plain": {"model": ["a", "b"]}}, "seeds": [0]}, r"each of the 1 'seeds', got lists of \[2\]"),
         ({"rows": {"plain": {"model": ["a"]}}, "kind": "editing"}, "where nothing is edited"),
         ({"differences": [["plain", "fancy"]]}, r"'differences' of the table 't' must be pairs of"),
+        ({"differences": [["plain", "plain"]], "kind": "editing"}, "'differences' of the table 't' must be empty"),
+        ({"seeds": [0, 1], "kind": "editing"}, r"'seeds' of the table 't' must be one, .* got \[0, 1\]"),
+        ({"seeds": [0, 1], "kind": "likelihood"}, r"'seeds' of the table 't' must be one, .* got \[0, 1\]"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path, changes, message):
@@ -142,6 +146,38 @@ def test_rows_of_several_trainings_have_one_model_for_each_seed(tmp_path):
     lines = ablation_markdown(scored, results).splitlines()
     # -1.0 and -1.4: scipy.stats.t.interval(0.95, 1, loc=-1.2, scale=0.2) is (-3.7412, 1.3412)
     assert lines[-2:] == ["| third | 1.00 (1.00–1.00) |", "| new − old | -1.20 (-3.74 to 1.34) |"]
+
+
+def test_models_with_other_scales_share_a_table(tmp_path):
+    rows = {"few": ROW, "many": ROW}
+    fields = {"name": "t", "title": "A", "kind": "likelihood", "rows": rows, "differences": [["many", "few"]]}
+    few = {"all": 1.0, "standard error": 0.5, "1x1": 1.0, "3x3": 2.0, "16x16": 4.0}
+    many = {"all": 3.0, "standard error": 0.25, "1x1": 1.5, "2x2": 2.0, "4x4": 2.5, "16x16": 3.0}
+    (table,) = read(tmp_path, fields)
+    assert ablation_markdown(table, {"few": {"all": few}, "many": {"all": many}}).splitlines()[2:] == [
+        "| likelihood | all | standard error | 1x1 | 2x2 | 3x3 | 4x4 | 16x16 |",
+        "|---|---|---|---|---|---|---|---|",
+        "| few | 1.00 | 0.50 | 1.00 |  | 2.00 |  | 4.00 |",
+        "| many | 3.00 | 0.25 | 1.50 | 2.00 |  | 2.50 | 3.00 |",
+        "| many − few | 2.00 | -0.25 | 0.50 |  |  |  | -1.00 |",
+    ]
+    few, many = ({"latent 1x1": 1.0, **more, "pixel 1x1": 2.0} for more in ({}, {"latent 2x2": 3.0}))
+    lines = ablation_markdown(table, {"few": {"all": few}, "many": {"all": many}}).splitlines()
+    assert lines[2] == "| likelihood | latent 1x1 | latent 2x2 | pixel 1x1 |"
+
+
+def test_keys_of_models_are_of_what_they_are(tmp_path):
+    folders = {name: tmp_path / name for name in ("first", "again", "causal", "other")}
+    tiny_pipeline().save_pretrained(folders["first"])
+    tiny_pipeline().save_pretrained(folders["again"])
+    tiny_pipeline("causal").save_pretrained(folders["causal"])  # the same weights
+    tiny_pipeline(transformer=tiny_transformer(seed=7)).save_pretrained(folders["other"])
+    keys = model_keys({name: load_drawing_pipeline(folder) for name, folder in folders.items()})
+    assert keys["first"] == keys["again"]
+    assert len(set(keys.values())) == 3
+    assert all(len(key) == 12 for key in keys.values())
+    tiny_latent_diffusion().save_pretrained(tmp_path / "diffusion")
+    assert model_keys({"LDM": load_drawing_pipeline(tmp_path / "diffusion")}).keys() == {"LDM"}
 
 
 def test_tables_and_curves_are_written(tmp_path):

@@ -1,12 +1,15 @@
 import hashlib
+import json
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import TorchAoConfig
 from PIL import Image, features
 from tiny_models import tiny_pipeline, tiny_scheduler, tiny_transformer
 from training.launching import make_image_folder
 
+from srdd import ScaleTransformer2DModel
 from srdd.data.images import load_labelled_images
 from srdd.evaluation.feature_cache import collect
 from srdd.evaluation.features import EfficientNetLite0Features, FeatureExtractor
@@ -96,6 +99,18 @@ def test_the_key_names_all_that_the_pixels_depend_on():
     assert len({str(each) for each in others}) == len(others)
 
 
+def test_the_key_of_a_quantized_pipeline_can_be_written(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    config = TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    tiny_transformer().save_pretrained(tmp_path)
+    options = {"quantization_config": config, "dtype": torch.float32}
+    transformers = [ScaleTransformer2DModel.from_pretrained(tmp_path, **options) for _ in range(2)]
+    keys = [PipelineImages(tiny_pipeline(transformer=transformer), 4).key for transformer in transformers]
+    plain = PipelineImages(tiny_pipeline(), 4).key
+    assert json.dumps(keys[0]) == json.dumps(keys[1])
+    assert keys[0]["weights"] != plain["weights"]
+
+
 def test_models_without_classes_are_not_guided():
     pipe = tiny_pipeline(transformer=tiny_transformer(num_classes=0))
     source = PipelineImages(pipe, 6)
@@ -141,6 +156,14 @@ def test_batches_that_are_there_are_not_made_again(tmp_path, accelerator):
     collected, batches = again([MeanColours(), Brightness()])
     assert batches == [range(0, 4), range(4, 8), range(8, 10)]
     assert collected.features.keys() == {"mean colours", "brightness"}
+
+
+def test_extractors_of_one_name_are_refused(tmp_path, accelerator):
+    # Folders a/vit and b/vit both give the name "vit".
+    extractors = [MeanColours(), Brightness()]
+    extractors[1].name = "mean colours"
+    with pytest.raises(ValueError, match=r"`extractors` must have names of their own, got \['mean colours', 'mean"):
+        collect(PipelineImages(tiny_pipeline(), 4), extractors, tmp_path, accelerator)
 
 
 def test_other_images_and_other_weights_have_other_files(tmp_path, accelerator):

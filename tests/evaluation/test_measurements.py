@@ -61,6 +61,38 @@ def test_other_settings_want_another_file(tmp_path):
         Measurements(path, {"dtype": "bfloat16"})
 
 
+def test_cells_of_models_that_changed_are_forgotten(tmp_path, caplog):
+    path, call = tmp_path / "cells.json", Counted()
+    first = Measurements(path, models={"SDD": "a", "VAR": "b"})
+    cells = [CELL, {"model": "VAR"}, {"model": "none"}, {"kind": "real images"}]
+    assert [first.measure(cell, call)["value"] for cell in cells] == [1, 2, 3, 4]
+    assert json.loads(path.read_text())["models"] == {"SDD": "a", "VAR": "b"}
+    # Of models that a run does not name nothing is known to have changed.
+    assert [Measurements(path, models={"SDD": "a"}).find(cell)["value"] for cell in cells] == [1, 2, 3, 4]
+    assert not caplog.records
+    before = path.read_bytes()
+    other = Measurements(path, models={"SDD": "c", "new": "d"})
+    assert path.read_bytes() == before
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} has other models by the names ['SDD']: 1 of its 4 cells are forgotten, and measured anew where they"
+        " are asked for."
+    ]
+    assert [other.measure(cell, call)["value"] for cell in cells] == [5, 2, 3, 4]
+    assert json.loads(path.read_text())["models"] == {"SDD": "c", "VAR": "b", "new": "d"}
+
+
+def test_files_that_do_not_say_what_was_measured_are_forgotten(tmp_path, caplog):
+    path, call = tmp_path / "cells.json", Counted()
+    Measurements(path, {"data": "a"}).measure(CELL, call)
+    measurements = Measurements(path, {"data": "a", "images": "b"}, models={"SDD": "a"})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} does not say what its models were: its 1 cells are forgotten, and measured anew where they are asked"
+        " for."
+    ]
+    assert measurements.measure(CELL, call) == {"value": 2}
+    assert Measurements(path, {"data": "a", "images": "b"}, models={"SDD": "a"}).find(CELL) == {"value": 2}
+
+
 def test_files_of_other_things_are_refused(tmp_path):
     path = tmp_path / "cells.json"
     path.write_text('{"settings": {}, "cells": {"table": {}}}')

@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 from training.tiny_runs import run_script
 
+from srdd import SRDDPipeline
 from srdd.data.images import image_to_tensor, load_labelled_images, validation_images
 from srdd.evaluation.image_sources import DataSetImages
 
@@ -102,6 +104,78 @@ def test_tables_can_be_chosen(image_folder, trained, config, tmp_path, capsys):
     assert not (tmp_path / "signal.md").exists()
     with pytest.raises(ValueError, match="`table` must be among"):
         ablate(image_folder, config, trained, tmp_path, "--table", "bytes")
+
+
+def bits(folder) -> dict:
+    (cell,) = json.loads((folder / "ablations.json").read_text())["cells"]
+    return cell["result"]
+
+
+def test_a_model_that_was_trained_anew_is_measured_anew(image_folder, trained, config, tmp_path, caplog):
+    ablate(image_folder, config, trained, tmp_path / "kept", "--table", "bits")
+    before = bits(tmp_path / "kept")
+    pipe = SRDDPipeline.from_pretrained(trained / "model")
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.add_(1)
+    pipe.save_pretrained(tmp_path / "model")
+    caplog.clear()
+    for folder in ("kept", "new"):
+        ablate(image_folder, config, tmp_path, tmp_path / folder, "--table", "bits")
+    assert bits(tmp_path / "kept") == bits(tmp_path / "new") != before
+    lines = [record.getMessage() for record in caplog.records if "cells are forgotten" in record.getMessage()]
+    assert len(lines) == 1
+    assert "has other models by the names ['SDD']: 1 of its 1 cells" in lines[0]
+
+
+def test_files_that_say_nothing_of_models_are_measured_anew(image_folder, trained, config, tmp_path):
+    ablate(image_folder, config, trained, tmp_path, "--table", "bits")
+    stored = json.loads((tmp_path / "ablations.json").read_text())
+    settings = {name: value for name, value in stored["settings"].items() if name != "images"}
+    older = {"settings": settings, "cells": [{**stored["cells"][0], "result": {"all": 9.0}}]}
+    (tmp_path / "ablations.json").write_text(json.dumps(older))
+    ablate(image_folder, config, trained, tmp_path, "--table", "bits")
+    assert json.loads((tmp_path / "ablations.json").read_text()) == stored
+
+
+def test_other_data_of_the_same_name_is_refused(image_folder, trained, config, tmp_path):
+    ablate(image_folder, config, trained, tmp_path / "out", "--table", "bits")
+    before = (tmp_path / "out" / "ablations.json").read_bytes()
+    moved = shutil.copytree(image_folder, tmp_path / "moved" / image_folder.name)
+    ablate(moved, config, trained, tmp_path / "out", "--table", "bits")
+    picture = moved / "warm" / "3.png"
+    with Image.open(picture) as image:
+        turned = image.convert("RGB").transpose(Image.Transpose.ROTATE_180)
+    turned.save(picture)
+    with pytest.raises(ValueError, match="`path` must hold measurements under the same settings"):
+        ablate(moved, config, trained, tmp_path / "out", "--table", "bits")
+    with pytest.raises(ValueError, match="`path` must hold measurements under the same settings"):
+        ablate(image_folder, config, trained, tmp_path / "out", "--table", "bits", "--label_column", "")
+    assert (tmp_path / "out" / "ablations.json").read_bytes() == before
+
+
+def test_images_may_have_no_labels(image_folder, trained, config, tmp_path):
+    results = []
+    for labels in ("auto", ""):
+        folder = tmp_path / f"labels {labels}"
+        ablate(image_folder, config, trained, folder, "--table", "bits", "--label_column", labels)
+        results.append(bits(folder)["all"])
+    assert results[0] != results[1]
+
+
+def test_there_is_no_seed_of_the_choice_of_images(image_folder, trained, config, tmp_path):
+    with pytest.raises(SystemExit):
+        ablate(image_folder, config, trained, tmp_path, "--seed", 7)
+
+
+@pytest.mark.parametrize("kind", ["editing", "likelihood", "signal_to_noise"])
+def test_tables_of_more_images_than_there_are_measure_nothing(image_folder, trained, tmp_path, kind):
+    fine, large = ({"name": f"{kind} {count}", "title": "T", "num_images": count} for count in (24, 25))
+    tables = [{**table, "kind": kind, "tasks": ["2x"], "rows": {"SDD": {"model": "SDD"}}} for table in (fine, large)]
+    (tmp_path / "config.json").write_text(json.dumps({"tables": tables}))
+    message = f"'num_images' of the table '{kind} 25' must be at most 24, the number of held-out images, got 25"
+    with pytest.raises(ValueError, match=message):
+        ablate(image_folder, tmp_path / "config.json", trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_must_be_named(image_folder, config, tmp_path):

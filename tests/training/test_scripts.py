@@ -3,6 +3,7 @@ import math
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 from training.tiny_runs import assert_same_weights, run_script, train_tokenizer, train_transformer
 
@@ -133,6 +134,24 @@ def test_evaluation_of_a_part_of_the_images(image_folder, trained, capsys):
 def test_evaluation_needs_its_split(image_folder, trained, capsys):
     with pytest.raises(ValueError, match="`split` must be one the data set has, got 'validation'"):
         evaluate(image_folder, trained, capsys)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("other", ["codebook", "scales"])
+def test_a_teacher_must_have_the_same_tokens(image_folder, trained, tmp_path, capsys, other, signed):
+    if other == "codebook":
+        teacher = MultiScaleVQModel.from_pretrained(trained / "tokenizer")
+        torch.nn.init.normal_(teacher.quantize.codebook.weight)
+    else:
+        config = MultiScaleVQModel.load_config(trained / "tokenizer")
+        teacher = MultiScaleVQModel.from_config(config, scale_sizes=[1, 3, 4])
+    teacher.register_to_config(codebook_fingerprint=None)
+    if signed:
+        teacher.sign_codebook()
+    teacher.save_pretrained(tmp_path)
+    name = {"codebook": "codebook_fingerprint", "scales": "scale_sizes"}[other]
+    with pytest.raises(ValueError, match=f"`teacher_vqvae_name_or_path` must be .* same tokens, whose `{name}` is"):
+        evaluate(image_folder, trained, capsys, "--split", "train", "--teacher_vqvae_name_or_path", tmp_path)
 
 
 def test_a_measured_tokenizer_is_the_one_that_was_logged(image_folder, trained, capsys):

@@ -1,5 +1,6 @@
 """What ablations show, for people: Markdown tables and curves."""
 
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -74,30 +75,41 @@ def ablation_markdown(table: AblationTable, results: Results) -> str:
         ]
         return "\n".join([title, *tables])
     results = {**results, **_differences(table, results)}
-    first = next(iter(next(iter(results.values())).values()))
-    metrics = METRICS.get(table.kind, {name: (name, 2) for name in first})
+    metrics = METRICS.get(table.kind) or {name: (name, 2) for name in _all_metrics(results)}
     lines = []
     for row, columns in results.items():
-        texts, first = [], next(iter(columns.values()))
+        texts = []
         for metric, (_, digits) in metrics.items():
-            if metric not in first:
-                texts.append("")  # real images take no time to draw
+            if not all(metric in values for values in columns.values()):
+                texts.append("")  # real images take no time to draw, and not all models have all scales
                 continue
             mean, interval = mean_and_interval(columns, metric)
             texts.append(with_range(mean, interval if metric in WITH_INTERVAL else None, digits))
-        lines.append((_with_sizes(row, first), *texts))
+        lines.append((_with_sizes(row, next(iter(columns.values()))), *texts))
     header = [table.kind.replace("_", " "), *(name for name, _ in metrics.values())]
     return "\n".join([title, markdown_table(header, lines)])
 
 
+def _all_metrics(results: Results) -> list[str]:
+    """What any row has, in their order, the numbers of scales after others and from coarse to fine."""
+    names = dict.fromkeys(name for columns in results.values() for metrics in columns.values() for name in metrics)
+    return sorted(names, key=_place)
+
+
+def _place(metric: str) -> tuple:
+    """Of a metric among others: that of "latent 4x4" is after "latent 2x2" and before "pixel 1x1"."""
+    match = re.fullmatch(r"(?P<space>.*?) ?(?P<height>\d+)x(?P<width>\d+)", metric)
+    return (False,) if match is None else (True, match["space"], int(match["height"]), int(match["width"]))
+
+
 def _differences(table: AblationTable, results: Results) -> Results:
-    """Rows of differences between two rows, seed by seed."""
+    """Rows of differences between two rows, seed by seed, of what both have."""
     return {
         f"{more} − {less}": {
             column: {
                 metric: value - results[less][column][metric]
                 for metric, value in metrics.items()
-                if isinstance(value, float)
+                if isinstance(value, float) and metric in results[less][column]
             }
             for column, metrics in results[more].items()
         }

@@ -1,5 +1,6 @@
 """Tables and figures that one JSON file describes: which models, under which settings, measured how."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from srdd.evaluation.editing_tasks import EDITING_TASKS
+from srdd.evaluation.image_sources import pipeline_key
 from srdd.evaluation.latent_diffusion import DrawingPipeline, LatentDiffusionPipeline, load_drawing_pipeline
 from srdd.evaluation.pipeline_variants import PipelineVariant, variant_of
 
@@ -72,7 +74,7 @@ class AblationTable:
         tasks (`list[str]`): Of editing tables, a part of `srdd.evaluation.editing_tasks.EDITING_TASKS`.
         axis (`str`, *optional*): The setting that a sweep varies; its rows are then drawn as a curve too.
         differences (`list[list[str]]`): Pairs of rows, to show how much more the first has than the second, seed by
-            seed.
+            seed, of the metrics that both have; none in editing tables.
     """
 
     name: str
@@ -86,9 +88,14 @@ class AblationTable:
     differences: list[list[str]] = field(default_factory=list)
 
     @property
+    def has_seeds(self) -> bool:
+        """Whether its columns are seeds, of drawn images or of trainings."""
+        return self.kind == "samples" or any(isinstance(row.model, list) for row in self.rows)
+
+    @property
     def columns(self) -> list[str]:
         """Seeds of drawn images and of trainings, tasks of edited images, one column for what has no seed."""
-        if self.kind == "samples" or any(isinstance(row.model, list) for row in self.rows):
+        if self.has_seeds:
             return [f"seed {seed}" for seed in self.seeds]
         return self.tasks if self.kind == "editing" else ["all"]
 
@@ -125,7 +132,8 @@ def read_tables(path: str | Path, names: Sequence[str] | None = None) -> list[Ab
         names (`Sequence[str]`, *optional*): The tables to return; all by default.
 
     Raises:
-        ValueError: If a field, a kind, a task, a variant or a table is unknown.
+        ValueError: If a field, a kind, a task, a variant or a table is unknown, or seeds or differences do not fit a
+            table.
     """
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     unknown = sorted(set(content) - {"defaults", "tables"})
@@ -174,6 +182,31 @@ def load_pipelines(
     return pipelines
 
 
+def model_keys(pipelines: dict[str, DrawingPipeline]) -> dict[str, str]:
+    """Twelve hexadecimal digits of SHA-256 over the weights and configs of each model."""
+    texts = {name: json.dumps(pipeline_key(pipe), sort_keys=True) for name, pipe in pipelines.items()}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
+
+
+def check_num_images(tables: Sequence[AblationTable], num_held_out: int) -> None:
+    """
+    Make sure that there are as many held-out images as tables want.
+
+    Args:
+        tables (`Sequence[AblationTable]`): Those that draw images need none.
+        num_held_out (`int`): How many there are.
+
+    Raises:
+        ValueError: If a table wants more.
+    """
+    for table in tables:
+        if table.kind != "samples" and table.num_images > num_held_out:
+            raise ValueError(
+                f"'num_images' of the table {table.name!r} must be at most {num_held_out}, the number of held-out"
+                f" images, got {table.num_images}."
+            )
+
+
 def _read_table(fields: dict[str, Any]) -> AblationTable:
     fields = {"num_images": 1024, "seeds": [0], "tasks": list(EDITING_TASKS), **fields}
     name = fields.get("name")
@@ -205,12 +238,22 @@ def _read_table(fields: dict[str, Any]) -> AblationTable:
 
 
 def _check_seeds(table: AblationTable) -> None:
-    """Refuse rows of several models that do not fit the seeds, and differences of rows that are not there."""
+    """Refuse rows and seeds that do not fit each other, and differences where there are none to show."""
     counts = sorted({len(row.model) for row in table.rows if isinstance(row.model, list)} - {len(table.seeds)})
     if counts or (table.kind == "editing" and any(isinstance(row.model, list) for row in table.rows)):
         raise ValueError(
             f"'model' in rows of the table {table.name!r} must be one name, or, where nothing is edited, one for each"
             f" of the {len(table.seeds)} 'seeds', got lists of {counts or [len(table.seeds)]}."
+        )
+    if not table.has_seeds and len(table.seeds) != 1:
+        raise ValueError(
+            f"'seeds' of the table {table.name!r} must be one, as nothing is drawn and no row has several models, got"
+            f" {table.seeds}."
+        )
+    if table.kind == "editing" and table.differences:
+        raise ValueError(
+            f"'differences' of the table {table.name!r} must be empty where images are edited, got"
+            f" {table.differences}."
         )
     names = [row.name for row in table.rows]
     if any(len(pair) != 2 or set(pair) - set(names) for pair in table.differences):

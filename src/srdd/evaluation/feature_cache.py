@@ -78,7 +78,13 @@ def collect(
 
     Returns:
         [`CollectedImages`]
+
+    Raises:
+        ValueError: If two extractors have the same name, as folders of one name give them.
     """
+    names = [extractor.name for extractor in extractors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`extractors` must have names of their own, got {names}; features go by them.")
     key = {**source.key, "torch": torch.__version__}
     root = Path(folder, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12])
     folders = {extractor.name: root / _folder_name(extractor) for extractor in extractors}

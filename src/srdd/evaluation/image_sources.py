@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from PIL import Image
 
 from srdd.data.images import LabelledImages, image_to_tensor
@@ -48,13 +49,8 @@ class PipelineImages:
     @cached_property
     def key(self) -> dict[str, Any]:
         """What the pixels depend on."""
-        components = self.pipe.components
-        models = [model for model in components.values() if isinstance(model, torch.nn.Module)]
         return {
-            "weights": weights_hash(*models),
-            "configs": [_public(model.config) for model in models],
-            "scheduler": _public(self.pipe.scheduler.config),
-            **{name: value for name, value in _public(self.pipe.config).items() if name not in components},
+            **pipeline_key(self.pipe),
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
             "device": self.pipe.device.type,
@@ -211,9 +207,25 @@ def open_pictures(
     return kind(path, count, resolution, argument)
 
 
+def pipeline_key(pipe: DrawingPipeline) -> dict[str, Any]:
+    """What a pipeline is, in JSON values: its weights and configs, not where they came from."""
+    components = pipe.components
+    models = [model for model in components.values() if isinstance(model, torch.nn.Module)]
+    return {
+        "weights": weights_hash(*models),
+        "configs": [_public(model.config) for model in models],
+        "scheduler": _public(pipe.scheduler.config),
+        **{name: value for name, value in _public(pipe.config).items() if name not in components},
+    }
+
+
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without where it came from."""
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    """A config without where it came from; that of a quantization as a dict."""
+    return {
+        name: value.to_dict() if isinstance(value, QuantizationConfigMixin) else value
+        for name, value in config.items()
+        if not name.startswith("_")
+    }
 
 
 def _to_bytes(image: Image.Image, resolution: int) -> torch.Tensor:

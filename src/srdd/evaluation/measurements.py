@@ -6,6 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
 
 class Measurements:
     """
@@ -16,26 +21,51 @@ class Measurements:
     Args:
         path (`str` or `Path`, *optional*): A JSON file; by default nothing is kept beyond this object.
         settings (`dict`, *optional*): What all cells share, such as data and versions.
+        models (`dict[str, str]`, *optional*): Keys of the models that cells name as their `"model"`, by name. Cells of
+            a model that had another key are forgotten, with a warning; so is all of a file that has no keys.
 
     Raises:
         ValueError: If the file holds something else, or cells that were measured under other shared settings.
     """
 
-    def __init__(self, path: str | Path | None = None, settings: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        settings: dict[str, Any] | None = None,
+        models: dict[str, str] | None = None,
+    ):
         self.path = None if path is None else Path(path)
         self.settings = json.loads(json.dumps(settings or {}))
+        self.models = models
         self._results: dict[str, dict[str, Any]] = {}
         if self.path is None or not self.path.exists():
             return
         stored = json.loads(self.path.read_text(encoding="utf-8"))
         if not isinstance(stored.get("cells"), list):
             raise ValueError(f"`path` must be a file of measurements, with a list of 'cells', got {self.path}.")
+        if models is not None and "models" not in stored:
+            logger.warning(
+                f"{self.path} does not say what its models were: its {len(stored['cells'])} cells are forgotten, and"
+                " measured anew where they are asked for."
+            )
+            return
         if stored["settings"] != self.settings:
             raise ValueError(
                 f"`path` must hold measurements under the same settings, {self.settings}, or be a new file, got"
                 f" {self.path} with {stored['settings']}."
             )
-        self._results = {_key(cell["cell"]): cell["result"] for cell in stored["cells"]}
+        cells, keys = stored["cells"], stored.get("models", {})
+        changed = {name for name, key in (models or {}).items() if keys.get(name) != key}
+        forgotten = [cell["cell"]["model"] for cell in cells if changed and cell["cell"].get("model") in changed]
+        if forgotten:
+            logger.warning(
+                f"{self.path} has other models by the names {sorted(set(forgotten))}: {len(forgotten)} of its"
+                f" {len(cells)} cells are forgotten, and measured anew where they are asked for."
+            )
+            cells = [cell for cell in cells if cell["cell"].get("model") not in changed]
+        if "models" in stored:
+            self.models = {**keys, **(models or {})}
+        self._results = {_key(cell["cell"]): cell["result"] for cell in cells}
 
     def find(self, cell: dict[str, Any]) -> dict[str, Any] | None:
         """The result of a cell; `None` if it was not measured."""
@@ -62,7 +92,9 @@ class Measurements:
         cells = [{"cell": json.loads(key), "result": result} for key, result in self._results.items()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text(json.dumps({"settings": self.settings, "cells": cells}, indent=1) + "\n", encoding="utf-8")
+        models = {} if self.models is None else {"models": self.models}
+        content = {"settings": self.settings, **models, "cells": cells}
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
 

@@ -82,9 +82,20 @@ def weights_hash(*modules: nn.Module) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            for plain in _plain_tensors(tensor.detach()):
+                digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+                digest.update(plain.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor, or those that one of torchao is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _plain_tensors(getattr(tensor, name))
 
 
 def check_finite_weights(model: nn.Module, argument: str, source: str | None = None) -> None:
