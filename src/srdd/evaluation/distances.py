@@ -6,11 +6,8 @@ All of it is computed in float64: the Fréchet distance is a small difference of
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torchmetrics.image.kid import poly_mmd
 from tqdm.auto import tqdm
 
@@ -31,23 +28,18 @@ class FeatureStatistics:
         mean (`torch.Tensor` of shape `(num_features,)`): float64.
         factor (`torch.Tensor` of shape `(num_rows, num_features)`): float64; `factor^T factor` is the covariance. It
             has no more rows than features.
-        count (`int`): Number of images.
-        extractor (`str`, defaults to `""`): Name of what made the features.
     """
 
     mean: torch.Tensor
     factor: torch.Tensor
-    count: int
-    extractor: str = ""
 
     @classmethod
-    def from_features(cls, features: torch.Tensor, extractor: str = "") -> "FeatureStatistics":
+    def from_features(cls, features: torch.Tensor) -> "FeatureStatistics":
         """
         Statistics of features; the covariance is the unbiased one.
 
         Args:
             features (`torch.Tensor` of shape `(num_images, num_features)`): At least 2 rows, finite.
-            extractor (`str`, defaults to `""`): Name of what made them.
 
         Raises:
             ValueError: If the features are not finite, or too few.
@@ -57,20 +49,16 @@ class FeatureStatistics:
         factor = (features - mean) / (len(features) - 1) ** 0.5
         if len(factor) > factor.shape[1]:
             factor = torch.linalg.qr(factor, mode="r").R
-        return cls(mean, factor, len(features), extractor)
+        return cls(mean, factor)
 
     @classmethod
-    def from_moments(
-        cls, mean: torch.Tensor, covariance: torch.Tensor, count: int, extractor: str = ""
-    ) -> "FeatureStatistics":
+    def from_moments(cls, mean: torch.Tensor, covariance: torch.Tensor) -> "FeatureStatistics":
         """
         Statistics that others have published, such as `mu` and `sigma` of a reference set.
 
         Args:
             mean (`torch.Tensor` of shape `(num_features,)`): Mean of the features.
             covariance (`torch.Tensor` of shape `(num_features, num_features)`): Their covariance.
-            count (`int`): Number of images; 0 if it is not known.
-            extractor (`str`, defaults to `""`): Name of what made the features.
 
         Raises:
             ValueError: If shapes do not fit.
@@ -80,25 +68,7 @@ class FeatureStatistics:
         values, vectors = torch.linalg.eigh(covariance.double())
         # What rounding left of directions without variance must not count: its square root is not small.
         kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
-        return cls(mean.double(), (vectors[:, kept] * values[kept].sqrt()).T, count, extractor)
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """The covariance, of shape `(num_features, num_features)`."""
-        return self.factor.T @ self.factor
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        tensors = {"mean": self.mean.contiguous(), "factor": self.factor.contiguous()}
-        save_file(tensors, path, metadata={"count": str(self.count), "extractor": self.extractor})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "FeatureStatistics":
-        """Read what [`~FeatureStatistics.save`] wrote."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in ("mean", "factor")}
-        return cls(**tensors, count=int(metadata["count"]), extractor=metadata["extractor"])
+        return cls(mean.double(), (vectors[:, kept] * values[kept].sqrt()).T)
 
 
 def frechet_distance(reference: FeatureStatistics | torch.Tensor, samples: FeatureStatistics | torch.Tensor) -> float:
@@ -118,7 +88,7 @@ def frechet_distance(reference: FeatureStatistics | torch.Tensor, samples: Featu
         `float`: At least 0, and 0 for equal sets.
 
     Raises:
-        ValueError: If features are not finite, too few, or not of the same kind.
+        ValueError: If features are not finite, too few, or not of the same number.
     """
     reference, samples = (
         each if isinstance(each, FeatureStatistics) else FeatureStatistics.from_features(each)
@@ -127,10 +97,6 @@ def frechet_distance(reference: FeatureStatistics | torch.Tensor, samples: Featu
     if reference.mean.shape != samples.mean.shape:
         raise ValueError(
             f"`samples` must have as many features as `reference`, {len(reference.mean)}, got {len(samples.mean)}."
-        )
-    if reference.extractor and samples.extractor and reference.extractor != samples.extractor:
-        raise ValueError(
-            f"`samples` must hold features of {reference.extractor!r}, as `reference` does, got {samples.extractor!r}."
         )
     root_trace = torch.linalg.svdvals(reference.factor @ samples.factor.T).sum()
     total = reference.factor.square().sum() + samples.factor.square().sum()

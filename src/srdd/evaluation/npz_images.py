@@ -145,7 +145,7 @@ class NpzImages(ChosenPictures):
         try:
             with np.load(self.path) as file:
                 mean, covariance = (torch.from_numpy(file[name]) for name in ("mu", "sigma"))
-            return FeatureStatistics.from_moments(mean, covariance, count=0)
+            return FeatureStatistics.from_moments(mean, covariance)
         except (*READ_ERRORS, TypeError) as error:
             raise self._unreadable(error) from error
 

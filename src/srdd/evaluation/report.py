@@ -136,7 +136,7 @@ def _statistics(
             f"The reference's own 'mu' and 'sigma' are of Inception, not of {extractor.name}:"
             f" {extractor.distance_name} compares with its {len(features):,} images. `--features inception` uses them."
         )
-    return FeatureStatistics.from_features(features, extractor.name)
+    return FeatureStatistics.from_features(features)
 
 
 def check_pairs(images: FolderImages, references: FolderImages) -> None:
