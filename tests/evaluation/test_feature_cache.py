@@ -21,7 +21,6 @@ class MeanColours(FeatureExtractor):
     """Features of an image that can be computed by hand."""
 
     name = "mean colours"
-    num_features = 3
     has_logits = True
 
     def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,7 +30,6 @@ class MeanColours(FeatureExtractor):
 
 class Brightness(FeatureExtractor):
     name = "brightness"
-    num_features = 1
 
     def features_and_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
         return images.float().mean(dim=(1, 2, 3))[:, None], None

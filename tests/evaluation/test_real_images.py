@@ -18,7 +18,6 @@ class MeanColours(FeatureExtractor):
     """Features of an image that can be computed by hand."""
 
     name = "mean colours"
-    num_features = 3
 
 
 class PublishedMeanColours(MeanColours):

@@ -26,8 +26,6 @@ def make_batches(*sizes: int) -> list[dict[str, torch.Tensor]]:
 class MeanColours(torch.nn.Module):
     """Features of an image, small enough to compute their Fréchet distance by hand: one for each channel."""
 
-    num_features = 3
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         assert images.dtype == torch.uint8
         return images.float().mean(dim=(2, 3))

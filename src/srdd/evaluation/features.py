@@ -17,6 +17,9 @@ from srdd.models.saved_weights import weights_hash
 # SHA-256 of torch-fidelity's weights file begins like this, as its name says.
 INCEPTION_HASH = "6726825d"
 
+# What EfficientNet-Lite0 can read.
+SMALLEST_SIDE = 32
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -40,12 +43,12 @@ def load_efficientnet_lite0() -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def enlarge_small(images: torch.Tensor, smallest: int = 32) -> torch.Tensor:
+def enlarge_small(images: torch.Tensor) -> torch.Tensor:
     """Scale float images `(batch, channels, height, width)` up to the least side that EfficientNet-Lite0 can read."""
     side = min(images.shape[-2:])
-    if side >= smallest:
+    if side >= SMALLEST_SIDE:
         return images
-    return nn.functional.interpolate(images, scale_factor=smallest / side, mode="bilinear", antialias=True)
+    return nn.functional.interpolate(images, scale_factor=SMALLEST_SIDE / side, mode="bilinear", antialias=True)
 
 
 class FeatureExtractor(nn.Module):
@@ -55,7 +58,6 @@ class FeatureExtractor(nn.Module):
     """
 
     name: str
-    num_features: int
     has_logits = False
 
     # Whether means and covariances that others publish of Inception's features are of this network.
@@ -115,7 +117,6 @@ class EfficientNetLite0Features(FeatureExtractor):
     """
 
     name = "efficientnet-lite0"
-    num_features = 1280
     has_logits = True
 
     def __init__(self):
@@ -143,7 +144,6 @@ class InceptionFeatures(FeatureExtractor):
 
     name = "inception-v3 (FID)"
     distance_name, kernel_distance_name, score_name = "FID", "KID", "IS"
-    num_features = 2048
     has_logits = True
 
     def __init__(self, weights: str | Path | None = None):
@@ -219,7 +219,6 @@ class TransformersFeatures(FeatureExtractor):
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.num_features = self(torch.zeros(1, 3, *self.size, dtype=torch.uint8)).shape[1]
 
     @property
     def distance_name(self) -> str:
