@@ -24,13 +24,11 @@ class TokenLikelihood:
         token_log_likelihoods (`torch.Tensor` of shape `(batch, num_tokens)`): Log-probability of every token given the
             scales before its own, in nats, at most 0. Low ones say where an image is unusual.
         scale_sizes (`list[list[int]]`): `[height, width]` of the scales.
-        num_pixel_channels (`int`): Height times width times 3 of the model's images.
     """
 
     token_ids: torch.LongTensor
     token_log_likelihoods: torch.Tensor
     scale_sizes: list[list[int]]
-    num_pixel_channels: int
 
     @property
     def per_scale(self) -> torch.Tensor:
@@ -50,14 +48,6 @@ class TokenLikelihood:
         `log2(codebook_size)` for a model that knows nothing.
         """
         return -self.token_log_likelihoods.mean(dim=1) / math.log(2)
-
-    @property
-    def bits_per_pixel_channel(self) -> torch.Tensor:
-        """
-        Code length of a pyramid over the height times width times 3 of its image, in bits, of shape `(batch,)`: what
-        storing the tokens costs. It is not the bits per dimension of a model of pixels, for the tokenizer loses some.
-        """
-        return -self.nats / (math.log(2) * self.num_pixel_channels)
 
 
 @torch.no_grad()
@@ -116,7 +106,7 @@ def log_likelihood(
         logits = guide(logits, unconditional, weights[:, None])
     chosen = logits.log_softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)  # (B, N)
     pipe.maybe_free_model_hooks()
-    return TokenLikelihood(token_ids, chosen, scale_sizes, 3 * math.prod(pipe.sample_size))
+    return TokenLikelihood(token_ids, chosen, scale_sizes)
 
 
 def _tokenize(pipe: SRDDPipeline, images: Pictures) -> torch.LongTensor:
