@@ -22,6 +22,7 @@ from srdd.training.graceful_end import ends_gracefully
 from srdd.training.light_decoder import light_tokenizer
 from srdd.training.optimizer import make_optimizer
 from srdd.training.pixel_losses import PixelLosses
+from srdd.training.pretrained import find_model
 from srdd.training.publishing import finish_pipeline, finish_tokenizer
 from srdd.training.settings import PipelineSettings, PixelSettings, flag, make_parser, parse_settings, refuse_given
 from srdd.training.training_data import load_images, load_pixels, make_loader, make_validation_loader
@@ -55,17 +56,11 @@ def load_teacher(name: str) -> tuple[SRDDPipeline | None, MultiScaleVQModel]:
     Raises:
         ValueError: If there is neither.
     """
-    for cls in (SRDDPipeline, MultiScaleVQModel):
-        try:
-            config = cls.load_config(name)
-        except OSError:
-            continue
-        if cls is SRDDPipeline:
-            pipe = SRDDPipeline.from_pretrained(name)
-            return pipe, pipe.vqvae
-        if config.get("_class_name") == "MultiScaleVQModel":
-            return None, MultiScaleVQModel.from_pretrained(name)
-    raise ValueError(f"`teacher` must be a folder or Hub id of a pipeline or of a `MultiScaleVQModel`, got {name!r}.")
+    _, subfolder = find_model("teacher", name, "vqvae", (MultiScaleVQModel,), "a tokenizer")
+    if subfolder is None:
+        return None, MultiScaleVQModel.from_pretrained(name)
+    pipe = SRDDPipeline.from_pretrained(name)
+    return pipe, pipe.vqvae
 
 
 @ends_gracefully

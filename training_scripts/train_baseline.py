@@ -35,6 +35,7 @@ from srdd.training.denoisers import DIT_NULL_CLASS, describe_size, new_dit, new_
 from srdd.training.graceful_end import ends_gracefully
 from srdd.training.optimizer import make_optimizer, parameter_groups
 from srdd.training.pixel_losses import PixelLosses
+from srdd.training.pretrained import find_model
 from srdd.training.publishing import finish_latent_diffusion, finish_tokenizer
 from srdd.training.settings import (
     PixelSettings,
@@ -89,7 +90,9 @@ class AutoencoderSettings:
 class DiffusionSettings:
     """Latent diffusion."""
 
-    pretrained_vae_name_or_path: str | None = flag(help="Folder or Hub id of an `AutoencoderKL`.")
+    pretrained_vae_name_or_path: str | None = flag(
+        help="Folder or Hub id of an `AutoencoderKL`, or of a pipeline that has one."
+    )
     prediction_type: str = flag("epsilon", choices=["epsilon", "v_prediction"])
     class_dropout_prob: float = flag(0.1, type=probability)
     validation_guidance_scale: float | None = flag(help="Of the pictures at validations; default: the pipeline's own.")
@@ -218,7 +221,9 @@ class DiffusionTraining:
 
     def __init__(self, args: BaselineSettings, accelerator: Accelerator, images: LabelledImages):
         self.args, self.images = args, images
-        self.vae = load_autoencoder(args.pretrained_vae_name_or_path).requires_grad_(False).eval()
+        name, argument = args.pretrained_vae_name_or_path, "pretrained_vae_name_or_path"
+        _, subfolder = find_model(argument, name, "vae", (AutoencoderKL,), "an `AutoencoderKL`")
+        self.vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder).requires_grad_(False).eval()
         self.vae.to(accelerator.device)
         ratio = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution = args.resolution or self.vae.config.sample_size
@@ -297,22 +302,6 @@ class DiffusionTraining:
     def finish(self, averaged: nn.Module, loader: Iterable, resumed: list[dict]) -> None:
         guidance_scale = self.args.validation_guidance_scale
         finish_latent_diffusion(self.args, self.pipeline(averaged), self.images, guidance_scale, resumed)
-
-
-def load_autoencoder(name: str) -> AutoencoderKL:
-    """
-    Raises:
-        ValueError: If there is none of that name.
-    """
-    try:
-        class_name = AutoencoderKL.load_config(name).get("_class_name")
-    except OSError:
-        class_name = None
-    if class_name != "AutoencoderKL":
-        raise ValueError(
-            f"`pretrained_vae_name_or_path` must be a folder or Hub id of an `AutoencoderKL`, got {name!r}."
-        )
-    return AutoencoderKL.from_pretrained(name)
 
 
 def build_denoiser(

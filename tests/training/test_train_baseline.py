@@ -451,6 +451,11 @@ def test_settings_that_do_not_fit_are_refused(image_folder, root, tmp_path, mode
     assert not (tmp_path / "run" / "train_log.jsonl").exists()
 
 
+def test_the_autoencoder_may_be_that_of_a_pipeline(images, root):
+    training, _ = training_of("dit", images, root, "--pretrained_vae_name_or_path", root / "ldm")
+    assert_same_weights(training.vae, AutoencoderKL.from_pretrained(root / "vae"))
+
+
 def test_the_autoencoder_must_be_one(image_folder, trained, tmp_path):
     for name in (trained / "tokenizer", tmp_path / "nothing"):
         with pytest.raises(ValueError, match="`pretrained_vae_name_or_path` must be a folder or Hub id of an `Auto"):

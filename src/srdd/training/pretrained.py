@@ -28,7 +28,7 @@ def load_tokenizer(argument: str, name: str) -> MultiScaleVQModel:
     Raises:
         ValueError: If there is neither, or its weights are not whole and sound.
     """
-    _, subfolder = _find_model(argument, name, "vqvae", (MultiScaleVQModel,), "tokenizer")
+    _, subfolder = find_model(argument, name, "vqvae", (MultiScaleVQModel,), "a tokenizer")
     return MultiScaleVQModel.from_pretrained(name, subfolder=subfolder)
 
 
@@ -47,13 +47,28 @@ def find_transformer(argument: str, name: str) -> tuple[dict, str | None]:
         ValueError: If there is neither.
     """
     classes = ScaleTransformer2DModel, ScaleHistoryTransformer2DModel, ScaleTextTransformer2DModel
-    return _find_model(argument, name, "transformer", classes, "scale transformer")
+    return find_model(argument, name, "transformer", classes, "a scale transformer")
 
 
-def _find_model(
+def find_model(
     argument: str, name: str, part: str, classes: tuple[type[ConfigMixin], ...], what: str
 ) -> tuple[dict, str | None]:
-    """Config and subfolder of a model of one of some classes, by itself or as a part of a pipeline."""
+    """
+    A model of one of some classes, or that of a pipeline.
+
+    Args:
+        argument (`str`): The setting that names it, for the message.
+        name (`str`): Folder or Hub id of a model, or of a pipeline that has one.
+        part (`str`): What pipelines call it.
+        classes (`tuple[type[ConfigMixin], ...]`): What it may be.
+        what (`str`): The model in words, with its article, for the message.
+
+    Returns:
+        `tuple[dict, str | None]`: Its config, and the subfolder that it lies in, if any.
+
+    Raises:
+        ValueError: If there is neither.
+    """
     reason = ""
     for subfolder in (None, part):
         try:
@@ -65,7 +80,7 @@ def _find_model(
             return config, subfolder
         reason = f"a {config.get('_class_name')}"
     raise ValueError(
-        f"`{argument}` must be a folder or Hub id of a {what}, or of a pipeline that has one, got {name!r} ({reason})."
+        f"`{argument}` must be a folder or Hub id of {what}, or of a pipeline that has one, got {name!r} ({reason})."
     )
 
 
