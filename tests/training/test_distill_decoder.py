@@ -296,7 +296,9 @@ def test_the_finished_decoder_is_measured_as_the_run_did(image_folder, trained, 
 
 def test_a_teacher_must_be_a_pipeline_or_a_tokenizer(trained, tmp_path):
     for name in (trained / "model" / "transformer", tmp_path, "no/such/teacher"):
-        with pytest.raises(ValueError, match=rf"`teacher` must be a folder or Hub id of a tokenizer, .*, got '{name}'"):
+        with pytest.raises(
+            ValueError, match=rf"`teacher` must be a folder or Hub id of a tokenizer, .*, got '{name}'"
+        ):
             SCRIPT.load_teacher(str(name))
 
 
