@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from srdd import SRDDPipeline
-from srdd.evaluation.figures import labelled_grid
+from srdd.evaluation.figures import labelled_grid, spread
 from srdd.training.settings import HelpWithDefaults, add_scheduler_arguments, chosen_scheduler
 
 
@@ -33,8 +33,7 @@ def main(args: argparse.Namespace) -> None:
     pipe = SRDDPipeline.from_pretrained(args.pretrained_model_name_or_path).to(args.device)
     pipe.scheduler = chosen_scheduler(args, pipe.scheduler)
     num_classes = pipe.transformer.config.num_classes
-    count = min(8, num_classes)
-    labels = args.class_labels or [index * num_classes // count for index in range(count)]
+    labels = args.class_labels or spread(min(8, num_classes), num_classes)
     ids = pipe.get_label_ids(labels) if labels else [None]
     count = len(ids) * args.num_images_per_prompt
     images = pipe(

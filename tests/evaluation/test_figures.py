@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srdd.evaluation.figures import drawable, labelled_grid
+from srdd.evaluation.figures import drawable, labelled_grid, spread
 
 
 def grid(*names: str) -> np.ndarray:
@@ -37,3 +37,10 @@ def test_plain_names_keep_their_font():
     names, font = drawable(["bus", "crash test"])
     assert names == ["bus", "crash test"]
     assert font.getname()[0] == "Aileron"
+
+
+@pytest.mark.parametrize(
+    ("num_images", "count", "expected"), [(4, 2, [0, 0, 1, 1]), (2, 6, [0, 3]), (3, 3, [0, 1, 2]), (5, 1, [0] * 5)]
+)
+def test_pictures_are_spread_over_what_there_is(num_images, count, expected):
+    assert spread(num_images, count) == expected

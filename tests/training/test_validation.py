@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from srdd import SRDDPipeline
 from srdd.data.text_cache import cached_texts
 from srdd.data.token_cache import TokenDataset
-from srdd.training.validation import draw, spread, validate
+from srdd.training.validation import draw, validate
 
 
 def make_tokens(pipe: SRDDPipeline, count: int) -> TokenDataset:
@@ -122,10 +122,3 @@ def test_pictures_of_texts_are_those_of_the_pipeline(tmp_path):
         generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
         expected = pipe(texts, guidance_scale=guidance_scale, generator=generators, output_type="pt").images
         torch.testing.assert_close(drawn, expected * 2 - 1, atol=1e-2, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("num_images", "count", "expected"), [(4, 2, [0, 0, 1, 1]), (2, 6, [0, 3]), (3, 3, [0, 1, 2]), (5, 1, [0] * 5)]
-)
-def test_pictures_are_spread_over_what_there_is(num_images, count, expected):
-    assert spread(num_images, count) == expected

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,6 @@ from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
 from srdd.data.images import LabelledImages, cut_square, square_to_tensor
-from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.models.saved_weights import weights_hash
 
 
@@ -71,6 +71,15 @@ class ImageViews(torch.utils.data.Dataset):
         undecoded = self.split.select([index]).cast_column(self.image_column, datasets.Image(decode=False))
         name = (undecoded[0][self.image_column] or {}).get("path")
         return f"image {index}" + (f" ({name})" if name else "")
+
+
+def leave_signals_to_main_process(worker_id: int) -> None:
+    """
+    A `worker_init_fn`: Ctrl-C and SIGTERM often reach all processes of a run, and the main one decides what follows.
+    Workers end with it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def cache_key(model: ModelMixin, views: ImageViews, result: Any, *more: str) -> str:

@@ -17,6 +17,7 @@ from srdd.evaluation.distances import (
     precision_recall_density_coverage,
 )
 from srdd.evaluation.editing_tasks import edit, fill, given_pixels
+from srdd.evaluation.figures import spread
 from srdd.evaluation.image_sources import PipelineImages, RealImages
 from srdd.evaluation.latent_diffusion import DrawingPipeline
 from srdd.evaluation.likelihood import log_likelihood
@@ -24,6 +25,10 @@ from srdd.evaluation.paired_metrics import pair_metrics
 from srdd.evaluation.real_images import other_real_images, real_against_real
 from srdd.evaluation.signal_to_noise import signal_to_noise
 from srdd.scales import num_tokens_per_scale
+
+
+# Pictures in a row that shows what a model draws.
+NUM_EXAMPLES = 10
 
 
 class AblationCells:
@@ -132,14 +137,14 @@ class AblationCells:
             **precision_recall_density_coverage(reference[:1024], features),
         }
 
-    def pictures(self, table: AblationTable, count: int = 10) -> list[torch.Tensor]:
+    def pictures(self, table: AblationTable) -> list[torch.Tensor]:
         """
-        Rows of pictures in [0, 1] for tables that draw: `count` classes spread over all, for each row of a table of
-        drawn images; for each task of an editing table originals, what is given and the results of all rows, for the
-        first held-out images.
+        Rows of pictures in [0, 1] for tables that draw: ten classes spread over all, for each row of a table of drawn
+        images; for each task of an editing table originals, what is given and the results of all rows, for the first
+        held-out images.
         """
         if table.kind == "samples":
-            return [self.examples(table.row_of(row, table.columns[0]), count) for row in table.rows]
+            return [self.examples(table.row_of(row, table.columns[0])) for row in table.rows]
         shown = slice(0, 2)
         return [
             torch.stack(
@@ -153,15 +158,15 @@ class AblationCells:
             for task in table.tasks
         ]
 
-    def examples(self, row: AblationRow, count: int) -> torch.Tensor:
+    def examples(self, row: AblationRow) -> torch.Tensor:
         """Drawn images of classes that are spread over all."""
         pipe = self.pipeline(row)
         num_classes = pipe.num_classes
         return pipe(
-            [index * num_classes // count for index in range(count)] if num_classes else None,
-            num_images_per_prompt=1 if num_classes else count,
+            spread(NUM_EXAMPLES, num_classes) if num_classes else None,
+            num_images_per_prompt=1 if num_classes else NUM_EXAMPLES,
             guidance_scale=row.changes.guidance_scale,
-            generator=[torch.Generator().manual_seed(index) for index in range(count)],
+            generator=[torch.Generator().manual_seed(index) for index in range(NUM_EXAMPLES)],
             output_type="pt",
         ).images.cpu()
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 NO_CHARACTER = "\uffff"
 
 
+def spread(num_images: int, count: int) -> list[int]:
+    """Which of `count` classes or texts each picture shows, so that pictures are spread over all."""
+    return [index * count // num_images for index in range(num_images)]
+
+
 def labelled_grid(images: list[Image.Image], names: list[str], columns: int) -> Image.Image:
     """
     Rows of `columns` pictures, with the name of each row on its left.

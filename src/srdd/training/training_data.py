@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from srdd import MultiScaleVQModel, SRDDTextPipeline
-from srdd.data.image_views import ImageViews
+from srdd.data.image_views import ImageViews, leave_signals_to_main_process
 from srdd.data.images import (
     AugmentedImages,
     LabelledImages,
@@ -20,9 +20,9 @@ from srdd.data.images import (
     validation_images,
 )
 from srdd.data.latent_cache import LatentDataset, cached_latents
-from srdd.data.loader_workers import leave_signals_to_main_process
 from srdd.data.text_cache import EncodedTexts, cached_texts
 from srdd.data.token_cache import CaptionedTokens, TokenDataset, cached_tokens
+from srdd.evaluation.figures import spread
 from srdd.evaluation.reconstruction import token_psnr
 from srdd.training.accelerator import on_main_process
 from srdd.training.settings import (
@@ -33,7 +33,7 @@ from srdd.training.settings import (
     TransformerSettings,
 )
 from srdd.training.trained_schedules import TrainedSchedules
-from srdd.training.validation import spread, whole_rows
+from srdd.training.validation import whole_rows
 
 
 logger = logging.get_logger(__name__)

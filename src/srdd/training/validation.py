@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from srdd import ScaleScheduler, SRDDPipeline, SRDDTextPipeline
 from srdd.data.text_cache import EncodedTexts
+from srdd.evaluation.figures import spread
 from srdd.evaluation.latent_diffusion import LatentDiffusionPipeline
 from srdd.training.token_loss import token_loss
 from srdd.training.trained_schedules import TrainedSchedules, schedule_name
@@ -63,11 +64,6 @@ def _means(
 def whole_rows(num_images: int) -> int:
     """How many of so many pictures are shown: rows of up to eight are equally long."""
     return num_images if num_images < 8 else num_images // 8 * 8
-
-
-def spread(num_images: int, count: int) -> list[int]:
-    """Which of `count` classes or texts each picture shows, so that pictures are spread over all."""
-    return [index * count // num_images % count for index in range(num_images)]
 
 
 def draw(
