@@ -158,10 +158,10 @@ def operator_times(call: Callable[[], object], device: torch.device) -> dict[str
     return {key: (count, seconds) for key, count, seconds in events if seconds > 0}
 
 
-def largest_shares(times: dict[str, tuple[int, float]], count: int = 6) -> dict[str, float]:
-    """The operators that take most of a call's time, and their shares of it."""
+def largest_shares(times: dict[str, tuple[int, float]]) -> dict[str, float]:
+    """The six operators that take most of a call's time, and their shares of it."""
     seconds = {operator: spent for operator, (_, spent) in times.items()}
-    largest = sorted(seconds, key=seconds.get, reverse=True)[:count]
+    largest = sorted(seconds, key=seconds.get, reverse=True)[:6]
     return {operator: seconds[operator] / sum(seconds.values()) for operator in largest}
 
 

@@ -46,11 +46,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_pictures(folder: Path, count: int, side: int = 64) -> None:
+def make_pictures(folder: Path, count: int) -> None:
     """So many pictures of two classes, discs and squares, of all colours."""
     for index in range(count):
         name = ("disc", "square")[index % 2]
-        picture = Image.new("RGB", (side, side), "white")
+        picture = Image.new("RGB", (64, 64), "white")
         left, top, size = index * 7 % 24, index * 5 % 24, 16 + index * 3 % 24
         colour = tuple(index * factor % 200 for factor in (37, 59, 83))
         draw = ImageDraw.Draw(picture)

@@ -62,14 +62,14 @@ RENAMES = (
 BUFFERS = re.compile(r"lvl_1L|attn_bias_for_masking|freqs_cis")
 
 
-def switti_origins(shapes: Shapes, official_shapes: Shapes | None = None) -> dict[str, Origin]:
+def switti_origins(shapes: Shapes, official_shapes: Shapes) -> dict[str, Origin]:
     """
     Origins of a [`ScaleTextTransformer2DModel`]'s tensors.
 
     Args:
         shapes (`Mapping[str, tuple[int, ...]]`): Its state dict's keys and shapes.
-        official_shapes (`Mapping[str, tuple[int, ...]]`, *optional*): Those of the checkpoint; Switti's keys do not
-            depend on them.
+        official_shapes (`Mapping[str, tuple[int, ...]]`): Those of the checkpoint; Switti's keys do not depend on
+            them.
 
     Returns:
         `dict[str, Origin]`: By our key.

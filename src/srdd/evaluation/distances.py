@@ -142,15 +142,15 @@ def kernel_distance(
     return values.mean().item(), values.std(unbiased=False).item()
 
 
-def inception_score(logits: torch.Tensor, num_splits: int = 10, seed: int = 0) -> tuple[float, float]:
+def inception_score(logits: torch.Tensor, num_splits: int = 10) -> tuple[float, float]:
     """
     Exponential of the mean divergence between the class distribution of one image and that of all (Salimans et al.
     2016). It is an IS with Inception's logits only.
 
     Args:
         logits (`torch.Tensor` of shape `(num_images, num_classes)`): Of drawn images.
-        num_splits (`int`, defaults to 10): Parts, shuffled, that are scored alone; 10 is what papers use.
-        seed (`int`, defaults to 0): Seed of the shuffling.
+        num_splits (`int`, defaults to 10): Parts, shuffled by a fixed seed, that are scored alone; 10 is what papers
+            use.
 
     Returns:
         `tuple[float, float]`: Mean and standard deviation over the parts, from 1 to the number of classes.
@@ -161,7 +161,7 @@ def inception_score(logits: torch.Tensor, num_splits: int = 10, seed: int = 0) -
     logits = _check_features("logits", logits)
     if not 1 <= num_splits <= len(logits):
         raise ValueError(f"`num_splits` must lie in [1, {len(logits)}], the number of images, got {num_splits}.")
-    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
     scores = []
     for split in logits[order].log_softmax(dim=1).chunk(num_splits):
         mean = split.logsumexp(dim=0) - torch.tensor(len(split), dtype=split.dtype).log()

@@ -98,16 +98,13 @@ def structural_similarity(images: torch.Tensor, references: torch.Tensor) -> tor
     return similarity[..., border:-border, border:-border].mean(dim=(1, 2, 3))
 
 
-def load_lpips(network: str = "alex") -> nn.Module:
+def load_lpips() -> nn.Module:
     """
-    LPIPS (Zhang et al. 2018) of torchmetrics, for images in [0, 1]. Downloads the weights of its network.
-
-    Args:
-        network (`str`, defaults to `"alex"`): `"alex"`, `"vgg"` or `"squeeze"`.
+    LPIPS (Zhang et al. 2018) of torchmetrics, on AlexNet, for images in [0, 1]. Downloads the weights of its network.
 
     Raises:
         ImportError: If torchvision is missing.
     """
     if find_spec("torchvision") is None:
         raise ImportError("LPIPS needs a torchvision of the same build as PyTorch; pair metrics work without it.")
-    return LearnedPerceptualImagePatchSimilarity(net_type=network, normalize=True)
+    return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)

@@ -114,10 +114,10 @@ def log_conditionals(
 
 
 @torch.no_grad()
-def draw_weights(model: torch.nn.Module, generator: torch.Generator | None = None, std: float = 0.3) -> None:
+def draw_weights(model: torch.nn.Module, generator: torch.Generator | None = None) -> None:
     """Replace all weights by normal ones: freshly initialised models say next to nothing about their input."""
     for parameter in model.parameters():
-        parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def example_models(

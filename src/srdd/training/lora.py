@@ -24,18 +24,13 @@ SHAPE_CONFIG = (
 )
 
 
-def save_lora(
-    transformer: ScaleTransformer2DModel | ScaleTextTransformer2DModel,
-    folder: str | Path,
-    adapter_name: str = "default",
-) -> None:
+def save_lora(transformer: ScaleTransformer2DModel | ScaleTextTransformer2DModel, folder: str | Path) -> None:
     """
-    Save an adapter with all that was trained with it.
+    Save an adapter, PEFT's `"default"`, with all that was trained with it.
 
     Args:
         transformer ([`ScaleTransformer2DModel`] or [`ScaleTextTransformer2DModel`]): With the adapter, not merged.
         folder (`str` or `Path`): Gets `pytorch_lora_weights.safetensors` and `config.json`.
-        adapter_name (`str`, defaults to `"default"`): Its name in the model.
 
     Raises:
         ValueError: If weights are not finite, before anything is saved.
@@ -43,8 +38,8 @@ def save_lora(
     from peft.utils import get_peft_model_state_dict
 
     check_finite_weights(transformer, "the trained adapter")
-    weights = dict(get_peft_model_state_dict(transformer, adapter_name=adapter_name))
-    config = transformer.peft_config[adapter_name].to_dict()
+    weights = dict(get_peft_model_state_dict(transformer))
+    config = transformer.peft_config["default"].to_dict()
     if hasattr(transformer, CLASSES):
         weights[f"{CLASSES}.weight"] = transformer.get_submodule(CLASSES).weight
         # As PEFT names it, so that diffusers' own `load_lora_adapter` does not leave the classes out.
