@@ -7,7 +7,7 @@ import argparse
 import copy
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, TypeVar, get_args
@@ -60,36 +60,23 @@ def float_list(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
 
 
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def bounded(kind: type, is_allowed: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
+    """A type of `argparse`: numbers that are allowed, and what is said of others."""
+
+    def parse_text(text: str) -> Any:
+        number = kind(text)
+        if not is_allowed(number):
+            raise argparse.ArgumentTypeError(f"{rule}, got {number}")
+        return number
+
+    parse_text.__name__ = kind.__name__  # of what is no number at all, argparse says that it is no `int`
+    return parse_text
 
 
-def probability(text: str) -> float:
-    """A number in [0, 1]."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {number}")
-    return number
-
-
-def share(text: str) -> float:
-    """A number in (0, 1]."""
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {number}")
-    return number
-
-
-def non_negative_float(text: str) -> float:
-    """A number that is not below zero."""
-    number = float(text)
-    if not number >= 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
-    return number
+positive_int = bounded(int, lambda number: number >= 1, "must be at least 1")
+probability = bounded(float, lambda number: 0 <= number <= 1, "must lie in [0, 1]")
+share = bounded(float, lambda number: 0 < number <= 1, "must lie in (0, 1]")
+non_negative_float = bounded(float, lambda number: number >= 0, "must not be negative")
 
 
 def flag(default: Any = None, help: str | None = None, **options: Any) -> Any:
