@@ -1,13 +1,13 @@
 """Consoles that are not UTF-8: every help text can be written, and so can every table."""
 
 import importlib
-import importlib.util
 import io
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from file_modules import load_file
 
 from srdd.console import encodable, write_text
 
@@ -37,10 +37,7 @@ def test_all_scripts_are_here():
 def test_help_of_scripts(path, console, monkeypatch):
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, module)
-    spec.loader.exec_module(module)
+    module = load_file(path)
     with redirect_stdout(console), pytest.raises(SystemExit) as error:
         module.parse_args(["--help"])
     assert error.value.code == 0

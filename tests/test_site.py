@@ -3,10 +3,10 @@
 import re
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+from file_modules import load_file
 
 import srdd
 
@@ -59,10 +59,7 @@ Draws.
 @pytest.fixture(scope="module")
 def docstring_markdown():
     pytest.importorskip("griffe")
-    spec = spec_from_file_location("docstring_markdown", ROOT / "docs" / "docstring_markdown.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "docs" / "docstring_markdown.py")
 
 
 def resolve(name: str) -> str | None:

@@ -3,7 +3,6 @@
 The processes are forked from a server that has imported everything, so that they start in a fraction of a second.
 """
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -25,9 +24,9 @@ import torch
 from accelerate import DistributedType, PartialState
 from PIL import Image
 from tqdm import tqdm
+from training.tiny_runs import run_script
 
 
-SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 IMPORTED_BY_SERVER = [
     "datasets",
     "matplotlib.backends.backend_agg",
@@ -152,14 +151,6 @@ def _run(script: str, arguments: list[str], environment: dict, output: Path, lar
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     run_script(script, *arguments)
-
-
-def run_script(name: str, *arguments: str | Path) -> None:
-    """Run a training script in this process."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main(module.parse_args([str(argument) for argument in arguments]))
 
 
 def run_module(name: str, *arguments: str) -> int:

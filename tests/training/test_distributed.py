@@ -15,7 +15,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from safetensors.torch import load_file
 from tiny_texts import tiny_text_pipeline
 from training.comparing import assert_same_run
-from training.launching import SCRIPTS, caption_folders, free_port, make_image_folder, start
+from training.launching import caption_folders, free_port, make_image_folder, start
+from training.tiny_runs import SCRIPTS
 
 from srdd import SRDDPipeline, SRDDTextPipeline
 from srdd.training.accelerator import use_all_cores

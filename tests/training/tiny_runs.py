@@ -1,11 +1,11 @@
 """Runs of the training scripts in this process that take a second: tiny models, a few steps."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from file_modules import load_file
 
 
 SCRIPTS = Path(__file__).parents[2] / "training_scripts"
@@ -13,10 +13,7 @@ SCRIPTS = Path(__file__).parents[2] / "training_scripts"
 
 def load_script(name: str) -> ModuleType:
     """A training script as a module."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(SCRIPTS / f"{name}.py")
 
 
 def run_script(name: str, *arguments: str | Path) -> None:
