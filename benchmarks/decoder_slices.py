@@ -13,14 +13,13 @@ itself: `BYTES_PER_SLICE` in `srdd.acceleration.decoder` is the number to set by
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
-from measuring import device_name, peak_memory, seconds_of
+from measuring import device_name, peak_memory, seconds_of, write_results
 from samplers import draw_weights
 from tqdm.auto import tqdm
 
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace) -> dict:
         args.batch_size, vqvae.config.latent_channels, side, side, generator=generator, device=device
     )
     latents = latents.to(vqvae.dtype)
-    rows, first = [], None
+    slices, first = [], None
     for mode in args.modes:
         vqvae.decoder._compiled_call_impl = None
         for num_images in tqdm(args.images_per_slice, desc=mode):
@@ -120,7 +119,7 @@ def run(args: argparse.Namespace) -> dict:
             decode = in_slices(vqvae, latents, num_images)
             sample = decode().float()
             first = sample if first is None else first
-            rows.append(
+            slices.append(
                 {
                     "mode": mode,
                     "images_per_slice": num_images,
@@ -130,23 +129,21 @@ def run(args: argparse.Namespace) -> dict:
                 }
             )
             if device.type == "cuda":
-                rows[-1]["graph_seconds"] = median_seconds(recorded(decode), device, args.num_rounds)
+                slices[-1]["graph_seconds"] = median_seconds(recorded(decode), device, args.num_rounds)
     return {
-        "arguments": {name: str(value) for name, value in vars(args).items()},
-        "device": device_name(device),
-        "torch": torch.__version__,
         "mib_per_image": bytes_per_image(vqvae, latents) / decoder.MIB,
         "default": decoder.even_slice(latents, bytes_per_image(vqvae, latents), decoder.BYTES_PER_SLICE),
-        "rows": rows,
+        "slices": slices,
     }
 
 
 def report(args: argparse.Namespace, results: dict) -> str:
     """Markdown."""
+    device = device_name(torch.device(args.device))
     introduction = (
-        f"Decoder, {args.image_size}px, batch {args.batch_size}, {results['device']}, torch {results['torch']},"
-        f" {args.dtype}, {args.num_rounds} rounds. An image's largest map has {results['mib_per_image']:.3g} MiB; by"
-        f" default {results['default']} images are decoded at a time.\n"
+        f"Decoder, {args.image_size}px, batch {args.batch_size}, {device}, torch {torch.__version__}, {args.dtype},"
+        f" {args.num_rounds} rounds. An image's largest map has {results['mib_per_image']:.3g} MiB; by default"
+        f" {results['default']} images are decoded at a time.\n"
     )
     header = ("mode", "images per slice", "ms", "ms as a CUDA graph", "peak MiB", "largest difference of pixels")
     lines = [
@@ -158,7 +155,7 @@ def report(args: argparse.Namespace, results: dict) -> str:
             f"{row['peak_mib']:.0f}",
             f"{row['difference']:.0e}",
         )
-        for row in results["rows"]
+        for row in results["slices"]
     ]
     return introduction + "\n" + markdown_table(header, lines)
 
@@ -166,8 +163,7 @@ def report(args: argparse.Namespace, results: dict) -> str:
 def main(args: argparse.Namespace) -> None:
     results = run(args)
     write_text(report(args, results))
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(args, results, torch.device(args.device))
 
 
 if __name__ == "__main__":

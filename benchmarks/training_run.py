@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import device_name
+from measuring import device_name, write_results
 from PIL import Image, ImageDraw
 
 from srdd import SRDDPipeline
@@ -119,9 +119,6 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     pipe.set_progress_bar_config(disable=True)
     pixels = pipe(["disc", "square"], output_type="pt").images
     return {
-        "arguments": {name: str(value) for name, value in vars(args).items()},
-        "device": device_name(torch.device(args.device)),
-        "torch": torch.__version__,
         "seconds_to_first_line": lines[0][0],
         "steps_per_second": (last["step"] - first["step"]) / (late - early) if late > early else None,
         "losses": {line["step"]: line["loss"] for _, line in lines},
@@ -134,7 +131,7 @@ def report(args: argparse.Namespace, results: dict) -> str:
     losses, speed = [*results["losses"].values()], results["steps_per_second"]
     introduction = (
         f"`train_srdd.py`, {args.num_layers} layers, batch {args.train_batch_size}, {args.max_train_steps} steps,"
-        f" {results['device']}, torch {results['torch']}, precision {args.mixed_precision}."
+        f" {device_name(torch.device(args.device))}, torch {torch.__version__}, precision {args.mixed_precision}."
     )
     header = ("s to the first line of the log", "steps/s", "loss at first and at last", "what was saved draws")
     cells = (
@@ -150,8 +147,7 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         results = run(args, args.folder or Path(temporary))
     write_text(report(args, results))
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_results(args, results, torch.device(args.device))
     losses = [*results["losses"].values()]
     if not results["draws"] or not losses[-1] < losses[0]:
         sys.exit("The model does not draw, or its loss has not fallen.")

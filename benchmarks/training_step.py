@@ -12,7 +12,6 @@ has VAR's shape: width 64 times the depth, 64 per head. Weights are random: they
 """
 
 import argparse
-import json
 import statistics
 import sys
 from functools import partial
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from measuring import device_name, peak_memory, seconds_of
+from measuring import device_name, peak_memory, seconds_of, write_results
 from tqdm.auto import tqdm
 
 from srdd import MultiScaleVQModel, ScaleTransformer2DModel
@@ -63,7 +62,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", help="JSON file for all times.")
+    parser.add_argument("--output", type=Path, help="JSON file for all times.")
     return parser.parse_args(arguments)
 
 
@@ -187,8 +186,6 @@ def run(step: Step) -> dict:
         for name in names:
             seconds[name].append(step.time(name))
     return {
-        "arguments": vars(args),
-        "device": device_name(step.device),
         "num_tokens": step.token_ids.shape[1],
         "difference": difference,
         "default": step.default,
@@ -197,11 +194,11 @@ def run(step: Step) -> dict:
     }
 
 
-def report(results: dict) -> str:
+def report(args: argparse.Namespace, results: dict) -> str:
     """Markdown."""
-    args, seconds = argparse.Namespace(**results["arguments"]), results["seconds"]
+    seconds, device = results["seconds"], device_name(torch.device(args.device))
     introduction = (
-        f"Depth {args.num_layers}, batch {args.batch_size}, {results['num_tokens']} tokens, {results['device']}, torch"
+        f"Depth {args.num_layers}, batch {args.batch_size}, {results['num_tokens']} tokens, {device}, torch"
         f" {torch.__version__}, precision {args.mixed_precision}, {args.num_rounds} rounds; the variants agree to"
         f" {results['difference']:.0e}. The default of the training scripts here: {results['default']}."
     )
@@ -216,9 +213,8 @@ def report(results: dict) -> str:
 
 def main(args: argparse.Namespace) -> None:
     results = run(Step(args))
-    write_text(report(results))
-    if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_text(report(args, results))
+    write_results(args, results, torch.device(args.device))
 
 
 if __name__ == "__main__":

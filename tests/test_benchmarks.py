@@ -282,7 +282,7 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path):
     assert "| training_step_grid_32 | done |" in summary
     assert "| markov, N x N mask |" in summary
     assert f"torch {torch.__version__}" in summary
-    assert json.loads((tmp_path / "out" / "training_step_grid_32.json").read_text())["num_tokens"] == 5
+    assert json.loads((tmp_path / "out" / "training_step_grid_32.json").read_text())["rows"]["num_tokens"] == 5
     assert json.loads((tmp_path / "out" / "speed_batch_1.json").read_text())["exit_code"] == 3
 
 
@@ -292,7 +292,7 @@ def test_training_run(load, tmp_path, capsys):
     sizes = ["--max_train_steps", "3", "--train_batch_size", "4", "--num_layers", "1", "--num_attention_heads", "1"]
     words = [*sizes, "--num_pictures", "8", "--logging_steps", "1", "--device", "cpu"]
     training_run.main(training_run.parse_args([*words, "--output", str(tmp_path / "run.json")]))
-    results = json.loads((tmp_path / "run.json").read_text())
+    results = json.loads((tmp_path / "run.json").read_text())["rows"]
     assert list(results["losses"]) == ["1", "2", "3"]
     assert results["draws"]
     assert "| yes |" in capsys.readouterr().out
@@ -366,10 +366,10 @@ def test_decoder_slices(load, tmp_path, capsys):
     arguments = ["--image_size", "32", "--vae_channels", "32", "--batch_size", "3", "--num_rounds", "1"]
     arguments += ["--device", "cpu", "--images_per_slice", "1", "3", "--output", str(tmp_path / "slices.json")]
     decoder_slices.main(decoder_slices.parse_args(arguments))
-    report, results = capsys.readouterr().out, json.loads((tmp_path / "slices.json").read_text())
+    report, results = capsys.readouterr().out, json.loads((tmp_path / "slices.json").read_text())["rows"]
     assert results["default"] == 3
-    assert [row["images_per_slice"] for row in results["rows"]] == [1, 3]
-    assert all(row["difference"] < 1e-4 for row in results["rows"])
+    assert [row["images_per_slice"] for row in results["slices"]] == [1, 3]
+    assert all(row["difference"] < 1e-4 for row in results["slices"])
     assert "| eager | 3 | " in report
 
 
@@ -406,7 +406,7 @@ def test_training_step(load, tmp_path, capsys):
     training_step = load("training_step")
     path = tmp_path / "step.json"
     training_step.main(training_step.parse_args([*TINY_STEP, "--grid_size", "2", "--output", str(path)]))
-    report, results = capsys.readouterr().out, json.loads(path.read_text())
+    report, results = capsys.readouterr().out, json.loads(path.read_text())["rows"]
     assert set(results["seconds"]) == set(training_step.VARIANTS)
     assert 0 < results["difference"] < 1e-4
     assert "The default of the training scripts here: a call per scale." in report
