@@ -112,7 +112,8 @@ def test_help_has_all_defaults():
 def test_help_of_scripts_has_defaults(script, capsys):
     with pytest.raises(SystemExit):
         load_script(script).parse_args(["--help"])
-    assert re.search(r"--seed SEED [^-]*Default: 0\. ", " ".join(capsys.readouterr().out.split()))
+    option = "--batch_size BATCH_SIZE [^-]*Default: 49" if script == "ablate_srdd" else "--seed SEED [^-]*Default: 0"
+    assert re.search(rf"{option}\. ", " ".join(capsys.readouterr().out.split()))
 
 
 @pytest.mark.parametrize(("words", "size"), [([], 2048), (["--preset", "32px"], 1024)])
