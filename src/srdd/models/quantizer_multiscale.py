@@ -83,20 +83,13 @@ class MultiScaleQuantizer(nn.Module):
         offsets = [abs(tick - position) for tick in self.conv_positions]
         return self.residual_convs[offsets.index(min(offsets))]
 
-    def residual_map(
-        self,
-        token_map: torch.LongTensor,
-        grid_size: Sequence[int],
-        mask: torch.BoolTensor | None = None,
-    ) -> torch.Tensor:
+    def residual_map(self, token_map: torch.LongTensor, grid_size: Sequence[int]) -> torch.Tensor:
         """
-        `phi_k(up(mask * C[z_k]))` of a token map `(B, h, w)`, at latent resolution: `(B, C, H, W)`.
+        `phi_k(up(C[z_k]))` of a token map `(B, h, w)`, at latent resolution: `(B, C, H, W)`.
 
         `phi(x) = (1 - r) x + r conv3x3(x)` repairs what upsampling a coarse code map smears (`r = residual_ratio`).
         """
         codes = self.codebook(token_map).permute(0, 3, 1, 2)  # (B, C, h, w)
-        if mask is not None:
-            codes = codes * mask.unsqueeze(1)
         scale_size, grid_size = tuple(codes.shape[-2:]), tuple(grid_size)
         # Autocast would round the map, and with another rest come other tokens at all finer scales. To switch it off
         # takes the host as long as to launch a kernel.
