@@ -277,6 +277,16 @@ def test_straight_through_gradient_is_the_identity():
     assert all(parameter.grad is None for parameter in quantizer.parameters())
 
 
+def test_training_reads_the_codebook_once_and_makes_each_residual_map_once():
+    scale_sizes = [[1, 1], [2, 2], [4, 4]]
+    quantizer, shapes = make_quantizer(scale_sizes), []
+    quantizer.codebook.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
+    latents = random_latents(scale_sizes)
+    quantizer(latents, scale_sizes)
+    batch_size, codebook_size = len(latents), quantizer.codebook.num_embeddings
+    assert shapes == [(codebook_size,), *((batch_size, *size) for size in scale_sizes)]
+
+
 def test_losses_are_the_mean_squared_distance_over_the_scales():
     scale_sizes = [[1, 1], [2, 2], [4, 4]]
     quantizer = make_quantizer(scale_sizes)
