@@ -72,7 +72,10 @@ class KnownRegion:
 
 
 def coarse_tokens(
-    vqvae: MultiScaleVQModel, pixels: torch.Tensor, scale_sizes: Sequence[Sequence[int]]
+    vqvae: MultiScaleVQModel,
+    pixels: torch.Tensor,
+    scale_sizes: Sequence[Sequence[int]],
+    latents: torch.Tensor | None = None,
 ) -> torch.LongTensor | None:
     """
     Tokens of images over a coarse part of the scales, as hints of colour and layout.
@@ -81,13 +84,15 @@ def coarse_tokens(
         vqvae ([`MultiScaleVQModel`]): The tokenizer.
         pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images of the model's size, in [-1, 1].
         scale_sizes (`Sequence`): The scales.
+        latents (`torch.Tensor`, *optional*): Their latent map, where they were encoded before.
 
     Returns:
         `torch.LongTensor` of shape `(batch, num_hint_tokens)`, or `None` without scales.
     """
     if not scale_sizes:
         return None
-    return vqvae.quantize_latents(vqvae.encode(pixels.to(vqvae.dtype)).latents, scale_sizes)
+    latents = vqvae.encode(pixels.to(vqvae.dtype)).latents if latents is None else latents
+    return vqvae.quantize_latents(latents, scale_sizes)
 
 
 def extend_known(pixels: torch.Tensor, known_pixels: torch.Tensor) -> torch.Tensor:
