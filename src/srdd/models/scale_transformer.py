@@ -56,9 +56,10 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     Base of the transformers that predict the tokens of a scale from the latent state before it.
 
     A model of this kind has `proj_in`, `scale_embed`, `start_pos_embed` and a `pos_embed`, which is `None` where the
-    attention knows positions; `blocks`, each with an `attn` over scales, an `adaln` and an `ff`; `norm_out`,
-    `adaln_out` and `proj_out`. A block is called with hidden states, conditioning, segments, cache and mask of its
-    attention, and what it returned beside hidden states in an earlier call with the same condition.
+    attention knows positions; `blocks`, each with an `attn` over scales, an `ff` and an `adaln`, or a
+    `scale_shift_table` in its place where the model has a `shared_adaln`; `norm_out`, `adaln_out` and `proj_out`. A
+    block is called with hidden states, conditioning, segments, cache and mask of its attention, and what it returned
+    beside hidden states in an earlier call with the same condition.
     """
 
     # Attention patterns with which drawing scale after scale needs no [`ScaleKVCache`].
