@@ -96,11 +96,6 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         """Width of the hidden states."""
         return self.config.num_attention_heads * self.config.attention_head_dim
 
-    @property
-    def needs_kv_cache(self) -> bool:
-        """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
-        return self.config.attention_pattern not in self.patterns_without_cache
-
     def add_adapter(self, *args, **kwargs) -> None:
         """As [`~diffusers.loaders.PeftAdapterMixin.add_adapter`]; not where projections are fused."""
         self._check_not_fused()
