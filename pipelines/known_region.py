@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,16 @@ class KnownRegion:
     known_pixels: torch.Tensor
     hint_ids: torch.LongTensor | None = None
 
+    @cached_property
+    def known_shares(self) -> torch.Tensor:
+        """How much of each cell of the latent grid is known, `(batch, 1, height, width)`."""
+        return area_means(self.known_pixels, self.latents.shape[-2:])
+
     def known_mask(self, scale_size: Sequence[int]) -> torch.BoolTensor:
         """Which cells of a scale are known, `(batch, height, width)`: the one rule for all scales and tasks."""
-        grid_size = tuple(self.latents.shape[-2:])
         # Area means of ones may miss a bound by rounding.
-        known_cells = area_means(self.known_pixels, grid_size) > 0.25 - 1e-4
-        if tuple(scale_size) == grid_size:
+        known_cells = self.known_shares > 0.25 - 1e-4
+        if tuple(scale_size) == tuple(self.latents.shape[-2:]):
             return known_cells.squeeze(1)
         share = area_means(known_cells.to(self.known_pixels.dtype), scale_size).squeeze(1)
         return share > 0.5 + 1e-4
@@ -60,15 +65,17 @@ class KnownRegion:
         """
         if self.hint_ids is not None and self.hint_ids.shape[1] >= scale.tokens.stop:
             return self.hint_ids[:, scale.tokens]
-        weights = area_means(self.known_pixels, self.latents.shape[-2:])
-        rest = area_means((self.latents - state) * weights, scale.size)
-        total = area_means(weights, scale.size)
+        rest = area_means((self.latents - state) * self.known_shares, scale.size)
+        total = area_means(self.known_shares, scale.size)
         token_ids = self.vqvae.quantize_latents(rest / total.clamp(min=1e-6), [scale.size])
         return torch.where(self.known_mask(scale.size).flatten(1), token_ids, MASK_TOKEN_ID)
 
 
 def coarse_tokens(
-    vqvae: MultiScaleVQModel, pixels: torch.Tensor, scale_sizes: Sequence[Sequence[int]]
+    vqvae: MultiScaleVQModel,
+    pixels: torch.Tensor,
+    scale_sizes: Sequence[Sequence[int]],
+    latents: torch.Tensor | None = None,
 ) -> torch.LongTensor | None:
     """
     Tokens of images over a coarse part of the scales, as hints of colour and layout.
@@ -77,13 +84,15 @@ def coarse_tokens(
         vqvae ([`MultiScaleVQModel`]): The tokenizer.
         pixels (`torch.Tensor` of shape `(batch, 3, height, width)`): Images of the model's size, in [-1, 1].
         scale_sizes (`Sequence`): The scales.
+        latents (`torch.Tensor`, *optional*): Their latent map, where they were encoded before.
 
     Returns:
         `torch.LongTensor` of shape `(batch, num_hint_tokens)`, or `None` without scales.
     """
     if not scale_sizes:
         return None
-    return vqvae.quantize_latents(vqvae.encode(pixels.to(vqvae.dtype)).latents, scale_sizes)
+    latents = vqvae.encode(pixels.to(vqvae.dtype)).latents if latents is None else latents
+    return vqvae.quantize_latents(latents, scale_sizes)
 
 
 def extend_known(pixels: torch.Tensor, known_pixels: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,12 @@ class Hole:
 
 
 def check_padding(padding: int | Sequence[int], most: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom padding of one number or four; none above `most`."""
+    """
+    Left, top, right and bottom padding of one number or four.
+
+    Raises:
+        ValueError: If they are no integers in [0, most], not one or four, or all 0.
+    """
     sides = tuple(padding) if isinstance(padding, (list, tuple)) else (padding,) * 4
     are_sides = all(isinstance(side, Integral) and not isinstance(side, bool) and 0 <= side <= most for side in sides)
     if len(sides) != 4 or not are_sides or not any(sides):

@@ -548,7 +548,13 @@ class ClassPipeline(ScalePipeline):
         return label_ids(label, self.transformer.config.num_classes, self.id2label)
 
     def encode_class_labels(self, class_labels: Any) -> Conditions:
-        """What the transformer is told of classes, one image each; `None` is one image without a class."""
+        """
+        What the transformer is told of classes, one image each; `None` is one image without a class.
+
+        Raises:
+            ValueError: If the transformer does not draw by class, or a label is out of range, unknown or names several
+                classes, or there is none.
+        """
         transformer, config = self.transformer, self.transformer.config
         if "num_classes" not in config:
             raise ValueError(f"`transformer` must draw by class, got a {type(transformer).__name__}.")

@@ -54,13 +54,13 @@ class EnlargedCanvas(WindowedCanvas):
     def known_tokens(self, window: Window) -> KnownTokens:
         """What is known of a window: what was drawn of it before, and the scales that small images determine."""
         place = (..., *window)
-        filled = torch.where(self.known_pixels[place] > 0, self.pixels[place], self.smooth[place])
-        return KnownRegion(
-            self.vqvae,
-            self.vqvae.encode(filled.to(self.vqvae.dtype)).latents.float(),
-            self.known_pixels[place],
-            coarse_tokens(self.vqvae, self.smooth[place], self.determined),
-        ).token_ids
+        known_pixels, smooth = self.known_pixels[place], self.smooth[place]
+        filled = torch.where(known_pixels > 0, self.pixels[place], smooth)
+        latents = self.vqvae.encode(filled.to(self.vqvae.dtype)).latents
+        # The first window is smooth all over, and encoded as such already.
+        smooth_latents = None if known_pixels.any() else latents
+        hint_ids = coarse_tokens(self.vqvae, smooth, self.determined, smooth_latents)
+        return KnownRegion(self.vqvae, latents.float(), known_pixels, hint_ids).token_ids
 
     def finished(self) -> torch.Tensor:
         """The large images, `(batch, 3, height, width)` in [-1, 1]; a warning where they are not consistent."""

@@ -180,7 +180,10 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def compatibles(self) -> list[type[SchedulerMixin]]:
-        """Scheduler classes that understand this config: this one; no other draws tokens scale by scale."""
+        """
+        Scheduler classes that understand this config: this one; no other draws tokens scale by scale. diffusers looks
+        for names in itself alone, and its tests of schedulers fail where it finds none.
+        """
         return [type(self)]
 
     @classmethod
@@ -304,6 +307,9 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
         Returns:
             `torch.Tensor` of shape `(batch, num_scale_tokens, channels)`.
+
+        Raises:
+            ValueError: If `sample` is no latent state, or no visited scale has the timestep.
         """
         if not isinstance(sample, torch.Tensor) or not sample.is_floating_point() or sample.ndim != 4:
             raise ValueError(
@@ -461,9 +467,14 @@ class ScaleScheduler(SchedulerMixin, ConfigMixin):
 
         Returns:
             `torch.LongTensor` of shape `(batch, num_tokens)`: Pyramids with -1 for every forgotten token.
+
+        Raises:
+            ValueError: If `original_samples` are no ids or of another shape, no visited scale has a timestep, or there
+                are neither one nor as many timesteps as images.
         """
-        if not isinstance(original_samples, torch.Tensor) or original_samples.is_floating_point():
-            raise ValueError(f"`original_samples` must be a torch.Tensor of ids, got {shown(original_samples)}.")
+        is_tensor = isinstance(original_samples, torch.Tensor) and original_samples.dtype != torch.bool
+        if not is_tensor or original_samples.is_floating_point():
+            raise ValueError(f"`original_samples` must be a torch.Tensor of ids, got {described(original_samples)}.")
         if original_samples.ndim != 2 or original_samples.shape[1] != self.num_tokens:
             raise ValueError(
                 f"`original_samples` must have shape (batch, {self.num_tokens}), got {tuple(original_samples.shape)}."

@@ -26,7 +26,9 @@ def candidate_probabilities(
         `tuple[torch.Tensor, torch.LongTensor | None]`: Float32 weights of shape `(..., num_candidates)`, summing to at
         most 1, and the token id of every candidate, or `None` if candidate `i` is token `i`.
     """
-    scores, token_ids = logits.float() / temperature, None
+    scores, token_ids = logits.float(), None
+    if temperature != 1:
+        scores = scores / temperature
     if 0 < top_k < scores.shape[-1]:
         scores, token_ids = scores.topk(top_k, dim=-1, sorted=top_p < 1)
     elif top_p < 1:

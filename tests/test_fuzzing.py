@@ -413,7 +413,7 @@ def test_maps_of_the_tokenizer(method, maps, arguments):
 @given(
     st.sampled_from(["residual_map", "latent_states", "teacher_forcing_inputs", "decode_tokens", "codebook_usage"]),
     usually(IDS, 5),
-    options({"scale_sizes": SCALE_LISTS, "grid_size": GRIDS, "mask": usually(IDS)}),
+    options({"scale_sizes": SCALE_LISTS, "grid_size": GRIDS}),
 )
 @torch.no_grad()
 def test_ids_of_the_tokenizer(method, token_ids, arguments):

@@ -418,7 +418,6 @@ def tokenizer_calls(vqvae):
         "quantize_latents": lambda: vqvae.quantize_latents(latents),
         "tokenize": lambda: vqvae.tokenize(pixels),
         "residual_map": lambda: vqvae.residual_map(token_map),
-        "residual_map with a mask": lambda: vqvae.residual_map(token_map, mask=token_map > 10),
         "latent_states": lambda: torch.stack(vqvae.latent_states(token_ids)),
         "teacher_forcing_inputs": lambda: vqvae.teacher_forcing_inputs(token_ids),
         "decode_tokens": lambda: vqvae.decode_tokens(token_ids).sample,

@@ -19,8 +19,15 @@ from srdd.scales import Scale
 
 
 FAMILY = {family.name: family for family in FAMILIES}
-NEED_NO_CACHE = [family for family in FAMILIES if not family.pipeline().transformer.needs_kv_cache]
 BATCH = torch.export.Dim("batch")
+
+
+def needs_no_cache(family: Family) -> bool:
+    transformer = family.pipeline().transformer
+    return transformer.config.attention_pattern in transformer.patterns_without_cache
+
+
+NEED_NO_CACHE = [family for family in FAMILIES if needs_no_cache(family)]
 
 
 class Transformer(torch.nn.Module):

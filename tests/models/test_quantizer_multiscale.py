@@ -155,20 +155,6 @@ def test_residual_map_is_the_convolved_upsampled_codes(scale_size):
         np.testing.assert_allclose(quantizer.residual_map(token_map, (3, 7)).numpy(), expected, atol=1e-5)
 
 
-def test_masked_tokens_contribute_zero_before_upsampling():
-    quantizer = make_quantizer([[2, 2], [4, 4]])
-    token_map = torch.tensor([[[3, 5], [7, 11]]])
-    mask = torch.tensor([[[True, False], [False, True]]])
-    with torch.no_grad():
-        zero_code = make_quantizer([[2, 2], [4, 4]])
-        zero_code.codebook.weight[[5, 7]] = 0.0
-        torch.testing.assert_close(
-            quantizer.residual_map(token_map, (4, 4), mask), zero_code.residual_map(token_map, (4, 4)), rtol=0, atol=0
-        )
-        everything = quantizer.residual_map(token_map, (4, 4), torch.ones_like(mask))
-        assert torch.equal(everything, quantizer.residual_map(token_map, (4, 4)))
-
-
 @pytest.mark.parametrize("normalize_codes", [False, True], ids=["euclidean", "cosine"])
 def test_nearest_tokens_by_brute_force(normalize_codes):
     quantizer = make_quantizer([[5, 4]], codebook_size=50, normalize_codes=normalize_codes)
@@ -289,6 +275,16 @@ def test_straight_through_gradient_is_the_identity():
     (output.latents * upstream).sum().backward()
     torch.testing.assert_close(latents.grad, upstream, atol=0, rtol=0)
     assert all(parameter.grad is None for parameter in quantizer.parameters())
+
+
+def test_training_reads_the_codebook_once_and_makes_each_residual_map_once():
+    scale_sizes = [[1, 1], [2, 2], [4, 4]]
+    quantizer, shapes = make_quantizer(scale_sizes), []
+    quantizer.codebook.register_forward_hook(lambda module, args, output: shapes.append(tuple(args[0].shape)))
+    latents = random_latents(scale_sizes)
+    quantizer(latents, scale_sizes)
+    batch_size, codebook_size = len(latents), quantizer.codebook.num_embeddings
+    assert shapes == [(codebook_size,), *((batch_size, *size) for size in scale_sizes)]
 
 
 def test_losses_are_the_mean_squared_distance_over_the_scales():

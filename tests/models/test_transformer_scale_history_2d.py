@@ -217,7 +217,7 @@ def test_gradients_are_those_of_a_plain_network(pattern, checkpointing):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_scale_by_scale_with_caches_is_the_forward_over_all_scales(pattern, scales, keeps_own_scale):
     model = make_transformer(pattern, history_window=2)
-    assert model.needs_kv_cache
+    assert pattern not in model.patterns_without_cache
     inputs = [random_inputs()[:, TOKENS[scale]] for scale in scales]
     expected = model(torch.cat(inputs, dim=1), timesteps_of(scales), LABELS).sample
     cache, stored = ScaleKVCache(NUM_TOKENS, keeps_own_scale), ModulationCache()

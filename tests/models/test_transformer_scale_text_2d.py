@@ -213,7 +213,8 @@ def test_scale_by_scale_with_caches_is_the_forward_over_all_scales(pattern, scal
     inputs = [random_inputs()[:, TOKENS[scale]] for scale in scales]
     timesteps = [LAST - scale for scale in scales]
     expected = model(torch.cat(inputs, dim=1), timesteps, **texts).sample
-    caches = {"kv_cache": ScaleKVCache() if model.needs_kv_cache else None, "modulation_cache": ModulationCache()}
+    kv_cache = None if pattern in model.patterns_without_cache else ScaleKVCache()
+    caches = {"kv_cache": kv_cache, "modulation_cache": ModulationCache()}
     logits = [model(x, timestep, **texts, **caches).sample for x, timestep in zip(inputs, timesteps)]
     torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-5, rtol=0)
 

@@ -107,6 +107,14 @@ def test_large_results_are_drawn_in_windows_and_small_ones_cut():
     assert [picture.size for picture in pictures] == [(27, 15)] * 2
 
 
+@pytest.mark.parametrize(("side", "num_known", "num_encoded"), [(4, 2, 1), (4, 0, 1), (6, 2, 7), (6, 0, 4)])
+def test_the_first_window_is_encoded_once_and_others_for_hints_too(side, num_known, num_encoded):
+    pipe, encoded = make_pipeline(), []
+    pipe.vqvae.encoder.register_forward_hook(lambda module, args, output: encoded.append(args[0]))
+    draw(pipe, small_image(side), num_known_scales=num_known, class_labels=1)
+    assert len(encoded) == num_encoded
+
+
 def test_at_least_one_scale_is_drawn():
     pipe = make_pipeline()
     assert [pipe.num_determined_scales(factor) for factor in (1, 2, 4, 8)] == [2, 2, 1, 1]

@@ -419,6 +419,12 @@ def test_step_refuses(change, message):
         tiny_scheduler().step(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_forward_process_refuses_what_is_no_ids(dtype):
+    with pytest.raises(ValueError, match=rf"`original_samples` must be a torch.Tensor of ids, got .*{dtype}"):
+        tiny_scheduler().add_noise(torch.ones(2, 21, dtype=dtype))
+
+
 @pytest.mark.parametrize("shape", [(2, 20), (21,), (2, 21, 1)])
 def test_forward_process_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match=r"`original_samples` must have shape \(batch, 21\), got \("):

@@ -75,6 +75,24 @@ def test_a_checkpoint_goes_on_exactly(tmp_path):
     assert again.optimization_step == averages.optimization_step == 6
 
 
+def test_frozen_parameters_are_their_own_averages(tmp_path):
+    model, loaded = make_model(), make_model(1)
+    averages, again = (AveragedWeights(each.parameters(), decay=0.9) for each in (model, loaded))
+    for step in range(2):
+        change(model, step)
+        averages.step(model.parameters())
+    torch.save(averages.state_dict(), tmp_path / "averages.pt")
+    again.load_state_dict(torch.load(tmp_path / "averages.pt", weights_only=True))
+    for each, shadows in ((model, averages.shadow_params), (loaded, again.shadow_params)):
+        for parameter, shadow in zip(each.parameters(), shadows, strict=True):
+            assert (shadow.data_ptr() == parameter.data_ptr()) is not parameter.requires_grad
+    assert torch.equal(loaded[0].bias, model[0].bias)
+    assert not torch.equal(loaded[0].weight, averages.shadow_params[0])
+    before = model[0].bias.clone()
+    change(loaded, 2)
+    assert torch.equal(model[0].bias, before)
+
+
 def test_a_loaded_state_is_a_copy():
     averages, again = (AveragedWeights(make_model(seed).parameters(), decay=0.9) for seed in range(2))
     again.load_state_dict(averages.state_dict())

@@ -206,7 +206,12 @@ def convert(
     attention_windows: Sequence[int] | None = None,
     text_encoders: str | os.PathLike | None = None,
 ) -> Converted:
-    """[`convert_checkpoints`], with what else is known of the weights."""
+    """
+    [`convert_checkpoints`], with what else is known of the weights.
+
+    Raises:
+        ValueError: As [`convert_checkpoints`].
+    """
     if attention_pattern is not None:
         check_choice("attention_pattern", attention_pattern, ATTENTION_PATTERNS)
     if family is not None:

@@ -263,10 +263,6 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"`num_scales` must lie in [1, {last}], got [{low}, {high}].")
 
     @staticmethod
-    def _grid(grid_size: Sequence[int]) -> list[int]:
-        return normalize_scale_sizes([grid_size], "grid_size")[0]
-
-    @staticmethod
     def _check_maps(name: str, maps: torch.Tensor, num_channels: int) -> None:
         is_batch = isinstance(maps, torch.Tensor) and maps.is_floating_point() and maps.ndim == 4 and maps.numel() > 0
         if not is_batch or maps.shape[1] != num_channels:
@@ -437,40 +433,28 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         return self._quantize("sample", self._encode(sample), scale_sizes)
 
     @apply_forward_hook
-    def residual_map(
-        self,
-        token_map: torch.LongTensor,
-        grid_size: Sequence[int] | None = None,
-        mask: torch.BoolTensor | None = None,
-    ) -> torch.Tensor:
+    def residual_map(self, token_map: torch.LongTensor) -> torch.Tensor:
         """
-        What one scale adds to the latent state: `phi_k(up(mask * C[z_k]))`.
+        What one scale adds to the latent state: `phi_k(up(C[z_k]))`.
 
         Args:
             token_map (`torch.LongTensor` of shape `(batch, scale_height, scale_width)`): Token ids of one scale.
-            grid_size (`(int, int)`, *optional*): The latent grid; the model's own by default.
-            mask (`torch.BoolTensor` of the shape of `token_map`, *optional*): Tokens where it is false contribute
-                zero.
 
         Returns:
             `torch.Tensor` of shape `(batch, latent_channels, latent_height, latent_width)`.
 
         Raises:
-            ValueError: If `token_map` or `mask` is of another kind or shape, `grid_size` is none, or there are ids
-                outside the codebook. Nothing is read back from accelerators for it: on CUDA such ids are a device-side
-                assertion.
+            ValueError: If `token_map` is of another kind or shape, or there are ids outside the codebook. Nothing is
+                read back from accelerators for it: on CUDA such ids are a device-side assertion.
         """
-        grid_size = self.config.scale_sizes[-1] if grid_size is None else self._grid(grid_size)
         is_map = isinstance(token_map, torch.Tensor) and token_map.dtype in (torch.int64, torch.int32)
         if not is_map or token_map.ndim != 3 or token_map.numel() == 0:
             raise ValueError(
                 "`token_map` must be an int64 or int32 tensor of shape (batch, scale_height, scale_width), got"
                 f" {described(token_map)}."
             )
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != token_map.shape):
-            raise ValueError(f"`mask` must have shape {tuple(token_map.shape)}, got {described(mask)}.")
         try:
-            return self.quantize.residual_map(token_map, grid_size, mask)
+            return self.quantize.residual_map(token_map, self.config.scale_sizes[-1])
         except IndexError as error:
             raise self._outside_codebook("token_map", token_map) from error
 
@@ -498,19 +482,16 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
                 device-side assertion.
         """
         scale_sizes = self._own_or(scale_sizes)
-        grid_size = scale_sizes[-1] if grid_size is None else self._grid(grid_size)
+        [grid] = scale_sizes[-1:] if grid_size is None else normalize_scale_sizes([grid_size], "grid_size")
         self._check_token_ids(token_ids, scale_sizes)
         try:
-            return self.quantize.latent_states(token_ids, scale_sizes, grid_size)
+            return self.quantize.latent_states(token_ids, scale_sizes, grid)
         except IndexError as error:
             raise self._outside_codebook("token_ids", token_ids) from error
 
     @apply_forward_hook
     def teacher_forcing_inputs(
-        self,
-        token_ids: torch.LongTensor,
-        scale_sizes: ScaleSizes | None = None,
-        grid_size: Sequence[int] | None = None,
+        self, token_ids: torch.LongTensor, scale_sizes: ScaleSizes | None = None
     ) -> torch.Tensor:
         """
         The transformer's inputs `x_k = down(f_hat_{k-1}, s_k)` for all scales of a known pyramid. `x_1` is zero: the
@@ -519,7 +500,6 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         Args:
             token_ids (`torch.LongTensor` of shape `(batch, num_tokens)`): A packed pyramid over `scale_sizes`.
             scale_sizes (`list`, *optional*): Its scales; the model's own by default.
-            grid_size (`(int, int)`, *optional*): The latent grid; the last scale by default.
 
         Returns:
             `torch.Tensor` of shape `(batch, num_tokens, latent_channels)`, float32, packed like `token_ids`.
@@ -534,8 +514,7 @@ class MultiScaleVQModel(SavedModelMixin, AutoencoderMixin, ConfigMixin):
         shape = (len(token_ids), self.config.latent_channels, counts[0])
         packed = [torch.zeros(shape, dtype=torch.float32, device=token_ids.device)]
         if len(scale_sizes) > 1:
-            grid_size = scale_sizes[-1] if grid_size is None else grid_size
-            states = self.latent_states(token_ids[:, : -counts[-1]], scale_sizes[:-1], grid_size)
+            states = self.latent_states(token_ids[:, : -counts[-1]], scale_sizes[:-1], scale_sizes[-1])
             packed += [area_means(state, size).flatten(2) for state, size in zip(states, scale_sizes[1:])]
         return torch.cat(packed, dim=2).transpose(1, 2)  # (B, N, C)
 

@@ -83,20 +83,13 @@ class MultiScaleQuantizer(nn.Module):
         offsets = [abs(tick - position) for tick in self.conv_positions]
         return self.residual_convs[offsets.index(min(offsets))]
 
-    def residual_map(
-        self,
-        token_map: torch.LongTensor,
-        grid_size: Sequence[int],
-        mask: torch.BoolTensor | None = None,
-    ) -> torch.Tensor:
+    def residual_map(self, token_map: torch.LongTensor, grid_size: Sequence[int]) -> torch.Tensor:
         """
-        `phi_k(up(mask * C[z_k]))` of a token map `(B, h, w)`, at latent resolution: `(B, C, H, W)`.
+        `phi_k(up(C[z_k]))` of a token map `(B, h, w)`, at latent resolution: `(B, C, H, W)`.
 
         `phi(x) = (1 - r) x + r conv3x3(x)` repairs what upsampling a coarse code map smears (`r = residual_ratio`).
         """
         codes = self.codebook(token_map).permute(0, 3, 1, 2)  # (B, C, h, w)
-        if mask is not None:
-            codes = codes * mask.unsqueeze(1)
         scale_size, grid_size = tuple(codes.shape[-2:]), tuple(grid_size)
         # Autocast would round the map, and with another rest come other tokens at all finer scales. To switch it off
         # takes the host as long as to launch a kernel.
@@ -108,33 +101,48 @@ class MultiScaleQuantizer(nn.Module):
             convolved = self.residual_conv(scale_size, grid_size)(codes)
             return torch.lerp(codes, convolved, self.residual_ratio)
 
-    def nearest_tokens(self, features: torch.Tensor) -> torch.LongTensor:
-        """Ids `(B, h, w)` of the codes nearest to a feature map `(B, C, h, w)`, compared in float32."""
+    @torch.no_grad()
+    def code_table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """All codes `(V, C)` in float32, of unit length where cosines are compared, and their square sums `(V,)`."""
         # Reading the table through `forward` lets offloading hooks bring the weight in first.
-        table = self.codebook(torch.arange(self.codebook.num_embeddings, device=features.device)).float()  # (V, C)
+        table = self.codebook(torch.arange(self.codebook.num_embeddings, device=device)).float()
+        table = F.normalize(table, dim=-1) if self.normalize_codes else table
+        return table, table.square().sum(dim=1)
+
+    @torch.no_grad()
+    def nearest_tokens(
+        self, features: torch.Tensor, code_table: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.LongTensor:
+        """Ids `(B, h, w)` of the codes nearest to a feature map `(B, C, h, w)`, compared in float32."""
+        table, square_sums = self.code_table(features.device) if code_table is None else code_table
         flat = features.float().permute(0, 2, 3, 1).flatten(0, 2)  # (B*h*w, C)
         with torch.autocast(features.device.type, enabled=False):
             if self.normalize_codes:
-                token_ids = (F.normalize(flat, dim=-1) @ F.normalize(table, dim=-1).T).argmax(dim=1)
+                token_ids = (F.normalize(flat, dim=-1) @ table.T).argmax(dim=1)
             else:
                 # |x - c|^2 without |x|^2, which is the same for every code.
-                token_ids = torch.addmm(table.square().sum(dim=1), flat, table.T, alpha=-2).min(dim=1).indices
+                token_ids = torch.addmm(square_sums, flat, table.T, alpha=-2).min(dim=1).indices
         return token_ids.view(features.shape[0], *features.shape[-2:])
 
+    @torch.no_grad()
     def quantize(self, latents: torch.Tensor, scale_sizes: Sequence[Sequence[int]]) -> torch.LongTensor:
         """Greedy residual quantization of a latent map `(B, C, H, W)` into packed token ids `(B, N)`."""
-        return torch.cat([token_map.flatten(1) for _, token_map in self.lookups(latents, scale_sizes)], dim=1)
+        return torch.cat([token_map.flatten(1) for _, token_map, _ in self.lookups(latents, scale_sizes)], dim=1)
 
     def lookups(
         self, latents: torch.Tensor, scale_sizes: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[torch.Tensor, torch.LongTensor]]:
-        """Greedy residual quantization, scale by scale: what is looked up `(B, C, h, w)` and its ids `(B, h, w)`."""
-        rest = latents.float()
+    ) -> Iterator[tuple[torch.Tensor, torch.LongTensor, torch.Tensor]]:
+        """
+        Greedy residual quantization, scale by scale: what is looked up `(B, C, h, w)`, its ids `(B, h, w)`, and their
+        residual map `(B, C, H, W)` in float32, which alone has a gradient.
+        """
+        rest, code_table = latents.detach().float(), self.code_table(latents.device)
         for scale_size in scale_sizes:
             features = area_means(rest, scale_size)
-            token_map = self.nearest_tokens(features)
-            rest = rest - self.residual_map(token_map, latents.shape[-2:]).float()
-            yield features, token_map
+            token_map = self.nearest_tokens(features, code_table)
+            residual_map = self.residual_map(token_map, latents.shape[-2:]).float()
+            rest = rest - residual_map.detach()
+            yield features, token_map, residual_map
 
     def latent_states(
         self, token_ids: torch.LongTensor, scale_sizes: Sequence[Sequence[int]], grid_size: Sequence[int]
@@ -157,13 +165,17 @@ class MultiScaleQuantizer(nn.Module):
         Quantize with gradients: straight-through to `latents`, and VAR's two losses averaged over the scales.
         `num_scales` `(B,)` says after how many scales each image's state is taken; all of them by default.
         """
-        target = latents.detach()
-        token_ids = self.quantize(target, scale_sizes)
-        states = self.latent_states(token_ids, scale_sizes, latents.shape[-2:])
-        codebook_loss = torch.stack([F.mse_loss(state, target.float()) for state in states]).mean()
+        target = latents.detach().float()
+        state: torch.Tensor | float = 0.0
+        states, token_ids = [], []
+        for _, token_map, residual_map in self.lookups(target, scale_sizes):
+            state = state + residual_map
+            states.append(state)
+            token_ids.append(token_map.flatten(1))
+        codebook_loss = torch.stack([F.mse_loss(state, target) for state in states]).mean()
         commitment_loss = torch.stack([F.mse_loss(latents.float(), state.detach()) for state in states]).mean()
         state = states[-1]
         if num_scales is not None:
             state = torch.stack(states, dim=1)[torch.arange(len(latents), device=latents.device), num_scales - 1]
         straight_through = latents + (state.to(latents.dtype) - latents).detach()
-        return QuantizerOutput(straight_through, token_ids, codebook_loss, commitment_loss)
+        return QuantizerOutput(straight_through, torch.cat(token_ids, dim=1), codebook_loss, commitment_loss)

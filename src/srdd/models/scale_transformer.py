@@ -56,9 +56,10 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     Base of the transformers that predict the tokens of a scale from the latent state before it.
 
     A model of this kind has `proj_in`, `scale_embed`, `start_pos_embed` and a `pos_embed`, which is `None` where the
-    attention knows positions; `blocks`, each with an `attn` over scales, an `adaln` and an `ff`; `norm_out`,
-    `adaln_out` and `proj_out`. A block is called with hidden states, conditioning, segments, cache and mask of its
-    attention, and what it returned beside hidden states in an earlier call with the same condition.
+    attention knows positions; `blocks`, each with an `attn` over scales, an `ff` and an `adaln`, or a
+    `scale_shift_table` in its place where the model has a `shared_adaln`; `norm_out`, `adaln_out` and `proj_out`. A
+    block is called with hidden states, conditioning, segments, cache and mask of its attention, and what it returned
+    beside hidden states in an earlier call with the same condition.
     """
 
     # Attention patterns with which drawing scale after scale needs no [`ScaleKVCache`].
@@ -94,11 +95,6 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     def dim(self) -> int:
         """Width of the hidden states."""
         return self.config.num_attention_heads * self.config.attention_head_dim
-
-    @property
-    def needs_kv_cache(self) -> bool:
-        """Whether drawing scale after scale needs a [`ScaleKVCache`]."""
-        return self.config.attention_pattern not in self.patterns_without_cache
 
     def add_adapter(self, *args, **kwargs) -> None:
         """As [`~diffusers.loaders.PeftAdapterMixin.add_adapter`]; not where projections are fused."""

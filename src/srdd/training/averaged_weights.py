@@ -16,13 +16,19 @@ class AveragedWeights(EMAModel):
     """
     diffusers' `EMAModel`, also for the sharded parameters of FSDP2: each process averages its shards, and checkpoints
     and copies hold whole tensors. `state_dict`, `load_state_dict` and `copy_to` are called on all processes.
+
+    A parameter that is frozen from the start is its own average, so that an adapter's base is not kept twice:
+    `load_state_dict` writes into it, as loading the model does.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float):
         parameters = list(parameters)
         # Sharded parameters that are frozen, as a LoRA's are, cannot be copied many at a time.
         one_by_one = any(isinstance(parameter, DTensor) and not parameter.requires_grad for parameter in parameters)
-        super().__init__(parameters, decay=decay, foreach=not one_by_one)
+        super().__init__([], decay=decay, foreach=not one_by_one)
+        self.shadow_params = [
+            parameter.clone().detach() if parameter.requires_grad else parameter.detach() for parameter in parameters
+        ]
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "shadow_params": [whole(shadow) for shadow in self.shadow_params]}

@@ -102,7 +102,7 @@ class CodebookTracker:
             return dead
         features = [
             feature_map.permute(0, 2, 3, 1).flatten(0, 2)  # (B*N_k, C)
-            for feature_map, _ in quantizer.lookups(latents, scale_sizes)
+            for feature_map, _, _ in quantizer.lookups(latents, scale_sizes)
         ]
         # A scale first, then a feature of it: coarse scales have few tokens but matter as much.
         scales = torch.randint(len(features), (len(dead),), generator=generator).tolist()
@@ -119,7 +119,7 @@ def packed_lookups(
     quantizer: MultiScaleQuantizer, latents: torch.Tensor, scale_sizes: list[list[int]]
 ) -> tuple[torch.Tensor, torch.LongTensor]:
     """All features that codes are looked up for, `(B*N, C)`, and the ids found, `(B*N,)`."""
-    feature_maps, token_ids = zip(*quantizer.lookups(latents, scale_sizes))
+    feature_maps, token_ids, _ = zip(*quantizer.lookups(latents, scale_sizes))
     features = [feature_map.permute(0, 2, 3, 1).flatten(0, 2) for feature_map in feature_maps]
     return torch.cat(features), torch.cat([token_map.flatten() for token_map in token_ids])
 
