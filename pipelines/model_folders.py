@@ -38,6 +38,11 @@ def without_code_section(card: str) -> str:
     return re.sub(rf"^{CODE_HEADING}\n.*?(?=^## |\Z)", "", card, flags=re.MULTILINE | re.DOTALL)
 
 
+def links_into(card: str, folder: Path) -> bool:
+    """Whether a card shows or names by a link, of Markdown or HTML, what lies in a folder beside it."""
+    return re.search(rf"""[("'](\./)?{re.escape(folder.name)}/""", card) is not None
+
+
 def copy_card(source: Path, folder: Path) -> None:
     """
     Copy the card of a pipeline's folder, the files beside it that it names and the folders that it links into, to one
@@ -48,5 +53,5 @@ def copy_card(source: Path, folder: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.name in card and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
-        elif path.is_dir() and f"]({path.name}/" in card and not (folder / path.name).exists():
+        elif path.is_dir() and links_into(card, path) and not (folder / path.name).exists():
             shutil.copytree(path, folder / path.name)

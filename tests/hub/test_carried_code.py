@@ -215,9 +215,10 @@ def test_files_of_a_folder(published):
     assert not list((folder / "tokenizer").glob("*.py"))
 
 
-def test_folders_that_a_card_links_into_go_along(tmp_path):
+@pytest.mark.parametrize("link", ["![Pears](assets/pears.png)", '<img src="./assets/pears.png">'])
+def test_folders_that_a_card_links_into_go_along(tmp_path, link):
     tiny_pipeline().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "README.md").write_text(f"{CARD}\n![Pears](assets/pears.png)\n")
+    (tmp_path / "model" / "README.md").write_text(f"{CARD}\nOf others/pears.png: {link}\n")
     for name in ("assets", "others"):
         (tmp_path / "model" / name).mkdir()
         (tmp_path / "model" / name / "pears.png").write_bytes(b"pears")

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from srdd.console import write_text
-from srdd.pipelines.model_folders import CARD
+from srdd.pipelines.model_folders import CARD, links_into
 from srdd.pipelines.scale_pipeline import ScalePipeline
 from srdd.publish.card_section import card_with_code
 from srdd.publish.carried_code import CarriedCode, add_code
@@ -21,7 +21,7 @@ def copy_pipeline(source: Path, folder: Path) -> None:
     card = (source / CARD).read_text(encoding="utf-8") if (source / CARD).is_file() else ""
     parts = {"lora", *(name for name, entry in ScalePipeline.load_config(source).items() if isinstance(entry, list))}
     for path in source.iterdir():
-        if path.is_dir() and (path.name in parts or f"]({path.name}/" in card):
+        if path.is_dir() and (path.name in parts or links_into(card, path)):
             shutil.copytree(path, folder / path.name)
         elif path.is_file() and not path.name.startswith("."):
             shutil.copy2(path, folder / path.name)
