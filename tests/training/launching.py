@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -20,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import DistributedType, PartialState
 from PIL import Image
@@ -58,6 +60,23 @@ class Run:
     def is_running(self) -> bool:
         return all(process.is_alive() for process in self.processes)
 
+    def is_paused(self) -> bool:
+        running = [psutil.Process(process.pid) for process in self.processes if process.is_alive()]
+        return any(process.status() == psutil.STATUS_STOPPED for process in running)
+
+    def wait_until_paused(self, timeout: float = 120) -> None:
+        """Wait until a run that was started with `pause_at` gets there."""
+        deadline = time.monotonic() + timeout
+        while not self.is_paused():
+            assert self.is_running(), self.output.read_text()
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.01)
+
+    def go_on(self) -> None:
+        """Let a run that is paused go on."""
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGCONT)
+
     def kill(self) -> bool:
         """Send SIGKILL to all processes, and wait until they are gone. Returns whether one of them died of it."""
         for process in self.processes:
@@ -91,6 +110,7 @@ def start(
     num_processes: int = 1,
     environment: dict[str, str] | None = None,
     largest_file: int | None = None,
+    pause_at: str | Path | None = None,
 ) -> Run:
     """
     Start a training script and return at once.
@@ -102,6 +122,8 @@ def start(
         num_processes (`int`, defaults to 1): More than one talk over gloo.
         environment (`dict[str, str]`, *optional*): Further environment variables.
         largest_file (`int`, *optional*): Bytes after which writing to a file fails, as on a full disk.
+        pause_at (`str` or `Path`, *optional*): The end of a path. A process stops itself, once, before it renames
+            something to that path or removes that file: what a test does then, no machine is too fast or slow for.
 
     Returns:
         [`Run`]
@@ -118,7 +140,7 @@ def start(
                 MASTER_PORT=str(port),
             )
         words = [str(argument) for argument in arguments]
-        processes.append(_fork(_run, script, words, variables, output, largest_file))
+        processes.append(_fork(_run, script, words, variables, output, largest_file, pause_at))
     return Run(processes, output)
 
 
@@ -136,7 +158,14 @@ def _fork(target: Callable, *arguments: object) -> BaseProcess:
     return process
 
 
-def _run(script: str, arguments: list[str], environment: dict, output: Path, largest_file: int | None) -> None:
+def _run(
+    script: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    output: Path,
+    largest_file: int | None,
+    pause_at: str | Path | None,
+) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -150,7 +179,22 @@ def _run(script: str, arguments: list[str], environment: dict, output: Path, lar
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if pause_at is not None:
+        sys.addaudithook(_Pause(str(pause_at)))
     run_script(script, *arguments)
+
+
+class _Pause:
+    """An audit hook: stops this process the first time that it is about to rename to a path or to remove it."""
+
+    def __init__(self, end: str):
+        self.end = end
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        path = {"os.rename": 1, "os.remove": 0}.get(event)
+        if path is not None and self.end and str(arguments[path]).endswith(self.end):
+            self.end = ""
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def run_module(name: str, *arguments: str) -> int:

@@ -14,6 +14,7 @@ import pytest
 from training.comparing import assert_same_run
 from training.launching import Run, make_image_folder, start
 
+from srdd.pipelines.model_folders import CARD
 from srdd.training.checkpoints import checkpoint_step, list_checkpoints
 
 
@@ -122,7 +123,7 @@ class Executioner:
         finished, partial = self.steps()
         return min(partial, default=0) < max(finished, default=0) and len(partial) > 0
 
-    def kill(self, run: Run, moment: str | None = None) -> bool:
+    def kill(self, run: Run) -> bool:
         """
         Kill a run when it writes a checkpoint or deletes one, a little later, or at any time.
 
@@ -132,7 +133,7 @@ class Executioner:
         if not self.moments:
             self.moments = ["writing", "writing", "writing or later", "writing or later", "deleting", "any"]
             self.rng.shuffle(self.moments)
-        moment = moment or self.moments.pop()
+        moment = self.moments.pop()
         if moment == "any":
             time.sleep(self.rng.uniform(0, 2))
         else:
@@ -159,12 +160,13 @@ def wait_for(condition: Callable[[], bool], run: Run, timeout: float = 120) -> N
 def assert_kills_change_nothing(
     start_run: Callable[[], Run], output_dir: Path, reference: Path, executioner: Executioner, kills: int
 ) -> None:
-    """Kill a run again and again and resume it; where it ends too soon, go on with another one."""
+    """Kill a run again and again and resume it; where it was done before, go on with another one."""
     while executioner.kills < kills:
         run = start_run()
-        if executioner.kill(run):
+        if not executioner.kill(run):
+            run.finish()
+        elif not (output_dir / CARD).exists():
             continue
-        run.finish()
         assert_same_run(output_dir, reference)
         shutil.rmtree(output_dir)
     start_run().finish()
@@ -216,11 +218,12 @@ def test_two_processes_killed_again_and_again_end_as_if_they_were_not(root, tran
 
 def test_a_distillation_killed_in_its_first_stage_and_its_second_ends_as_if_it_was_not(root, distillation):
     output_dir = root / "distilled_killed"
-    executioners = [Executioner(folder, seed=3) for folder in (output_dir / "stage-1", output_dir)]
-    for executioner in executioners:
-        for _ in range(2):
-            assert executioner.kill(start_distillation(root, output_dir), "writing")
-    assert sum(executioner.kills_while_writing for executioner in executioners) >= 1
+    for folder in (output_dir / "stage-1", output_dir):
+        for step in (2, 4):
+            run = start_distillation(root, output_dir, pause_at=folder / f"checkpoint-{step}")
+            run.wait_until_paused()
+            assert (folder / f"partial-{step}").exists()
+            assert run.kill()
     start_distillation(root, output_dir).finish()
     assert_same_run(output_dir, distillation)
 
@@ -234,11 +237,12 @@ def test_a_decoder_killed_again_and_again_ends_as_if_it_was_not(root, transforme
     assert executioner.kills_while_writing >= 1
 
 
-def stop_in_the_middle(run: Run, folder: Path, step: int, number: int, which: slice = slice(None)) -> list[int]:
-    """Send a signal to some processes of a run once a checkpoint is there; returns the exit codes."""
-    wait_for(lambda: any(checkpoint_step(path) >= step for path in list_checkpoints(folder)), run)
+def stop_in_the_middle(run: Run, number: int, which: slice = slice(None)) -> list[int]:
+    """Send a signal to some processes of a run where it pauses, and let it go on; returns the exit codes."""
+    run.wait_until_paused()
     for process in run.processes[which]:
         os.kill(process.pid, number)
+    run.go_on()
     for process in run.processes:
         process.join(60)
     return [process.exitcode for process in run.processes]
@@ -249,8 +253,8 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_says_how_to_go_on(r
     output_dir = root / f"stopped_{number}"
     options = ["--checkpointing_steps", 3]
     for step in (3, 12):
-        run = start_transformer(root, output_dir, *options)
-        assert stop_in_the_middle(run, output_dir, step, number) == [128 + number], run.output.read_text()
+        run = start_transformer(root, output_dir, *options, pause_at=output_dir / f"checkpoint-{step}")
+        assert stop_in_the_middle(run, number) == [128 + number], run.output.read_text()
         last = checkpoint_step(list_checkpoints(output_dir)[-1])
         assert (
             f"Stopped by {number.name} after step {last}, with a checkpoint: go on with the same command and"
@@ -269,8 +273,8 @@ def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(root, t
     if not reference.exists():
         start_transformer(root, reference, *options, "--checkpoints_total_limit", NUM_STEPS, num_processes=2).finish()
     output_dir = root / f"stopped_{which.start}_{which.stop}"
-    run = start_transformer(root, output_dir, *options, num_processes=2)
-    assert stop_in_the_middle(run, output_dir, 2, signal.SIGTERM, which) == [143, 143], run.output.read_text()
+    run = start_transformer(root, output_dir, *options, num_processes=2, pause_at=output_dir / "checkpoint-2")
+    assert stop_in_the_middle(run, signal.SIGTERM, which) == [143, 143], run.output.read_text()
     assert run.output.read_text().count("Stopped by SIGTERM after step") == 1
     assert not (output_dir / "README.md").exists()
     start_transformer(root, output_dir, *options, num_processes=2).finish()
@@ -280,8 +284,8 @@ def test_two_processes_stop_after_the_same_step_whichever_got_the_signal(root, t
 def test_a_distillation_that_is_asked_to_stop_goes_on_in_its_stage(root, distillation):
     output_dir = root / "distilled_stopped"
     for folder in (output_dir / "stage-1", output_dir):
-        run = start_distillation(root, output_dir)
-        assert stop_in_the_middle(run, folder, 2, signal.SIGTERM) == [143], run.output.read_text()
+        run = start_distillation(root, output_dir, pause_at=folder / "checkpoint-2")
+        assert stop_in_the_middle(run, signal.SIGTERM) == [143], run.output.read_text()
     start_distillation(root, output_dir).finish()
     assert_same_run(output_dir, distillation)
 
@@ -313,12 +317,13 @@ def test_a_run_that_is_asked_to_stop_while_it_tokenises_ends_cleanly(root, token
 
 def test_a_second_run_in_a_folder_is_refused_and_the_first_is_left_alone(root, transformer):
     output_dir = root / "shared"
-    first = start_transformer(root, output_dir)
-    wait_for(lambda: bool(list_checkpoints(output_dir)), first)
+    first = start_transformer(root, output_dir, pause_at=output_dir / "checkpoint-2")
+    first.wait_until_paused()
     second = start_transformer(root, output_dir, num_processes=2)
     second.output = root / "second.txt"
     codes = [process.exitcode for process in second.processes if process.join(60) is None]
     assert codes == [1, 1]
+    first.go_on()
     first.finish()
     text = first.output.read_text()
     assert "ValueError: `output_dir` must be a folder in which no other run trains" in text
@@ -329,7 +334,7 @@ def test_a_stage_killed_while_it_is_finished_is_finished_again(root, distillatio
     output_dir = root / "finished_killed"
     stage = output_dir / "stage-1"
     for name in ("transformer/config.json", "model_index.json", "training_curve.png"):
-        run = start_distillation(root, output_dir)
+        run = start_distillation(root, output_dir, pause_at=output_dir / "checkpoint-1")  # if it is not killed before
         wait_for((stage / name).exists, run)
         assert run.kill()
         assert not (output_dir / "model_index.json").exists()
@@ -375,17 +380,13 @@ def test_a_half_written_checkpoint_cannot_be_asked_for(root, transformer, tmp_pa
 def test_a_run_killed_while_it_deletes_a_checkpoint_leaves_no_broken_one(root, transformer, tmp_path):
     output_dir = tmp_path / "output"
     oldest = copy_until(transformer, output_dir, 12)
-    executioner = Executioner(output_dir, seed=4)
     whole = sorted(path.name for path in oldest.iterdir())
-    while executioner.kills < 3:
-        for index in range(2000):  # so that it takes a while
-            (oldest / f"{index}.txt").touch()
-        run = start_transformer(root, output_dir, "--checkpoints_total_limit", 1)
-        wait_for(lambda: not executioner.is_deleting(), run)
-        wait_for(executioner.is_deleting, run)
+    for name in whole[:3]:
+        run = start_transformer(root, output_dir, "--checkpoints_total_limit", 1, pause_at=name)
+        run.wait_until_paused()
         assert run.kill()
-        executioner.kills += 1
-        assert len(list(output_dir.glob("partial-*"))) == 1
+        [partial] = output_dir.glob("partial-*")
+        assert name in {path.name for path in partial.iterdir()}
         [oldest] = list_checkpoints(output_dir)
         assert sorted(path.name for path in oldest.iterdir()) == whole
     start_transformer(root, output_dir).finish()
