@@ -28,6 +28,7 @@ NUM_LINEARS = 17  # of the tiny transformer
 ZEN_5 = {"cpu_name": "AMD EPYC 9575F", "avx512_f": True, "avx512_vnni": True, "avx_vnni": True}
 ZEN_4 = {**ZEN_5, "cpu_name": "AMD EPYC 9454", "avx_vnni": False}
 SAPPHIRE_RAPIDS = {**ZEN_5, "cpu_name": "Intel(R) Xeon(R) Platinum 8480+", "amx_int8": True}
+ZEN_3 = {**ZEN_4, "cpu_name": "AMD EPYC 7713", "avx512_f": False, "avx512_vnni": False}
 HASWELL = {"cpu_name": "Intel(R) Core(TM) i7-4770", "avx512_f": False, "avx512_vnni": False, "avx_vnni": False}
 
 pytestmark = pytest.mark.skipif(
@@ -91,9 +92,9 @@ def test_every_linear_layer_takes_part_and_can_be_told_not_to():
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "slow"), [(ZEN_5, True), (ZEN_4, False), (SAPPHIRE_RAPIDS, False), ({}, False)]
+    ("capabilities", "slow"), [(ZEN_5, True), (ZEN_4, True), (ZEN_3, False), (SAPPHIRE_RAPIDS, False), ({}, False)]
 )
-def test_mkl_is_slow_on_cpus_of_amd_from_zen_5_on(capabilities, slow):
+def test_mkl_is_slow_on_cpus_of_amd_with_avx_512(capabilities, slow):
     assert cpu.mkl_is_slow(capabilities) == (slow and torch.backends.mkl.is_available())
 
 

@@ -134,7 +134,7 @@ class ScaleTransformer(SavedModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
     def enable_fast_linears(self) -> None:
         """
         Let linear layers use kernels of oneDNN on CPUs where no gradient is asked for. By default they do where it is
-        known to be faster: for float32 on AMD's CPUs from Zen 5 on, for torchao's int8 weights wherever there is VNNI.
+        known to be faster: for float32 on AMD's CPUs with AVX-512, for torchao's int8 weights wherever there is VNNI.
         Logits agree with torch's to rounding; no copies of float32 weights are kept.
         """
         set_fast_linears(self, True)
