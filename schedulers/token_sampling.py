@@ -5,6 +5,9 @@ import torch
 
 Generators = torch.Generator | list[torch.Generator] | None
 
+# Elements of noise that are drawn at once on a CPU, in double precision: they stay in its cache.
+CPU_PART = 2**17
+
 
 def candidate_probabilities(
     logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
@@ -67,16 +70,24 @@ def exponential_noise(
     """
     if image_mask is not None and not image_mask.any():
         return torch.ones(shape, device=device)
-    if not isinstance(generator, list):
-        where = generator.device if generator is not None else device
-        is_there = out is not None and out.device == where
-        noise = (out if is_there else torch.empty(shape, device=where)).exponential_(generator=generator)
-        return noise.to(device) if out is None or is_there else out.copy_(noise)
     noise = torch.ones(shape, device=device) if out is None else out
-    for index, image_generator in enumerate(generator):
-        if image_mask is None or image_mask[index]:
-            own_noise = torch.empty(shape[1:], device=image_generator.device)
-            noise[index] = own_noise.exponential_(generator=image_generator).to(device)
+    is_one = not isinstance(generator, list)
+    for index, own_generator in enumerate([generator] if is_one else generator):
+        if not is_one and image_mask is not None and not image_mask[index]:
+            continue
+        wanted = noise if is_one else noise[index]
+        where = own_generator.device if own_generator is not None else device
+        drawn = wanted if where == wanted.device else torch.empty(wanted.shape, device=where)
+        if where.type == "cpu":
+            # Bit for bit what `exponential_` gives in a third of its time, and the same on all CPUs: before torch 2.8
+            # its numbers are others on Intel's.
+            for part in drawn.view(-1).split(CPU_PART):
+                uniform = torch.empty(part.shape, dtype=torch.float64).uniform_(generator=own_generator)
+                part.copy_(uniform.neg_().log1p_().neg_())
+        else:
+            drawn.exponential_(generator=own_generator)
+        if drawn is not wanted:
+            wanted.copy_(drawn)
     return noise
 
 

@@ -10,16 +10,24 @@ from families import FAMILIES, TEXTS, Family
 from tiny_models import SCALE_SIZES, tiny_vqvae
 from torch.utils._pytree import tree_map
 
+from srdd.acceleration import linear_layers
 from srdd.area_means import WINDOWS, area_means
 from srdd.models import MaskedScaleAttnProcessor, ScaleAttnProcessor
 from srdd.models.attention_scale import DENSE_MASKS
 from srdd.models.neighbourhoods import NEIGHBOURHOOD_MASKS
 from srdd.pipelines.scale_pipeline import ScalePipeline
 from srdd.scales import Scale
+from srdd.schedulers.token_sampling import exponential_noise
 
 
 FAMILY = {family.name: family for family in FAMILIES}
 BATCH = torch.export.Dim("batch")
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_torch(monkeypatch):
+    """What graphs have: other CPUs would have oneDNN's linear layers to compare with."""
+    monkeypatch.setattr(linear_layers, "MKL_IS_SLOW", False)
 
 
 def needs_no_cache(family: Family) -> bool:
@@ -164,8 +172,8 @@ def test_a_draw_by_graphs_alone_is_the_pipelines():
     batch_size, codebook_size, generator = 2, pipe.vqvae.config.codebook_size, torch.Generator().manual_seed(0)
     state = torch.zeros(batch_size, 8, 4, 4)
     for scale in pipe.scheduler.visits:
-        noise = torch.empty(pipe.scheduler.noise_shape(scale, batch_size, codebook_size))
-        noise.exponential_(generator=generator)
+        noise_shape = pipe.scheduler.noise_shape(scale, batch_size, codebook_size)
+        noise = exponential_noise(noise_shape, generator, state.device)
         inputs = state, torch.tensor([3, 1]), noise
         step = exported(ScaleStep(pipe, scale), tuple(each.repeat_interleave(2, dim=0) for each in inputs))
         state = step(*inputs)

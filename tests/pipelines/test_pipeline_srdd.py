@@ -89,7 +89,7 @@ def plain_sample(pipe, label: int, guidance_scale: float, generator: torch.Gener
             )
             t = (guidance_scale - 1) * k / last
             logits = (1 + t) * cond - t * uncond
-            noise = torch.empty(logits.shape[1:]).exponential_(generator=generator)
+            noise = -torch.rand(logits.shape[1:], dtype=torch.float64, generator=generator).neg().log1p().float()
             drawn = (logits.softmax(-1) / noise).argmax(-1)
             tokens = drawn if number == 0 else torch.where(low, drawn, tokens)
             probabilities = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]

@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import is_torch_version
 from scipy.stats import chisquare
 
-from srdd.schedulers.token_sampling import candidate_probabilities, exponential_noise, sample_tokens
+from srdd.schedulers.token_sampling import CPU_PART, candidate_probabilities, exponential_noise, sample_tokens
 
 
 CODEBOOK_SIZE = 50
@@ -136,6 +137,22 @@ def test_generators_of_images_that_are_not_wanted_stand_still():
         (3, 4, 5), [torch.Generator().manual_seed(seed) for seed in range(3)], torch.device("cpu")
     )
     assert torch.equal(noise[image_mask], whole[image_mask])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_noise_on_a_cpu_is_what_torch_draws(own):
+    shape = (2, 3, CPU_PART // 2 + 5)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    noise = exponential_noise(shape, generators if own else generators[0], torch.device("cpu"))
+    again = [torch.Generator().manual_seed(seed) for seed in range(2 if own else 1)]
+    wanted = shape[1:] if own else shape
+    expected = [torch.rand(wanted, dtype=torch.float64, generator=each).neg().log1p().neg() for each in again]
+    assert torch.equal(noise, torch.stack(expected).view(shape).float())
+    if is_torch_version(">=", "2.8"):
+        again = [torch.Generator().manual_seed(seed) for seed in range(2 if own else 1)]
+        assert torch.equal(
+            noise, torch.stack([torch.empty(wanted).exponential_(generator=g) for g in again]).view(shape)
+        )
 
 
 def test_noise_is_exponential():

@@ -7,7 +7,7 @@ import torch
 
 
 def mkl_is_slow(capabilities: Mapping[str, Any]) -> bool:
-    """Whether float32 matrix products come from MKL, and the CPU is one of AMD's with AVX-512, which MKL leaves out."""
+    """Whether float32 matrix products come from MKL, and the CPU is one of AMD's with AVX-512, which MKL ignores."""
     is_amd = "AMD" in capabilities.get("cpu_name", "")
     return torch.backends.mkl.is_available() and is_amd and capabilities.get("avx512_f", False)
 
