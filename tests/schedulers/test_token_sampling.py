@@ -141,18 +141,17 @@ def test_generators_of_images_that_are_not_wanted_stand_still():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_noise_on_a_cpu_is_what_torch_draws(own):
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in range(2 if own else 1)]
+
     shape = (2, 3, CPU_PART // 2 + 5)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    noise = exponential_noise(shape, generators if own else generators[0], torch.device("cpu"))
-    again = [torch.Generator().manual_seed(seed) for seed in range(2 if own else 1)]
+    noise = exponential_noise(shape, generators() if own else generators()[0], torch.device("cpu"))
     wanted = shape[1:] if own else shape
-    expected = [torch.rand(wanted, dtype=torch.float64, generator=each).neg().log1p().neg() for each in again]
+    expected = [torch.rand(wanted, dtype=torch.float64, generator=each).neg().log1p().neg() for each in generators()]
     assert torch.equal(noise, torch.stack(expected).view(shape).float())
     if is_torch_version(">=", "2.8"):
-        again = [torch.Generator().manual_seed(seed) for seed in range(2 if own else 1)]
-        assert torch.equal(
-            noise, torch.stack([torch.empty(wanted).exponential_(generator=g) for g in again]).view(shape)
-        )
+        expected = [torch.empty(wanted).exponential_(generator=each) for each in generators()]
+        assert torch.equal(noise, torch.stack(expected).view(shape))
 
 
 def test_noise_is_exponential():

@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -61,16 +60,9 @@ class Run:
         return all(process.is_alive() for process in self.processes)
 
     def is_paused(self) -> bool:
+        """Whether a run that was started with `pause_at` is there."""
         running = [psutil.Process(process.pid) for process in self.processes if process.is_alive()]
         return any(process.status() == psutil.STATUS_STOPPED for process in running)
-
-    def wait_until_paused(self, timeout: float = 120) -> None:
-        """Wait until a run that was started with `pause_at` gets there."""
-        deadline = time.monotonic() + timeout
-        while not self.is_paused():
-            assert self.is_running(), self.output.read_text()
-            assert time.monotonic() < deadline, self.output.read_text()
-            time.sleep(0.01)
 
     def go_on(self) -> None:
         """Let a run that is paused go on."""

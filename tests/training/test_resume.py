@@ -157,6 +157,11 @@ def wait_for(condition: Callable[[], bool], run: Run, timeout: float = 120) -> N
         time.sleep(2e-4)
 
 
+def wait_until_paused(run: Run) -> None:
+    wait_for(run.is_paused, run)
+    assert run.is_paused(), run.output.read_text()
+
+
 def assert_kills_change_nothing(
     start_run: Callable[[], Run], output_dir: Path, reference: Path, executioner: Executioner, kills: int
 ) -> None:
@@ -221,7 +226,7 @@ def test_a_distillation_killed_in_its_first_stage_and_its_second_ends_as_if_it_w
     for folder in (output_dir / "stage-1", output_dir):
         for step in (2, 4):
             run = start_distillation(root, output_dir, pause_at=folder / f"checkpoint-{step}")
-            run.wait_until_paused()
+            wait_until_paused(run)
             assert (folder / f"partial-{step}").exists()
             assert run.kill()
     start_distillation(root, output_dir).finish()
@@ -239,7 +244,7 @@ def test_a_decoder_killed_again_and_again_ends_as_if_it_was_not(root, transforme
 
 def stop_in_the_middle(run: Run, number: int, which: slice = slice(None)) -> list[int]:
     """Send a signal to some processes of a run where it pauses, and let it go on; returns the exit codes."""
-    run.wait_until_paused()
+    wait_until_paused(run)
     for process in run.processes[which]:
         os.kill(process.pid, number)
     run.go_on()
@@ -318,7 +323,7 @@ def test_a_run_that_is_asked_to_stop_while_it_tokenises_ends_cleanly(root, token
 def test_a_second_run_in_a_folder_is_refused_and_the_first_is_left_alone(root, transformer):
     output_dir = root / "shared"
     first = start_transformer(root, output_dir, pause_at=output_dir / "checkpoint-2")
-    first.wait_until_paused()
+    wait_until_paused(first)
     second = start_transformer(root, output_dir, num_processes=2)
     second.output = root / "second.txt"
     codes = [process.exitcode for process in second.processes if process.join(60) is None]
@@ -383,7 +388,7 @@ def test_a_run_killed_while_it_deletes_a_checkpoint_leaves_no_broken_one(root, t
     whole = sorted(path.name for path in oldest.iterdir())
     for name in whole[:3]:
         run = start_transformer(root, output_dir, "--checkpoints_total_limit", 1, pause_at=name)
-        run.wait_until_paused()
+        wait_until_paused(run)
         assert run.kill()
         [partial] = output_dir.glob("partial-*")
         assert name in {path.name for path in partial.iterdir()}

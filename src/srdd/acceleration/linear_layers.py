@@ -6,7 +6,7 @@ parameters under the same names and nothing else, and run torch's code on accele
 for, under autocast and in compiled code.
 
 - float32: torch has MKL multiply float32 matrices, which leaves AVX-512 to Intel's CPUs. oneDNN, to which torch gives
-  convolutions, uses it on AMD's, too: 1.9 times the speed on Zen 5, 1.1 on Zen 4. Elsewhere it is not the default.
+  convolutions, uses it on AMD's, too: 1.9 times the speed on Zen 5, 1.25 on Zen 4. Elsewhere it is not the default.
 - int8: weights that torchao made int8, multiplied with activations that are quantized row by row on the way. Without a
   compiler, torchao's own code for that takes longer than float32.
 
